@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Inexact
+    from jaxtyping import Float, Num
 else:
     try:
-        from jaxtyping import Float, Inexact
+        from jaxtyping import Float, Num
     except ImportError:
-        Float = Inexact = None
+        Float = Num = None
 
-__all__ = ["Float", "Inexact"]
+__all__ = ["Float", "Num"]

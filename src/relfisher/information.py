@@ -1,0 +1,132 @@
+"""The information F_n that a response carries about its pre-activation z_n, as a batched operator.
+
+F(z) = E_y[d ln p(y|z)/dz d ln p(y|z)/dz'] is an [out, out] matrix for each of n samples. It is never stored as such:
+a kind of response has a kind of F, and each kind knows how to act on a field r of shape [..., n, out].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from relfisher.shapes import Float
+
+__all__ = ["Diagonal", "Information", "Isotropic", "PulledBack", "Softmax"]
+
+
+class Information(ABC):
+    """One symmetric positive semi-definite [out, out] matrix F_n for each of n samples."""
+
+    #: True if every F_n is a diagonal matrix, so that the metric is block diagonal, a block a unit.
+    is_diagonal: bool = False
+
+    @abstractmethod
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Apply each F_n to its vector: row n of the result is F_n r_n."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return the diagonal of each F_n."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return the matrices F_n themselves: n * out^2 numbers."""
+
+
+@dataclass(frozen=True)
+class Isotropic(Information):
+    """F_n = value * I for all samples: the linear Gaussian layer, equation (22).
+
+    Args:
+        value: the scalar 1 / sigma^2.
+        like: a tensor [n, out] that gives the shape, dtype and device; its values are not used.
+    """
+
+    value: float
+    like: Float[Tensor, "n out"]
+    is_diagonal = True
+
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Scale the field."""
+        return field if self.value == 1.0 else field * self.value
+
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return the scalar everywhere."""
+        return torch.full_like(self.like, self.value)
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return a scaled identity for each sample."""
+        return torch.diag_embed(self.diagonal())
+
+
+@dataclass(frozen=True)
+class Diagonal(Information):
+    """F_n = diag(nu_n): units that respond independently of each other, equation (23)."""
+
+    nu: Float[Tensor, "n out"]
+    is_diagonal = True
+
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Scale each unit by its own information."""
+        return field * self.nu
+
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return nu."""
+        return self.nu
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return diag(nu_n) for each sample."""
+        return torch.diag_embed(self.nu)
+
+
+@dataclass(frozen=True)
+class Softmax(Information):
+    """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25)."""
+
+    eta: Float[Tensor, "n out"]
+
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Return eta * (r - <eta, r>)."""
+        return self.eta * (field - (self.eta * field).sum(-1, keepdim=True))
+
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return eta (1 - eta), as in a sigmoid unit, equation (14)."""
+        return self.eta * (1 - self.eta)
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return diag(eta) - eta eta' for each sample."""
+        return torch.diag_embed(self.eta) - self.eta.unsqueeze(-1) * self.eta.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class PulledBack(Information):
+    """F_n = J_n' F_n^next J_n with J_n = C diag(f'(z_n)): the next layer's information, equation (26).
+
+    Args:
+        following: the information of the next layer about its own pre-activation, [n, next].
+        weight: C, the next layer's weight [next, out].
+        slope: f'(z) of this layer's units, [n, out].
+    """
+
+    following: Information
+    weight: Float[Tensor, "next out"]
+    slope: Float[Tensor, "n out"]
+
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Push the field forward through J_n, apply the next layer's information, pull it back."""
+        forward = (field * self.slope) @ self.weight.T
+        return (self.following.apply(forward) @ self.weight) * self.slope
+
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return slope^2 * diag(C' F^next C)."""
+        if self.following.is_diagonal:
+            return (self.following.diagonal() @ self.weight.square()) * self.slope.square()
+        return self.dense().diagonal(dim1=-2, dim2=-1)
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return J_n' F_n^next J_n for each sample."""
+        jacobian = self.weight * self.slope.unsqueeze(-2)
+        return jacobian.mT @ self.following.dense() @ jacobian

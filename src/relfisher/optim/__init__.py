@@ -1,0 +1,6 @@
+"""Optimizers in the relative metric."""
+
+from relfisher.optim.assignment import StructureRule, assign
+from relfisher.optim.rngd import RNGD, Health, HealthWarning
+
+__all__ = ["RNGD", "Health", "HealthWarning", "StructureRule", "assign"]

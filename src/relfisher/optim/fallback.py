@@ -1,0 +1,46 @@
+"""AdamW for the parameters that have no metric of their own, so that nothing is left untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+__all__ = ["adamw_step"]
+
+
+def adamw_step(
+    parameters: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]], lr: float, group: Mapping[str, Any]
+) -> None:
+    """Take one AdamW step (Loshchilov & Hutter 2019) on parameters that have a gradient.
+
+    Args:
+        parameters: what to move, in place.
+        states: a state a parameter, filled at the first step.
+        lr: the learning rate.
+        group: the parameter group, for `fallback_betas` and `weight_decay`.
+    """
+    for parameter, state in zip(parameters, states, strict=True):
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    beta1, beta2 = group["fallback_betas"]
+    adamw(
+        list(parameters),
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=1e-8,
+        maximize=False,
+    )

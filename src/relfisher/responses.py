@@ -1,0 +1,322 @@
+"""What the units of a layer say: the stochastic response y of a pre-activation z, and its information F(z).
+
+A response fixes p(y | z). Each class gives the activation f(z), its slope f'(z), the information nu(z), the
+log-density and samples. Unit responses act on each unit alone, so that F(z) = diag(nu(z)); `Categorical` joins all of
+them. Scales: `sigma` is the standard deviation of a Gaussian response, in the units of the activation.
+
+Source: Sun & Nielsen 2016, section 3.1 and appendices A to H.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from relfisher.information import Diagonal, Information, Isotropic, Softmax
+from relfisher.shapes import Float, Num
+from relfisher.validation import check_interval, check_positive
+
+__all__ = [
+    "ActivationGaussian",
+    "Categorical",
+    "ELUGaussian",
+    "LinearGaussian",
+    "ReLUGaussian",
+    "Response",
+    "SigmoidBernoulli",
+    "SmoothReLUGaussian",
+    "TanhBernoulli",
+    "UnitResponse",
+]
+
+
+class Response(ABC):
+    """The conditional distribution p(y | z) of a layer's response given its pre-activation z, [..., out]."""
+
+    @abstractmethod
+    def information(self, z: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out"] | Float[Tensor, "*n out out"]:
+        """Return F(z): its diagonal nu [..., out] for unit responses, else the matrices [..., out, out]."""
+
+    @abstractmethod
+    def operator(self, z: Float[Tensor, "n out"]) -> Information:
+        """Return F(z) as an operator that is never formed."""
+
+    @abstractmethod
+    def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return ln p(y | z): an entry a unit for unit responses, an entry a sample otherwise."""
+
+    @abstractmethod
+    def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*shape"]:
+        """Draw y from p(y | z), with the generator's randomness where one is given."""
+
+    @abstractmethod
+    def outcomes(self, out: int) -> tuple[float, ...] | None:
+        """Return all values that y (of a unit, or of the sample) can take, or None if they are a continuum."""
+
+
+class UnitResponse(Response):
+    """A response of each unit on its own, so that F(z) = diag(nu(z)); a subclass says f and nu."""
+
+    @abstractmethod
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f(z), the mean of the response."""
+
+    @abstractmethod
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f'(z)."""
+
+    @abstractmethod
+    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return nu(z), the Fisher information of one unit about its pre-activation; the shape of z."""
+
+    def operator(self, z: Float[Tensor, "n out"]) -> Information:
+        """Return diag(nu(z_n)) for each sample."""
+        return Diagonal(self.information(z))
+
+
+class _Bernoulli(UnitResponse):
+    """A unit with two outcomes, low and 1, whose log-odds are `_gain * z`."""
+
+    _low: float
+    _gain: float
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f'(z), which equals nu(z) for these units."""
+        return self.information(z)
+
+    def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return ln p(y | z) for outcomes y, [..., out]."""
+        return functional.logsigmoid(torch.where(y > 0, self._gain, -self._gain) * z)
+
+    def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
+        """Draw outcomes of the shape of z."""
+        high = torch.bernoulli(torch.sigmoid(self._gain * z), generator=generator)
+        return high * (1 - self._low) + self._low
+
+    def outcomes(self, out: int) -> tuple[float, ...]:
+        """Return the two outcomes of a unit."""
+        return (self._low, 1.0)
+
+
+@dataclass(frozen=True)
+class TanhBernoulli(_Bernoulli):
+    """A tanh unit: y in {-1, +1} with mean tanh(z), nu = 1 - tanh(z)^2. Equations (11), (12)."""
+
+    _low = -1.0
+    _gain = 2.0
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return tanh(z)."""
+        return torch.tanh(z)
+
+    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return sech(z)^2, written so that it keeps its relative accuracy where tanh saturates."""
+        return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
+
+
+@dataclass(frozen=True)
+class SigmoidBernoulli(_Bernoulli):
+    """A sigmoid unit or a binary logistic head: y in {0, 1} with mean sigm(z). Equations (13), (14)."""
+
+    _low = 0.0
+    _gain = 1.0
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return the logistic sigmoid of z."""
+        return torch.sigmoid(z)
+
+    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return sigm(z) (1 - sigm(z))."""
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+class _Gaussian(UnitResponse):
+    """A unit with response N(f(z), sigma^2), so that nu = f'(z)^2 / sigma^2. Equation (58)."""
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        check_positive("sigma", self.sigma)
+
+    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f'(z)^2 / sigma^2."""
+        return (self.slope(z) / self.sigma).square()
+
+    def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return the log-density of y, [..., out]."""
+        scaled = (y - self.activation(z)) / self.sigma
+        return -0.5 * scaled.square() - math.log(self.sigma) - 0.5 * math.log(2 * math.pi)
+
+    def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
+        """Draw a response of the shape of z."""
+        noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        return self.activation(z) + self.sigma * noise
+
+    def outcomes(self, out: int) -> None:
+        """Return None: the outcomes are a continuum."""
+        return
+
+
+@dataclass(frozen=True)
+class LinearGaussian(_Gaussian):
+    """A linear unit with response N(z, sigma^2): nu = 1 / sigma^2. Equation (22)."""
+
+    sigma: float = 1.0
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return z."""
+        return z
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return ones."""
+        return torch.ones_like(z)
+
+    def operator(self, z: Float[Tensor, "n out"]) -> Information:
+        """Return I / sigma^2 for each sample: one block is shared by all units."""
+        return Isotropic(self.sigma**-2, z)
+
+
+@dataclass(frozen=True)
+class ReLUGaussian(_Gaussian):
+    """A (P)ReLU unit: nu = 1 / sigma^2 above 0 and iota^2 / sigma^2 below. Equations (15), (16).
+
+    Args:
+        iota: the slope below 0, in [0, 1); 0 is ReLU. Where (16) is undefined, at z = 0, it is the slope, as in torch.
+        sigma: the response noise, > 0.
+
+    Raises:
+        ValueError: if iota or sigma lies outside.
+    """
+
+    iota: float = 0.0
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_interval("iota", self.iota, 0, 1)
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return z above 0 and iota * z below."""
+        return functional.leaky_relu(z, self.iota)
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return 1 above 0 and iota elsewhere."""
+        return (z > 0).to(z.dtype).mul_(1 - self.iota).add_(self.iota)
+
+
+@dataclass(frozen=True)
+class SmoothReLUGaussian(_Gaussian):
+    """A smoothed (P)ReLU: f(z) = omega ln(exp(iota z / omega) + exp(z / omega)). Equations (17), (18), (40), (41).
+
+    Args:
+        omega: the width of the transition, > 0; the limit 0 is `ReLUGaussian`.
+        iota: the slope far below 0, in [0, 1).
+        sigma: the response noise, > 0.
+
+    Raises:
+        ValueError: if one of them lies outside.
+    """
+
+    omega: float = 1.0
+    iota: float = 0.0
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("omega", self.omega)
+        check_interval("iota", self.iota, 0, 1)
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return the smoothed activation, in a form that does not overflow."""
+        return self.omega * torch.logaddexp(self.iota * z / self.omega, z / self.omega)
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return iota + (1 - iota) sigm((1 - iota) z / omega)."""
+        return self.iota + (1 - self.iota) * torch.sigmoid(z * ((1 - self.iota) / self.omega))
+
+
+@dataclass(frozen=True)
+class ELUGaussian(_Gaussian):
+    """An exponential linear unit: nu = 1 / sigma^2 above 0, (alpha exp(z) / sigma)^2 below. Equations (19), (20).
+
+    Args:
+        alpha: the scale below 0, > 0.
+        sigma: the response noise, > 0.
+
+    Raises:
+        ValueError: if alpha or sigma is not positive.
+    """
+
+    alpha: float = 1.0
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("alpha", self.alpha)
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return z above 0 and alpha (exp(z) - 1) below."""
+        return functional.elu(z, self.alpha)
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return 1 above 0 and alpha exp(z) below."""
+        return torch.where(z >= 0, torch.ones_like(z), self.alpha * z.clamp(max=0).exp())
+
+
+@dataclass(frozen=True)
+class ActivationGaussian(_Gaussian):
+    """Any differentiable activation with Gaussian response: nu = f'(z)^2 / sigma^2. Equation (58).
+
+    Args:
+        function: an element-wise activation, such as `torch.nn.functional.gelu`.
+        sigma: the response noise, > 0.
+
+    Raises:
+        ValueError: if sigma is not positive.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    sigma: float = 1.0
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f(z)."""
+        return self.function(z)
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return f'(z) by automatic differentiation."""
+        with torch.enable_grad():
+            point = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(point).sum(), point)
+        return slope
+
+
+@dataclass(frozen=True)
+class Categorical(Response):
+    """A softmax head: y in {0, ..., out - 1} with probabilities softmax(z). Equations (24), (25)."""
+
+    def information(self, z: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out out"]:
+        """Return diag(eta) - eta eta' for each sample, [..., out, out]."""
+        return Softmax(torch.softmax(z, dim=-1)).dense()
+
+    def operator(self, z: Float[Tensor, "n out"]) -> Information:
+        """Return diag(eta) - eta eta' as an operator."""
+        return Softmax(torch.softmax(z, dim=-1))
+
+    def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return ln eta_y for class indices y, [...]."""
+        return torch.log_softmax(z, dim=-1).gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
+
+    def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*n"]:
+        """Draw a class index for each sample."""
+        eta = torch.softmax(z, dim=-1)
+        return torch.multinomial(eta.flatten(0, -2), 1, generator=generator).reshape(eta.shape[:-1])
+
+    def outcomes(self, out: int) -> tuple[float, ...]:
+        """Return the class indices."""
+        return tuple(range(out))

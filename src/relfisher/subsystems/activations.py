@@ -1,0 +1,97 @@
+"""From an activation function, as called, to the response of the units that it follows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from relfisher.responses import (
+    ActivationGaussian,
+    ELUGaussian,
+    ReLUGaussian,
+    SigmoidBernoulli,
+    TanhBernoulli,
+    UnitResponse,
+)
+
+__all__ = ["JOINING", "response_of"]
+
+# Element-wise and differentiable, with a Gaussian response: nu = f'(z)^2 / sigma^2.
+_GENERIC = frozenset(
+    "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid mish relu6 rrelu selu silu softplus softshrink "
+    "softsign tanhshrink threshold erf sin cos exp square abs".split()
+)
+
+#: Functions that join, normalise or score pre-activations: after them it is known that no activation follows.
+JOINING = frozenset(
+    "add sub mul matmul bmm baddbmm linear bilinear conv1d conv2d conv3d scaled_dot_product_attention softmax "
+    "log_softmax cross_entropy nll_loss mse_loss binary_cross_entropy_with_logits layer_norm rms_norm batch_norm "
+    "group_norm instance_norm multi_head_attention_forward".split()
+)
+
+
+def response_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> UnitResponse | None:
+    """Return the response of units whose pre-activation is the first argument of this call.
+
+    Args:
+        function: what was called, such as `torch.nn.functional.relu` or `torch.Tensor.tanh_`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The response, or None if the function is not a known activation.
+    """
+    name = canonical_name(function)
+    options = _options(function, args, kwargs)
+    match name:
+        case "relu":
+            return ReLUGaussian()
+        case "leaky_relu" if 0 <= options.get("negative_slope", 0.01) < 1:
+            return ReLUGaussian(iota=options.get("negative_slope", 0.01))
+        case "tanh":
+            return TanhBernoulli()
+        case "sigmoid":
+            return SigmoidBernoulli()
+        case "elu" if options.get("alpha", 1.0) > 0:
+            return ELUGaussian(alpha=options.get("alpha", 1.0))
+        case _ if name in _GENERIC:
+            return ActivationGaussian(_Partial(function, options))
+    return None
+
+
+def canonical_name(function: Callable[..., Any]) -> str:
+    """Return a function's name without the marks of its in-place and operator forms."""
+    name = getattr(function, "__name__", repr(function))
+    stripped = name.strip("_")
+    return stripped[1:] if name.startswith(("__r", "__i")) and stripped[1:] in JOINING else stripped
+
+
+def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments other than its input, by name, without `inplace`."""
+    named = dict(kwargs)
+    try:
+        named = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # a built-in function without a signature
+        named.update(zip(_BUILTIN_OPTIONS.get(canonical_name(function), ()), args[1:], strict=False))
+    return {key: value for key, value in named.items() if key not in ("input", "self", "inplace")}
+
+
+_BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",)}
+
+
+class _Partial:
+    """An activation with its options, free of `inplace`, so that it can be differentiated."""
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self.function = function
+        self.options = dict(options)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        result: Tensor = self.function(z, **self.options)
+        return result
+
+    def __repr__(self) -> str:
+        return canonical_name(self.function)

@@ -1,0 +1,89 @@
+"""Which layer feeds which activation: seen once, while the model runs, in modules and in functional code alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from relfisher.responses import LinearGaussian, UnitResponse
+from relfisher.subsystems.activations import JOINING, canonical_name, response_of
+from relfisher.subsystems.linear import LinearSubsystem
+
+__all__ = ["ActivationWatch", "linear_subsystems"]
+
+
+def linear_subsystems(model: nn.Module) -> list[LinearSubsystem]:
+    """Return the linear layers of a model that have a metric of their own, in the order of their registration.
+
+    A layer counts if its weight is trained and is a parameter of this layer alone: a weight that is tied to another
+    module, or computed by a parametrization, answers to more than this layer's samples.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [
+        LinearSubsystem(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and module.weight.requires_grad
+        and all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+    ]
+
+
+class ActivationWatch(TorchFunctionMode):
+    """While active, notes which functions take the pre-activations that it was shown.
+
+    `show(key, z)` registers a layer's output. A layer's response is then the one activation that takes z; it is
+    linear if z also goes elsewhere, if nothing takes it (the model's output), or if the taker is not known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: list[tuple[str, Tensor]] = []
+        self._takers: dict[str, list[tuple[str, UnitResponse | None]]] = {}
+
+    def show(self, key: str, z: Tensor) -> None:
+        """Watch what becomes of a layer's output."""
+        self._shown.append((key, z))
+        self._takers.setdefault(key, [])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        takers = [(key, z) for key, z in self._shown if any(z is leaf for leaf in _tensors([*args, *kwargs.values()]))]
+        result = func(*args, **kwargs)
+        if takers and any(leaf.requires_grad for leaf in _tensors([result])):
+            for key, z in takers:
+                response = response_of(func, args, kwargs) if args and args[0] is z else None
+                self._takers[key].append((canonical_name(func), response))
+        return result
+
+    def response(self, key: str) -> UnitResponse:
+        """Return the response of a layer that was shown."""
+        found = {response for _, response in self._takers.get(key, [])}
+        only = found.pop() if len(found) == 1 else None
+        return LinearGaussian() if only is None else only
+
+    def untold(self, key: str) -> list[str]:
+        """Return the functions that took a layer's output and are neither activations nor known to join or score."""
+        return sorted({name for name, response in self._takers.get(key, []) if not response and name not in JOINING})
+
+    def forget(self) -> None:
+        """Let the tensors go."""
+        self._shown.clear()
+
+
+def _tensors(values: list[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the values, and one level inside lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))

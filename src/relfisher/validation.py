@@ -1,0 +1,73 @@
+"""Checks of arguments: each error names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_finite", "check_floating", "check_interval", "check_matrix", "check_positive"]
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def check_interval(name: str, value: float, low: float, high: float, *, closed: str = "left") -> None:
+    """Raise ValueError unless `value` lies between `low` and `high`.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given; NaN is never allowed.
+        low: the lower end.
+        high: the upper end.
+        closed: "left" for [low, high), "both" for [low, high].
+
+    Raises:
+        ValueError: if `value` lies outside.
+    """
+    inside = low <= value <= high if closed == "both" else low <= value < high
+    if not inside:
+        raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed == 'both' else ')'}, got {value}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor` is empty or holds NaN or infinity."""
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
+    bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values of {tensor.numel()}")
+
+
+def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, axes: str) -> None:
+    """Raise unless `tensor` is a finite floating matrix of the expected shape.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: what was given.
+        rows: the expected number of rows; None allows any.
+        columns: the expected number of columns; None allows any.
+        axes: the expected axes in words, such as "[out, in]".
+
+    Raises:
+        ValueError: if the shape is not the expected one, or a value is not finite.
+    """
+    check_floating(name, tensor)
+    wrong_rows = tensor.ndim == 2 and rows is not None and tensor.shape[0] != rows
+    wrong_columns = tensor.ndim == 2 and columns is not None and tensor.shape[1] != columns
+    if tensor.ndim != 2 or wrong_rows or wrong_columns:
+        expected = ", ".join("any" if size is None else str(size) for size in (rows, columns))
+        raise ValueError(f"{name} must have shape {axes} = [{expected}], got {list(tensor.shape)}")
+    check_finite(name, tensor)
