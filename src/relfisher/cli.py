@@ -1,0 +1,205 @@
+"""The command line. Errors are one line that names the argument; torch is imported only once it is needed."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import relfisher
+
+if TYPE_CHECKING:
+    from relfisher.experiments.data import Dataset
+    from relfisher.experiments.reproduce import Invocation
+    from relfisher.experiments.study import Outcome, Study
+
+__all__ = ["main"]
+
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130
+
+app = typer.Typer(
+    help="Relative Fisher information metrics and relative natural gradient descent.", add_completion=False
+)
+reproduce_app = typer.Typer(help="Repeat the paper's experiments.")
+data_app = typer.Typer(help="Get the data sets.")
+app.add_typer(reproduce_app, name="reproduce")
+app.add_typer(data_app, name="data")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What follows the program's name; the process's own arguments if None.
+
+    Returns:
+        The exit status: 0, 2 for a wrong argument, 130 after Ctrl-C.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=given, prog_name="relfisher", standalone_mode=False, obj=given)
+    except typer.TyperException as error:
+        print("relfisher:", " ".join(error.format_message().split()), file=sys.stderr)
+        return error.exit_code
+    return status if isinstance(status, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"relfisher {relfisher.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _relfisher(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@reproduce_app.callback()
+def _reproduce() -> None:
+    pass
+
+
+@data_app.callback()
+def _data() -> None:
+    pass
+
+
+@data_app.command("fetch")
+def _fetch(
+    name: Annotated[str, typer.Argument(help="mnist or fashion-mnist.")],
+    base_url: Annotated[str | None, typer.Option(help="Fetch the files from here instead.")] = None,
+) -> None:
+    """Download a data set into the cache and check its hashes."""
+    from rich.console import Console
+
+    from relfisher.experiments.data import DataError, fetch
+    from relfisher.experiments.progress import DownloadDisplay
+
+    console = Console(stderr=True)
+    try:
+        directory = fetch(name, base_url=base_url, bar=DownloadDisplay(console) if console.is_terminal else None)
+    except DataError as error:
+        raise _wrong("NAME", str(error)) from error
+    print(directory)
+
+
+@reproduce_app.command("mlp")
+def _mlp(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
+    data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
+    quick: Annotated[bool, typer.Option("--quick", help="Two or three minutes instead of hours.")] = False,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method's chosen learning rate.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    lr: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=VALUE[,VALUE...]", help="Replace a learning-rate grid.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+) -> None:
+    """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
+    from relfisher.experiments.data import DataError, load
+    from relfisher.experiments.reproduce import Invocation, plan
+
+    selected = _selected(methods)
+    grids = dict(_grid(entry, selected) for entry in lr or ())
+    try:
+        dataset = load(data)
+    except DataError as error:
+        raise _wrong("--data", str(error)) from error
+    _check_writable(out)
+    study = plan(dataset, methods=selected, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
+    _run(study, dataset, data, out, Invocation(shlex.join(["relfisher", *context.obj]), jobs))
+
+
+def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Invocation) -> None:
+    import torch
+    from rich.console import Console
+
+    from relfisher.experiments.mlp import Trainer
+    from relfisher.experiments.progress import Display, summary
+    from relfisher.experiments.reproduce import write_results
+    from relfisher.experiments.runs import RunStore
+    from relfisher.experiments.study import carry_out
+    from relfisher.experiments.tables import rows
+
+    console = Console()
+    store = RunStore(out / "runs")
+    # Layers this narrow gain nothing from a second thread, and worker processes have one each too.
+    torch.set_num_threads(1)
+    try:
+        with Display(console, study.planned) as display:
+            outcome = carry_out(study, Trainer(source), store, jobs=invocation.jobs, watcher=display)
+    except KeyboardInterrupt as error:
+        print(
+            f"relfisher: stopped; the same command goes on with the runs missing in {store.directory}", file=sys.stderr
+        )
+        raise typer.Exit(INTERRUPTED_STATUS) from error
+    _tell(outcome, store.damaged)
+    table, picture = write_results(outcome, dataset, invocation, out)
+    console.print(summary(rows(outcome)))
+    print(f"table:   {table}\npicture: {picture}")
+
+
+def _tell(outcome: Outcome, damaged: list[Path]) -> None:
+    for path in damaged:
+        print(f"relfisher: {path} was unreadable, its run was done again", file=sys.stderr)
+    messages = {message: run for run, record in outcome.records.items() for message in record.warnings}
+    for message, run in messages.items():
+        print(f"relfisher: warning in {run}: {message}", file=sys.stderr)
+
+
+def _selected(methods: str | None) -> tuple[str, ...]:
+    from relfisher.experiments.mlp import METHODS
+
+    if methods is None:
+        return tuple(METHODS)
+    names = tuple(dict.fromkeys(name.strip().upper() for name in methods.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise _wrong("--methods", f"{name!r} is not a method, allowed are {', '.join(METHODS)}")
+    return names
+
+
+def _grid(entry: str, selected: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
+    name, _, values = entry.partition("=")
+    method = name.strip().upper()
+    if method not in selected:
+        raise _wrong("--lr", f"{name!r} is not a method of this run, allowed are {', '.join(selected)}")
+    return method, tuple(dict.fromkeys(_learning_rate(value) for value in values.split(",")))
+
+
+def _learning_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise _wrong("--lr", f"{text!r} is not a learning rate, allowed are finite numbers above 0")
+    return value
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        message = f"cannot write to {out}: {error.strerror}; allowed is a directory that can be made or written to"
+        raise _wrong("--out", message) from error
+
+
+def _wrong(argument: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=argument)
