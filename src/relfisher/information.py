@@ -23,6 +23,11 @@ class Information(ABC):
     #: True if every F_n is a diagonal matrix, so that the metric is block diagonal, a block a unit.
     is_diagonal: bool = False
 
+    @property
+    @abstractmethod
+    def out(self) -> int:
+        """The number of units."""
+
     @abstractmethod
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Apply each F_n to its vector: row n of the result is F_n r_n."""
@@ -49,6 +54,11 @@ class Isotropic(Information):
     like: Float[Tensor, "n out"]
     is_diagonal = True
 
+    @property
+    def out(self) -> int:
+        """The number of units."""
+        return self.like.shape[-1]
+
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Scale the field."""
         return field if self.value == 1.0 else field * self.value
@@ -69,6 +79,11 @@ class Diagonal(Information):
     nu: Float[Tensor, "n out"]
     is_diagonal = True
 
+    @property
+    def out(self) -> int:
+        """The number of units."""
+        return self.nu.shape[-1]
+
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Scale each unit by its own information."""
         return field * self.nu
@@ -87,6 +102,11 @@ class Softmax(Information):
     """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25)."""
 
     eta: Float[Tensor, "n out"]
+
+    @property
+    def out(self) -> int:
+        """The number of units."""
+        return self.eta.shape[-1]
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Return eta * (r - <eta, r>)."""
@@ -114,6 +134,11 @@ class PulledBack(Information):
     following: Information
     weight: Float[Tensor, "next out"]
     slope: Float[Tensor, "n out"]
+
+    @property
+    def out(self) -> int:
+        """The number of units."""
+        return self.slope.shape[-1]
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Push the field forward through J_n, apply the next layer's information, pull it back."""

@@ -42,6 +42,6 @@ def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tens
         return torch.stack([(augmented * scaled[:, unit, None]).T @ augmented for unit in range(q)])
     moments = augmented.new_zeros(q, d * d)
     pieces = 1 + n * d * d // _FLAT_NUMBERS
-    for piece, weight in zip(torch.tensor_split(augmented, pieces), torch.split(scaled, rows), strict=True):
+    for piece, weight in zip(augmented.tensor_split(pieces), scaled.tensor_split(pieces), strict=True):
         moments.addmm_(weight.T, (piece.unsqueeze(2) * piece.unsqueeze(1)).flatten(1))
     return moments.view(q, d, d)

@@ -1,0 +1,43 @@
+"""How much memory is free, and whether a dense matrix may be formed in it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["available_bytes", "check_fits"]
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device; on other than CPU and CUDA devices, those of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        return kilobytes * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_fits(what: str, numbers: int, dtype: torch.dtype, device: torch.device, instead: str) -> None:
+    """Raise unless a tensor takes at most half of the free memory.
+
+    Args:
+        what: the tensor, in words.
+        numbers: how many entries it has.
+        dtype: of its entries.
+        device: where it would be.
+        instead: what to do otherwise, in words.
+
+    Raises:
+        ValueError: with the size, the room and the alternative.
+    """
+    needed = numbers * dtype.itemsize
+    free = available_bytes(device)
+    if needed > free / 2:
+        raise ValueError(
+            f"{what} would take {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
+            f"that are free on {device}; {instead}"
+        )

@@ -1,0 +1,22 @@
+"""The metric of a subsystem as one linear operator, and its closed forms."""
+
+from relfisher.metric.base import Metric, SingularMetricError
+from relfisher.metric.closed_forms import layer_metric, neuron_metric, softmax_metric, two_layer_metric
+from relfisher.metric.combined import BatchedMetric, TransformedMetric
+from relfisher.metric.dense import DenseMetric
+from relfisher.metric.iterative import ConvergenceWarning
+from relfisher.metric.layer import LayerMetric
+
+__all__ = [
+    "BatchedMetric",
+    "ConvergenceWarning",
+    "DenseMetric",
+    "LayerMetric",
+    "Metric",
+    "SingularMetricError",
+    "TransformedMetric",
+    "layer_metric",
+    "neuron_metric",
+    "softmax_metric",
+    "two_layer_metric",
+]

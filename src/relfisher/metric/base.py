@@ -1,0 +1,374 @@
+"""A metric tensor as one linear operator: products, solves, spectra and lengths, whatever the subsystem.
+
+A subclass says how G acts on vectors, and as which direct sum of dense blocks it can be written. Everything else is
+here, and treats a block-diagonal metric and a full one alike: a full one is a direct sum of one block.
+
+Axes: `D` parameters of the subsystem, `b` parameters of a block, `q` distinct blocks, `k` vectors at once.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from relfisher.memory import check_fits
+from relfisher.metric.iterative import conjugate_gradients
+from relfisher.shapes import Float
+from relfisher.validation import check_finite, check_floating, check_interval
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+__all__ = ["Metric", "SingularMetricError"]
+
+# Blocks of up to this many parameters are factorised; larger ones are solved by conjugate gradients.
+_DENSE_BLOCK = 4096
+
+
+class SingularMetricError(ValueError):
+    """A metric without damping has no inverse."""
+
+
+class Metric(ABC):
+    """A symmetric positive semi-definite matrix G [D, D] that is applied without being formed.
+
+    Attributes:
+        parameter_shape: the shape of the subsystem's parameters; D is the product of it. Vectors may be given flat
+            [D] or in this shape, and come back as they were given.
+        samples: how many samples the metric is a mean over.
+        dtype: of its entries.
+        device: where it lives.
+    """
+
+    def __init__(
+        self, parameter_shape: tuple[int, ...], samples: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.parameter_shape = parameter_shape
+        self.samples = samples
+        self.dtype = dtype
+        self.device = device
+
+    # What a subclass says.
+
+    @abstractmethod
+    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """Return G times the vectors."""
+
+    @abstractmethod
+    def _direct_sum(self) -> Float[Tensor, "q b b"]:
+        """Return the blocks whose direct sum is G; one block (q = 1) may stand for all D / b of them."""
+
+    @abstractmethod
+    def _direct_sum_shape(self) -> tuple[int, int]:
+        """Return q and b."""
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Return the diagonal of G."""
+
+    # What follows from it.
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (D, D)."""
+        size = math.prod(self.parameter_shape)
+        return (size, size)
+
+    def matvec(self, vector: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
+        """Return G v for one vector, [D] or in the shape of the parameters.
+
+        Args:
+            vector: v.
+
+        Returns:
+            G v, in the shape of v.
+        """
+        flat = self._flat("vector", vector)
+        return self._product(flat.unsqueeze(1)).squeeze(1).reshape(vector.shape)
+
+    def matmat(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        """Return G V for the columns of V, [D, k].
+
+        Args:
+            vectors: V.
+
+        Returns:
+            G V.
+
+        Raises:
+            ValueError: if V does not have D rows.
+        """
+        check_floating("vectors", vectors)
+        if vectors.ndim != 2 or vectors.shape[0] != self.shape[0]:
+            raise ValueError(f"vectors must have shape [D, k] = [{self.shape[0]}, k], got {list(vectors.shape)}")
+        return self._product(vectors)
+
+    def __matmul__(self, other: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
+        one = other.ndim == 1 or tuple(other.shape) == self.parameter_shape
+        return self.matvec(other) if one else self.matmat(other)
+
+    def __repr__(self) -> str:
+        count, size = self._direct_sum_shape()
+        return (
+            f"{type(self).__name__}(shape={self.shape}, parameters={list(self.parameter_shape)}, "
+            f"samples={self.samples}, blocks={self.shape[0] // size} of {size}x{size} ({count} distinct), "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def to_dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix G.
+
+        Returns:
+            G, parameters in the order of the flattened parameter shape.
+
+        Raises:
+            ValueError: if it would take more than half of the free memory.
+        """
+        size = self.shape[0]
+        check_fits(
+            "the dense metric", size**2, self.dtype, self.device, "use @, solve or blocks(), which do not form it"
+        )
+        blocks = self.blocks()
+        if blocks.shape[0] == 1:
+            return blocks[0].clone()
+        dense = blocks.new_zeros(self.shape).reshape(-1, blocks.shape[-1], blocks.shape[0], blocks.shape[-1])
+        diagonal = torch.arange(blocks.shape[0], device=self.device)
+        dense[diagonal, :, diagonal, :] = blocks
+        return dense.reshape(self.shape)
+
+    def blocks(self) -> Float[Tensor, "blocks b b"]:
+        """Return the blocks whose direct sum is G: one a unit where the units respond independently, else G itself.
+
+        Returns:
+            The D / b blocks; equal ones may share their memory.
+
+        Raises:
+            ValueError: if they would take more than half of the free memory.
+        """
+        distinct = self._checked_direct_sum()
+        return distinct.expand(self.shape[0] // distinct.shape[-1], *distinct.shape[1:])
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the trace of G."""
+        return self.diagonal().sum()
+
+    def inner(self, u: Float[Tensor, "*p"], v: Float[Tensor, "*p"]) -> Float[Tensor, ""]:
+        """Return u' G v, the inner product of two steps. Equations (6), (10).
+
+        Args:
+            u: a vector, [D] or in the shape of the parameters.
+            v: another.
+
+        Returns:
+            A scalar.
+        """
+        return torch.dot(self._flat("u", u), self.matvec(v).reshape(-1))
+
+    def norm(self, u: Float[Tensor, "*p"]) -> Float[Tensor, ""]:
+        """Return the length of a step, the root of u' G u: how much it changes the response. Equations (6), (10).
+
+        Args:
+            u: a vector, [D] or in the shape of the parameters.
+
+        Returns:
+            A scalar.
+        """
+        return self.inner(u, u).clamp(min=0).sqrt()
+
+    def eigvalsh(self, k: int | None = None) -> Float[Tensor, "k"]:
+        """Return eigenvalues of G in ascending order.
+
+        Args:
+            k: how many of the largest; None for all of them. The k largest of a metric whose blocks are too large to
+                be decomposed come from Lanczos iterations, which need scipy.
+
+        Returns:
+            All D eigenvalues, or the k largest.
+
+        Raises:
+            ValueError: if k lies outside 1 ... D, or the blocks are too large and k is None.
+        """
+        if k is not None and not 1 <= k <= self.shape[0]:
+            raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
+        if k is not None and k < self.shape[0] - 1 and self._direct_sum_shape()[1] > _DENSE_BLOCK:
+            return self._lanczos(k)
+        distinct = self._checked_direct_sum("ask for the k largest eigenvalues")
+        values: Tensor = torch.linalg.eigvalsh(distinct)
+        repeats = self.shape[0] // values.numel()
+        values = values.flatten().repeat_interleave(repeats).sort().values
+        return values if k is None else values[-k:]
+
+    def rank(self, rtol: float | None = None) -> int:
+        """Return the number of eigenvalues above `rtol` times the largest.
+
+        Args:
+            rtol: the relative threshold; None for D times the machine epsilon.
+
+        Returns:
+            The numerical rank.
+        """
+        values = self.eigvalsh()
+        return int((values > self._threshold(values, rtol)).sum())
+
+    def condition_number(self, damping: float = 0.0) -> float:
+        """Return the ratio of the largest to the smallest eigenvalue of G + damping I.
+
+        Args:
+            damping: >= 0.
+
+        Returns:
+            The ratio; infinite for a singular metric.
+        """
+        check_interval("damping", damping, 0, math.inf)
+        values = self.eigvalsh().clamp(min=0)
+        if damping == 0 and values[0] <= self._threshold(values, None):
+            return math.inf
+        return float((values[-1] + damping) / (values[0] + damping))
+
+    def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
+        """Return ln det(G + damping I).
+
+        Args:
+            damping: >= 0.
+
+        Returns:
+            A scalar; -inf for a singular metric without damping.
+        """
+        check_interval("damping", damping, 0, math.inf)
+        return (self.eigvalsh().clamp(min=0) + damping).log().sum()
+
+    def solve(self, v: Float[Tensor, "..."], damping: float = 0.0) -> Float[Tensor, "..."]:
+        """Return (G + damping I)^-1 v.
+
+        Blocks of up to 4096 parameters are factorised (Cholesky); larger metrics are solved by conjugate gradients,
+        preconditioned by the diagonal, to a relative residual of 100 machine epsilons.
+
+        Args:
+            v: one vector, [D] or in the shape of the parameters, or several, [D, k].
+            damping: >= 0.
+
+        Returns:
+            The solution, in the shape of v.
+
+        Raises:
+            ValueError: if damping is negative or v has another shape.
+            SingularMetricError: if the damped metric is singular to working precision.
+        """
+        check_interval("damping", damping, 0, math.inf)
+        columns = self._columns(v)
+        if self._direct_sum_shape()[1] > _DENSE_BLOCK:
+            return conjugate_gradients(self._product, columns, self.diagonal(), damping).reshape(v.shape)
+        damped = self._checked_direct_sum().clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if bool((info != 0).any()):
+            raise SingularMetricError(
+                f"the metric is singular with damping {damping}: give a larger damping, or use pinv_solve"
+            )
+        pieces = columns.reshape(-1, damped.shape[-1], columns.shape[1])
+        solution = torch.cholesky_solve(pieces, factor)
+        return solution.reshape(v.shape)
+
+    def pinv_solve(self, v: Float[Tensor, "..."], rtol: float | None = None) -> Float[Tensor, "..."]:
+        """Return the Moore-Penrose pseudo-inverse of G times v: the natural gradient of a singular metric.
+
+        Source: Thomas 2014, as cited in section 2.
+
+        Args:
+            v: one vector, [D] or in the shape of the parameters, or several, [D, k].
+            rtol: eigenvalues up to rtol times the largest count as 0; None for D times the machine epsilon.
+
+        Returns:
+            The solution of least norm, in the shape of v.
+        """
+        columns = self._columns(v)
+        values, vectors = torch.linalg.eigh(self._checked_direct_sum())
+        kept = values > self._threshold(values, rtol)
+        inverse = torch.where(kept, 1 / values.where(kept, torch.ones_like(values)), torch.zeros_like(values))
+        pieces = columns.reshape(-1, values.shape[-1], columns.shape[1])
+        solution: Tensor = vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ pieces))
+        return solution.reshape(v.shape)
+
+    def natural_gradient(self, gradient: Float[Tensor, "*p"], damping: float = 0.0) -> Float[Tensor, "*p"]:
+        """Return the natural gradient G^-1 dL, the direction of equation (7), for a loss gradient dL.
+
+        Args:
+            gradient: dL, [D] or in the shape of the parameters.
+            damping: >= 0; with 0, a singular metric is inverted on its range (Thomas 2014).
+
+        Returns:
+            The direction, in the shape of the gradient; a step is minus the learning rate times it.
+        """
+        if damping == 0 and self._direct_sum_shape()[1] <= _DENSE_BLOCK:
+            return self.pinv_solve(gradient)
+        return self.solve(gradient, damping)
+
+    def to_scipy(self) -> LinearOperator:
+        """Return the operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
+
+        Returns:
+            The operator, of the same shape and dtype.
+
+        Raises:
+            ModuleNotFoundError: if scipy is not installed.
+        """
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(columns: np.ndarray) -> np.ndarray:
+            tensor = torch.as_tensor(columns, dtype=self.dtype, device=self.device)
+            matrix = tensor.reshape(self.shape[0], -1)
+            return self._product(matrix).reshape(tensor.shape).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)
+
+    # The machinery.
+
+    def _flat(self, name: str, vector: Tensor) -> Float[Tensor, "D"]:
+        check_floating(name, vector)
+        flat = (self.shape[0],)
+        if tuple(vector.shape) not in (flat, self.parameter_shape):
+            raise ValueError(
+                f"{name} must have shape [{self.shape[0]}] or that of the parameters "
+                f"{list(self.parameter_shape)}, got {list(vector.shape)}"
+            )
+        return vector.reshape(-1)
+
+    def _columns(self, v: Tensor) -> Float[Tensor, "D k"]:
+        """Return right-hand sides as columns, after checking them."""
+        one = v.ndim == 1 or tuple(v.shape) == self.parameter_shape
+        if one:
+            columns = self._flat("v", v).unsqueeze(1)
+        elif v.ndim == 2 and v.shape[0] == self.shape[0]:
+            check_floating("v", v)
+            columns = v
+        else:
+            raise ValueError(
+                f"v must have shape [{self.shape[0]}], [{self.shape[0]}, k] or that of the parameters "
+                f"{list(self.parameter_shape)}, got {list(v.shape)}"
+            )
+        check_finite("v", columns)
+        return columns
+
+    def _checked_direct_sum(self, instead: str = "use @ and solve, which do not form them") -> Float[Tensor, "q b b"]:
+        count, size = self._direct_sum_shape()
+        check_fits(f"{count} dense blocks of {size}x{size}", count * size**2, self.dtype, self.device, instead)
+        return self._direct_sum()
+
+    def _threshold(self, values: Tensor, rtol: float | None) -> float:
+        if rtol is None:
+            rtol = self.shape[0] * torch.finfo(self.dtype).eps
+        else:
+            check_interval("rtol", rtol, 0, 1)
+        return rtol * max(float(values.max()), 0.0)
+
+    def _lanczos(self, k: int) -> Float[Tensor, "k"]:
+        from scipy.sparse.linalg import eigsh
+
+        values = eigsh(self.to_scipy(), k=k, which="LA", return_eigenvectors=False)
+        return torch.as_tensor(values, dtype=self.dtype, device=self.device).sort().values

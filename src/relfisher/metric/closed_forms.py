@@ -1,0 +1,142 @@
+"""The metrics of section 3 from tensors: a neuron, a layer, a softmax head, two layers.
+
+Weights are torch's: `weight` [out, in], `bias` [out]; x is [n, in]. A metric's parameters are the matrix
+(weight, bias) [out, in + 1], neuron-major with the bias last; without a bias they are the weight alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relfisher.information import PulledBack
+from relfisher.metric.layer import LayerMetric
+from relfisher.responses import Categorical, Response, UnitResponse
+from relfisher.shapes import Float
+from relfisher.validation import check_finite, check_floating, check_matrix
+
+__all__ = ["layer_metric", "neuron_metric", "softmax_metric", "two_layer_metric"]
+
+
+def neuron_metric(
+    x: Float[Tensor, "n in"],
+    weight: Float[Tensor, "in"],
+    bias: Float[Tensor, ""] | float | None,
+    response: UnitResponse,
+) -> LayerMetric:
+    """Return the metric of one neuron, mean_n nu_f(w, x_n) x~_n x~_n'. Equations (12), (14), (16), (18), (20), (21).
+
+    Args:
+        x: the neuron's inputs.
+        weight: its weights.
+        bias: its bias; None for a neuron without.
+        response: what the neuron says, such as `SigmoidBernoulli()`.
+
+    Returns:
+        A metric of shape [in + 1, in + 1], or [in, in] without a bias.
+
+    Raises:
+        ValueError: if shapes do not fit, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype.
+    """
+    check_floating("weight", weight)
+    if weight.ndim != 1:
+        raise ValueError(f"weight must have shape [in], got {list(weight.shape)}; for a layer use layer_metric")
+    shift = None if bias is None else torch.as_tensor(bias, dtype=weight.dtype, device=weight.device).reshape(1)
+    return layer_metric(x, weight.unsqueeze(0), shift, response)
+
+
+def layer_metric(
+    x: Float[Tensor, "n in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, "out"] | None,
+    response: Response,
+) -> LayerMetric:
+    """Return the metric of a layer with this response: equation (22) if linear, (23) if element-wise, (25) if softmax.
+
+    Args:
+        x: the layer's inputs.
+        weight: the layer's weight.
+        bias: its bias; None for a layer without.
+        response: what its units say.
+
+    Returns:
+        A metric of shape [D, D], D = out * (in + 1), or out * in without a bias.
+
+    Raises:
+        ValueError: if shapes do not fit, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype.
+    """
+    z = _pre_activation(x, weight, bias)
+    return LayerMetric(response.operator(z), x.detach(), bias=bias is not None)
+
+
+def softmax_metric(
+    x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
+) -> LayerMetric:
+    """Return the metric of a softmax layer. Equation (25).
+
+    It is singular: an equal shift of the weights of all classes changes nothing.
+
+    Args:
+        x: the layer's inputs.
+        weight: the layer's weight, a row a class.
+        bias: its bias; None for a layer without.
+
+    Returns:
+        A metric of shape [D, D], D = out * (in + 1), or out * in without a bias.
+    """
+    return layer_metric(x, weight, bias, Categorical())
+
+
+def two_layer_metric(
+    x: Float[Tensor, "n in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, "out"] | None,
+    activation: UnitResponse,
+    next_weight: Float[Tensor, "next out"],
+    next_bias: Float[Tensor, "next"] | None,
+    response: Response,
+) -> LayerMetric:
+    """Return the metric of a layer's parameters with respect to the response of the next layer. Equation (26).
+
+    The hidden layer is deterministic, h = f(z); the next layer's parameters belong to the reference. Block (i, j) is
+    mean_n c_i' F_n c_j f'(z_ni) f'(z_nj) x~_n x~_n', with c_i the i-th column of the next layer's weight. The printed
+    (26), (81) have nu_f in place of f': the same for tanh and sigmoid units, but not for (P)ReLU and ELU units, where
+    nu_f = f'^2 / sigma^2.
+
+    Args:
+        x: the inputs of the first layer.
+        weight: the first layer's weight.
+        bias: its bias; None for a layer without.
+        activation: the response that names the hidden activation f; its noise is not used.
+        next_weight: the next layer's weight.
+        next_bias: its bias; None for a layer without.
+        response: what the next layer says.
+
+    Returns:
+        A metric of the first layer's parameters, of shape [D, D], D = out * (in + 1).
+
+    Raises:
+        ValueError: if shapes do not fit, or a value is not finite.
+    """
+    z = _pre_activation(x, weight, bias)
+    check_matrix("next_weight", next_weight, None, weight.shape[0], "[next, out]")
+    following = _pre_activation(activation.activation(z), next_weight, next_bias, "next_")
+    information = PulledBack(response.operator(following), next_weight.detach(), activation.slope(z))
+    return LayerMetric(information, x.detach(), bias=bias is not None)
+
+
+def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Float[Tensor, "n out"]:
+    """Return z = W x + b, after checking that everything fits."""
+    check_matrix(f"{prefix}weight", weight, None, None, "[out, in]")
+    out, inputs = weight.shape
+    check_matrix("x", x, None, inputs, "[n, in]")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"x and {prefix}weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    if bias is not None:
+        check_floating(f"{prefix}bias", bias)
+        if tuple(bias.shape) != (out,):
+            raise ValueError(f"{prefix}bias must have shape [out] = [{out}], got {list(bias.shape)}")
+        check_finite(f"{prefix}bias", bias)
+    return torch.nn.functional.linear(x, weight, bias).detach()

@@ -1,0 +1,46 @@
+"""A metric that is held as a matrix, as automatic differentiation gives it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relfisher.metric.base import Metric
+from relfisher.shapes import Float
+
+__all__ = ["DenseMetric"]
+
+
+class DenseMetric(Metric):
+    """A metric given by its matrix.
+
+    Args:
+        matrix: G, symmetric [D, D]; it is kept, not copied.
+        parameter_shape: the shape of the subsystem's parameters; None for [D].
+        samples: how many samples G is a mean over.
+        standard_error: of each entry of G, where it was estimated by sampling.
+    """
+
+    def __init__(
+        self,
+        matrix: Float[Tensor, "D D"],
+        parameter_shape: tuple[int, ...] | None = None,
+        samples: int = 1,
+        standard_error: Float[Tensor, "D D"] | None = None,
+    ) -> None:
+        super().__init__(parameter_shape or (matrix.shape[0],), samples, matrix.dtype, matrix.device)
+        self.matrix = matrix
+        self.standard_error = standard_error
+
+    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        return self.matrix @ vectors
+
+    def _direct_sum_shape(self) -> tuple[int, int]:
+        return 1, self.matrix.shape[0]
+
+    def _direct_sum(self) -> Float[Tensor, "q b b"]:
+        return self.matrix.unsqueeze(0)
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Return the diagonal of G."""
+        return torch.diagonal(self.matrix).clone()

@@ -1,0 +1,67 @@
+"""Conjugate gradients for metrics that are too large to factorise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from relfisher.shapes import Float
+
+__all__ = ["ConvergenceWarning", "conjugate_gradients"]
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before it reached its tolerance."""
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    right: Float[Tensor, "D k"],
+    diagonal: Float[Tensor, "D"],
+    damping: float,
+    max_iterations: int = 2000,
+) -> Float[Tensor, "D k"]:
+    """Solve (G + damping I) X = B for all columns of B at once, preconditioned by the diagonal (Hestenes & Stiefel).
+
+    Args:
+        product: V -> G V on [D, k].
+        right: B.
+        diagonal: the diagonal of G.
+        damping: what is added to it.
+        max_iterations: where to stop.
+
+    Returns:
+        X, to a relative residual of 100 machine epsilons in every column, or, with a warning, the last iterate.
+    """
+    preconditioner = diagonal.add(damping)
+    preconditioner = torch.where(preconditioner > 0, preconditioner, torch.ones_like(preconditioner)).unsqueeze(1)
+    tolerance = 100 * torch.finfo(right.dtype).eps * right.norm(dim=0)
+    solution = torch.zeros_like(right)
+    residual = right.clone()
+    scaled = residual / preconditioner
+    direction = scaled.clone()
+    energy = (residual * scaled).sum(0)
+    for _ in range(max_iterations):
+        if bool((residual.norm(dim=0) <= tolerance).all()):
+            return solution
+        image = product(direction).add(direction, alpha=damping)
+        curvature = (direction * image).sum(0)
+        # A column that has converged to 0 has neither energy nor curvature left.
+        length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))
+        solution += length * direction
+        residual -= length * image
+        scaled = residual / preconditioner
+        fresh = (residual * scaled).sum(0)
+        direction = scaled + torch.where(energy > 0, fresh / energy, torch.zeros_like(energy)) * direction
+        energy = fresh
+    worst = float((residual.norm(dim=0) / right.norm(dim=0).clamp(min=torch.finfo(right.dtype).tiny)).max())
+    warnings.warn(
+        f"conjugate gradients stopped after {max_iterations} iterations at a relative residual of {worst:.1e}: "
+        "give more damping",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
+    return solution

@@ -1,0 +1,87 @@
+"""The metric of a layer, G = mean_n F_n (x) x~_n x~_n': the one expression behind equations (12) to (26)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from relfisher.information import Information, Isotropic
+from relfisher.metric.base import Metric
+from relfisher.moments import augment, second_moment, weighted_second_moments
+from relfisher.shapes import Float
+
+__all__ = ["LayerMetric"]
+
+_FIELD_NUMBERS = 1 << 25
+
+
+class LayerMetric(Metric):
+    """The relative Fisher information metric of a layer's parameters [out, d], neuron-major, bias last.
+
+    A product with a vector V [out, d] is two matrix products over the samples, (F (X V'))' X / n: G is never formed.
+
+    Args:
+        information: F_n, the information of the layer's response about its pre-activation.
+        x: the layer's input.
+        bias: True if the layer has a bias, so that x~ = (x, 1) and d = in + 1.
+    """
+
+    def __init__(self, information: Information, x: Float[Tensor, "n in"], *, bias: bool) -> None:
+        n, inputs = x.shape
+        out = information.out
+        super().__init__((out, inputs + bias), n, x.dtype, x.device)
+        self.information = information
+        self.x = x
+        self.bias = bias
+
+    def _augmented(self) -> Float[Tensor, "n d"]:
+        return augment(self.x) if self.bias else self.x
+
+    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        if vectors.shape[1] == 1:
+            return self._product_one(vectors.reshape(self.parameter_shape)).reshape(-1, 1)
+        width = max(1, _FIELD_NUMBERS // (self.samples * self.parameter_shape[0]))
+        return torch.cat([self._product_some(piece) for piece in torch.split(vectors, width, dim=1)], dim=1)
+
+    def _product_one(self, v: Float[Tensor, "out d"]) -> Float[Tensor, "out d"]:
+        if not self.bias:
+            field = self.information.apply(self.x @ v.T)
+            return (field.T @ self.x).div_(self.samples)
+        field = self.information.apply(torch.addmm(v[:, -1], self.x, v[:, :-1].T))
+        image = torch.empty_like(v)
+        image[:, :-1] = field.T @ self.x
+        image[:, -1] = field.sum(0)
+        return image.div_(self.samples)
+
+    def _product_some(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        (out, d), k = self.parameter_shape, vectors.shape[1]
+        augmented = self._augmented()
+        stacked = vectors.reshape(out, d, k).permute(2, 0, 1).reshape(k * out, d)
+        field = (augmented @ stacked.T).reshape(self.samples, k, out).transpose(0, 1)
+        field = self.information.apply(field)
+        image = field.transpose(1, 2).reshape(k * out, self.samples) @ augmented
+        return image.reshape(k, out * d).T.div(self.samples)
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Return mean_n F_n,ii x~_nj^2."""
+        return (self.information.diagonal().T @ self._augmented().square()).div_(self.samples).reshape(-1)
+
+    def _direct_sum_shape(self) -> tuple[int, int]:
+        out, d = self.parameter_shape
+        if isinstance(self.information, Isotropic):
+            return 1, d
+        return (out, d) if self.information.is_diagonal else (1, out * d)
+
+    def _direct_sum(self) -> Float[Tensor, "q b b"]:
+        augmented = self._augmented()
+        information = self.information
+        if isinstance(information, Isotropic):
+            return second_moment(augmented).mul_(information.value).unsqueeze(0)
+        if information.is_diagonal:
+            return weighted_second_moments(information.diagonal(), augmented)
+        out, d = self.parameter_shape
+        pairs = weighted_second_moments(information.dense().flatten(1), augmented)
+        size = math.prod(self.parameter_shape)
+        return pairs.reshape(out, out, d, d).permute(0, 2, 1, 3).reshape(1, size, size)
