@@ -36,6 +36,10 @@ def linear_subsystems(model: nn.Module) -> list[LinearSubsystem]:
     ]
 
 
+# Reads of an attribute, and what leaves the graph: they take a pre-activation nowhere.
+_LOOKS = frozenset(["get", "detach"])
+
+
 class ActivationWatch(TorchFunctionMode):
     """While active, notes which functions take the pre-activations that it was shown.
 
@@ -59,7 +63,7 @@ class ActivationWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         takers = [(key, z) for key, z in self._shown if any(z is leaf for leaf in _tensors([*args, *kwargs.values()]))]
         result = func(*args, **kwargs)
-        if takers and any(leaf.requires_grad for leaf in _tensors([result])):
+        if takers and canonical_name(func) not in _LOOKS and next(_tensors([result]), None) is not None:
             for key, z in takers:
                 response = response_of(func, args, kwargs) if args and args[0] is z else None
                 self._takers[key].append((canonical_name(func), response))

@@ -1,0 +1,175 @@
+"""What the metric says about a model: section 4 as library calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from relfisher.autodiff import fisher
+from relfisher.metric import LayerMetric, Metric
+from relfisher.responses import Response
+from relfisher.subsystems import observe
+
+__all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "unbalance"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectrum of a metric in numbers.
+
+    Attributes:
+        rank: the number of eigenvalues above D machine epsilons times the largest.
+        trace: their sum.
+        top: the largest ones, in descending order.
+        condition_number: the largest over the smallest of those that count for the rank.
+    """
+
+    rank: int
+    trace: float
+    top: tuple[float, ...]
+    condition_number: float
+
+    @classmethod
+    def of(cls, metric: Metric, top: int) -> Spectrum:
+        """Return the spectrum of a metric, with so many of its largest eigenvalues."""
+        values = metric.eigvalsh().flip(0)
+        rank = metric.rank()
+        condition = float(values[0] / values[rank - 1]) if rank else float("nan")
+        return cls(rank, float(values.sum()), tuple(values[:top].tolist()), condition)
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """A layer's relative metric beside its block of the global one.
+
+    Attributes:
+        name: of the layer.
+        response: what its units say.
+        parameters: D, their number.
+        relative: the spectrum of the RFIM.
+        global_block: the spectrum of the layer's diagonal block of the FIM.
+    """
+
+    name: str
+    response: Response
+    parameters: int
+    relative: Spectrum
+    global_block: Spectrum
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One `LayerComparison` a layer, in the order of the model; prints as a table."""
+
+    layers: tuple[LayerComparison, ...]
+
+    def __iter__(self) -> Iterator[LayerComparison]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        head = f"{'layer':<16}{'D':>8}  {'metric':<6}{'rank':>8}{'trace':>12}{'largest':>12}{'condition':>12}"
+        lines = [head]
+        for layer in self.layers:
+            for label, spectrum in (("RFIM", layer.relative), ("FIM", layer.global_block)):
+                lines.append(
+                    f"{layer.name:<16}{layer.parameters:>8}  {label:<6}{spectrum.rank:>8}{spectrum.trace:>12.4g}"
+                    f"{spectrum.top[0]:>12.4g}{spectrum.condition_number:>12.4g}"
+                )
+        return "\n".join(lines)
+
+
+def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> Comparison:
+    """Compare each linear layer's relative metric with its block of the global metric. Section 4.
+
+    The rank of a hidden layer's RFIM is at most n * out, that of the global metric at most n times the number of
+    independent outcomes of `response`; for the last layer the two metrics are one.
+
+    Args:
+        model: its output is the pre-activation of the response.
+        inputs: what the model is called with: a tensor, or a tuple of arguments; n samples.
+        response: what the model's output says; also the response of the layer that makes the output.
+        top: how many of the largest eigenvalues to keep.
+
+    Returns:
+        The comparison, a row a layer that the forward pass reached.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    seen = observe(model, layers, inputs)
+    last = next(reversed(seen), None)
+    rows = []
+    for name, (x, z, found) in seen.items():
+        said = response if name == last else found
+        relative = LayerMetric(said.operator(z), x, bias=layers[name].bias is not None)
+        prefix = f"{name}." if name else ""
+        names = [f"{prefix}{key}" for key, _ in layers[name].named_parameters()]
+        block = fisher(model, inputs, response, names)
+        rows.append(LayerComparison(name, said, relative.shape[0], Spectrum.of(relative, top), Spectrum.of(block, top)))
+    return Comparison(tuple(rows))
+
+
+class _Scaled(nn.Module):
+    """weight = scale * phi: the coordinates in which the metric is scale^2 times as large."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, phi: Tensor) -> Tensor:
+        return phi * self.scale
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.scale
+
+
+def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, float]:
+    """Reparametrise each linear layer so that the largest eigenvalue of its metric is 1. Section 4.
+
+    A layer's weight and bias become scale * phi with scale = 1 / sqrt(largest eigenvalue), as parametrizations of
+    torch; the model computes what it did before, and its parameters are the phi. A step of bounded length in phi then
+    changes each layer's response by a bounded amount. `unbalance` is the inverse.
+
+    Args:
+        model: changed in place; make the optimizer afterwards.
+        inputs: what the model is called with: a tensor, or a tuple of arguments.
+        response: the response of the layer that makes the model's output.
+
+    Returns:
+        The scale of each layer, by name.
+
+    Raises:
+        ValueError: if a layer is parametrized already, or its metric is zero.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    taken = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
+    if taken:
+        raise ValueError(f"model must not be parametrized yet, but {', '.join(taken)} is: call unbalance first")
+    seen = observe(model, layers, inputs)
+    last = next(reversed(seen), None)
+    scales: dict[str, float] = {}
+    for name, (x, z, found) in seen.items():
+        said = response if name == last else found
+        largest = float(LayerMetric(said.operator(z), x, bias=layers[name].bias is not None).eigvalsh(1))
+        if not largest > 0:
+            raise ValueError(f"the metric of {name!r} is zero on these inputs, so that it cannot be scaled to 1")
+        scales[name] = largest**-0.5
+    for name, scale in scales.items():
+        for key in [key for key, _ in layers[name].named_parameters()]:
+            parametrize.register_parametrization(layers[name], key, _Scaled(scale))
+    return scales
+
+
+def unbalance(model: nn.Module) -> None:
+    """Undo `balance`: the parameters are weights and biases again, with the values that they have reached."""
+    for module in model.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        parametrizations: Any = module.parametrizations
+        for key in list(parametrizations):
+            if any(isinstance(step, _Scaled) for step in parametrizations[key]):
+                with torch.no_grad():
+                    parametrize.remove_parametrizations(module, key, leave_parametrized=True)

@@ -1,0 +1,148 @@
+"""The oracle, for a response or a metric of your own: one call that checks it against its definition.
+
+Nothing here trusts what it checks: expectations are enumerated or integrated from `log_prob` alone, derivatives come
+from automatic differentiation, and a metric is compared with the matrix that its products spell out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, vmap
+
+from relfisher.metric import Metric
+from relfisher.responses import Response, UnitResponse
+from relfisher.shapes import Float
+
+__all__ = ["check_metric", "check_response"]
+
+_NODES = 64
+_REACH = 12.0
+
+
+def check_response(response: Response, z: Float[Tensor, "n out"] | None = None, rtol: float = 1e-5) -> None:
+    """Check that a response's information is the Fisher information of its own log-density. Equations (1), (2).
+
+    At each z: the probabilities sum to 1, the expected score is 0, and `information(z)` equals both the expected outer
+    product of scores and minus the expected Hessian of `log_prob`; `operator(z)` agrees with it on products, diagonal
+    and matrices; a unit response's `slope` is the derivative of its `activation`. Expectations are sums over
+    `outcomes`, or, for a continuum, integrals around `activation(z)` on the scale of the response's `sigma` (1 if it
+    has none), which must hold its mass within 12 sigma.
+
+    Args:
+        response: what to check.
+        z: float64 pre-activations to check at, away from kinks of the activation; None for some between -3 and 3.
+        rtol: the relative tolerance.
+
+    Raises:
+        AssertionError: if something does not hold, with what and where.
+    """
+    points = torch.linspace(-3, 3, 14, dtype=torch.float64).reshape(-1, 2) if z is None else z
+    for sample in points:
+        _check_expectations(response, sample, rtol)
+    information = response.information(points)
+    dense = torch.diag_embed(information) if isinstance(response, UnitResponse) else information
+    operator = response.operator(points)
+    probe = torch.linspace(-1, 2, points.numel(), dtype=points.dtype).reshape(points.shape)
+    _same("operator(z).dense()", operator.dense(), dense, rtol)
+    _same("operator(z).diagonal()", operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1), rtol)
+    _same("operator(z).apply(r)", operator.apply(probe), (dense @ probe.unsqueeze(-1)).squeeze(-1), rtol)
+    if isinstance(response, UnitResponse):
+        slope = vmap(grad(lambda point: response.activation(point.reshape(1, 1)).sum()))(points.reshape(-1))
+        _same("slope(z)", response.slope(points), slope.reshape(points.shape), rtol)
+
+
+def check_metric(metric: Metric, expected: Float[Tensor, "D D"] | None = None, rtol: float = 1e-8) -> None:
+    """Check that a metric's operations agree with one matrix, and that this matrix is a metric.
+
+    The matrix is spelled out column by column by `matvec`. It must be symmetric and positive semi-definite, and
+    `matmat`, `to_dense`, `blocks`, `diagonal`, `trace`, `eigvalsh`, `inner`, `solve` and `logdet` must agree with it.
+
+    Args:
+        metric: what to check, of a few hundred parameters at most.
+        expected: the matrix that it should be, such as `relative_fisher(...).to_dense()`; None to check the operations
+            against each other alone.
+        rtol: the tolerance, relative to the largest entry.
+
+    Raises:
+        AssertionError: if something does not hold, with what and by how much.
+    """
+    size = metric.shape[0]
+    eye = torch.eye(size, dtype=metric.dtype, device=metric.device)
+    matrix = torch.stack([metric.matvec(column) for column in eye], dim=1)
+    _same("symmetry", matrix, matrix.T, rtol)
+    if expected is not None:
+        _same("the matrix", matrix, expected, rtol)
+    values = torch.linalg.eigvalsh(matrix)
+    if float(values[0]) < -rtol * max(float(values[-1]), 1.0):
+        raise AssertionError(
+            f"the metric is not positive semi-definite: its least eigenvalue is {float(values[0]):.3e}"
+        )
+    probe = torch.linspace(-1, 2, size, dtype=metric.dtype, device=metric.device)
+    damping = float(values[-1]) * 0.1 + 1e-3
+    damped = matrix + damping * eye
+    _same("matmat", metric.matmat(eye), matrix, rtol)
+    _same("to_dense", metric.to_dense(), matrix, rtol)
+    _same("blocks", torch.block_diag(*metric.blocks()), matrix, rtol)  # type: ignore[no-untyped-call]  # torch's own
+    _same("diagonal", metric.diagonal(), matrix.diagonal(), rtol)
+    _same("trace", metric.trace(), matrix.trace(), rtol)
+    _same("eigvalsh", metric.eigvalsh(), values, rtol)
+    _same("inner", metric.inner(probe, probe), probe @ matrix @ probe, rtol)
+    _same("solve", metric.solve(probe, damping), torch.linalg.solve(damped, probe), rtol)
+    _same("logdet", metric.logdet(damping), torch.logdet(damped), rtol)
+
+
+def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float) -> None:
+    """Compare F(z) of one sample with the two expectations that define it."""
+    out = z.shape[0]
+    joint = not isinstance(response, UnitResponse)
+    information = response.information(z.unsqueeze(0)).squeeze(0)
+    expected = information if joint else torch.diag(information)
+
+    def log_prob(point: Tensor, y: Tensor) -> Tensor:
+        return response.log_prob(point.unsqueeze(0), y.unsqueeze(0)).sum()
+
+    mass = torch.zeros((), dtype=z.dtype) if joint else torch.zeros_like(z)
+    mean = torch.zeros_like(z)
+    outer, curvature = torch.zeros(out, out, dtype=z.dtype), torch.zeros(out, out, dtype=z.dtype)
+    for y, weight in _responses(response, z):
+        score = grad(log_prob)(z, y)
+        hess = hessian(log_prob)(z, y)
+        mass += weight
+        mean += weight * score
+        # Units are independent, so that each is integrated on its own, along the diagonal.
+        outer += weight * torch.outer(score, score) if joint else torch.diag(weight * score.square())
+        curvature -= weight * hess if joint else torch.diag(weight * hess.diagonal())
+    where = f"at z = {[round(value, 3) for value in z.tolist()]}"
+    _same(f"the total probability {where}", mass, torch.ones_like(mass), rtol)
+    _same(f"the expected score {where}", mean, torch.zeros_like(mean), rtol)
+    _same(f"information(z) against the outer product of scores {where}", expected, outer, rtol)
+    _same(f"information(z) against minus the expected Hessian {where}", expected, curvature, rtol)
+
+
+def _responses(response: Response, z: Float[Tensor, "out"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield responses y of one sample with their weights: probabilities, or densities times quadrature weights."""
+    outcomes = response.outcomes(z.shape[0])
+    if outcomes is not None:
+        for value in outcomes:
+            y = torch.full_like(z, value) if isinstance(response, UnitResponse) else torch.tensor(value)
+            yield y, response.log_prob(z.unsqueeze(0), y.unsqueeze(0)).squeeze(0).exp()
+        return
+    if not isinstance(response, UnitResponse):
+        raise AssertionError("a response with a continuum of outcomes must be a UnitResponse to be integrated")
+    centre = response.activation(z)
+    spread = _REACH * float(getattr(response, "sigma", 1.0))
+    # The trapezoidal rule converges geometrically for a density that has decayed at both ends.
+    for offset in torch.linspace(-spread, spread, 4 * _NODES + 1, dtype=z.dtype):
+        y = centre + offset
+        yield y, response.log_prob(z, y).exp() * (2 * spread / (4 * _NODES))
+
+
+def _same(what: str, found: Tensor, wanted: Tensor, rtol: float) -> None:
+    scale = max(float(wanted.abs().max()), 1.0 if float(wanted.abs().max()) == 0 else 0.0)
+    error = float((found - wanted).abs().max()) / scale
+    if not (math.isfinite(error) and error <= rtol):
+        raise AssertionError(f"{what} is off by {error:.2e} relative to {scale:.3g}; the tolerance is {rtol:.0e}")
