@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ class Dataset:
         return digest.hexdigest()
 
 
+@runtime_checkable
 class DownloadBar(Protocol):
     """What a progress bar must offer to follow a download."""
 

@@ -24,6 +24,7 @@ __all__ = ["figure5", "save"]
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
 FLOOR = 1e-8
+BASELINE_WIDTH = 1.6
 STYLE: dict[RcKeyType, object] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -44,7 +45,7 @@ class Look:
 
     colour: str
     dashes: str = "-"
-    width: float = 1.6
+    width: float = BASELINE_WIDTH
 
 
 LOOKS = {
@@ -87,7 +88,7 @@ def figure5(outcome: Outcome, title: str) -> Figure:
     lines = [line for method in outcome.study.grids if (line := _line(outcome, method)) is not None]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.42})
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.5})
         for line in lines:
             _draw(left, line, line.iterations)
             _draw(right, line, line.seconds)
@@ -102,7 +103,7 @@ def figure5(outcome: Outcome, title: str) -> Figure:
             _fit(left, lines)
             _label_ends(left, lines)
             for line in lines:
-                right.plot(line.seconds[-1], line.smooth[-1], "o", color=line.look.colour, markersize=5)
+                right.plot(line.seconds[-1], line.smooth[-1], "o", color=line.look.colour, markersize=5, clip_on=False)
         figure.suptitle(title, x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
         figure.text(0.07, 0.012, _caption(outcome), fontsize=9, color="#555555")
         figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.17)
@@ -168,19 +169,13 @@ def _label_ends(axes: Axes, lines: list[_Line]) -> None:
     ends = {line.method: (to_axes((1, line.smooth[-1]))[1] - low) / (high - low) for line in lines}
     places = _spread(ends)
     for line in lines:
-        axes.annotate(
-            line.method,
-            xy=(1, ends[line.method]),
-            xytext=(1.06, places[line.method]),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            color=line.look.colour,
-            fontweight="bold" if line.look.width > 2 else "normal",
-            fontsize=10.5,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.look.colour, "linewidth": 0.9, "linestyle": line.look.dashes},
+        place, look = places[line.method], line.look
+        leader = ([1.0, 1.05], [ends[line.method], place])
+        axes.plot(
+            *leader, transform=axes.transAxes, color=look.colour, linewidth=1, linestyle=look.dashes, clip_on=False
         )
+        weight = "bold" if look.width > BASELINE_WIDTH else "normal"
+        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.colour, weight=weight)
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from relfisher.experiments.runs import Record, Run, RunStore
 
@@ -26,6 +26,7 @@ class WorkerError(RuntimeError):
     """A worker process ended without finishing its run."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Follows the execution, as a progress display does."""
 

@@ -46,7 +46,7 @@ def plan(
     Args:
         data: What is trained on.
         methods: Names from `METHODS`, in the order in which they appear.
-        quick: Fewer epochs and learning rates, for a first look.
+        quick: Fewer epochs, for a first look.
         epochs: Passes over the training images, if not the usual number.
         seeds: How many seeds the chosen learning rate of each method gets.
         grids: Learning-rate candidates that replace a method's usual ones.
@@ -54,7 +54,7 @@ def plan(
     Returns:
         The comparison.
     """
-    usual = {name: METHODS[name].quick_grid if quick else METHODS[name].grid for name in methods}
+    usual = {name: METHODS[name].grid for name in methods}
     settings: dict[str, str | int | float] = {
         "data": data.name,
         "fingerprint": data.fingerprint(),
@@ -62,7 +62,7 @@ def plan(
         "batch_size": BATCH_SIZE,
         "relfisher": version("relfisher"),
     }
-    return Study("mlp", {name: (grids or {}).get(name, grid) for name, grid in usual.items()}, seeds, settings)
+    return Study("mlp", usual | dict(grids or {}), seeds, settings)
 
 
 def write_results(outcome: Outcome, data: Dataset, invocation: Invocation, directory: Path) -> tuple[Path, Path]:

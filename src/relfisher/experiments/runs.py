@@ -135,7 +135,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _read(path: Path, run: Run) -> Record:
-    with np.load(path, allow_pickle=False) as file:
+    # Given a path of a damaged file, numpy would leave it open.
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         if str(file["run"]) != run.identity():
             raise ValueError(f"{path} belongs to another run")
         about = json.loads(str(file["about"]))
