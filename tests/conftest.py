@@ -6,7 +6,7 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook("relfisher", "beartype.beartype")
+install_import_hook("relfisher", "typechecker.checked")
 
 settings.register_profile("relfisher", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("relfisher")

@@ -1,6 +1,6 @@
 """Optimizers in the relative metric."""
 
-from relfisher.optim.assignment import StructureRule, assign
+from relfisher.optim.assignment import assign
 from relfisher.optim.rngd import RNGD, Health, HealthWarning
 
-__all__ = ["RNGD", "Health", "HealthWarning", "StructureRule", "assign"]
+__all__ = ["RNGD", "Health", "HealthWarning", "assign"]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
-
 from relfisher.responses import SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import NeuronBlocks, SharedBlock, Structure
 from relfisher.subsystems import LinearSubsystem
 
-__all__ = ["StructureRule", "assign"]
+__all__ = ["assign"]
 
-StructureRule = Literal["auto", "neuron", "shared", "published"]
+_RULES = ("auto", "neuron", "shared", "published")
 
 # Exact blocks pay on saturating units; up to this much for the metric and the inverse of one layer.
 _AUTO_BYTES = 64 << 20
 
 
-def assign(rule: StructureRule, layers: Sequence[LinearSubsystem]) -> list[Structure]:
+def assign(rule: str, layers: Sequence[LinearSubsystem]) -> list[Structure]:
     """Choose a structure for each layer.
 
     Args:
@@ -42,7 +40,7 @@ def assign(rule: StructureRule, layers: Sequence[LinearSubsystem]) -> list[Struc
             return [SharedBlock() if place in ends else NeuronBlocks() for place in range(len(layers))]
         case "auto":
             return [NeuronBlocks() if _exact_pays(layer) else SharedBlock() for layer in layers]
-    raise ValueError(f"structure must be one of {', '.join(get_args(StructureRule))}, got {rule!r}")
+    raise ValueError(f"structure must be one of {', '.join(_RULES)}, got {rule!r}")
 
 
 def _exact_pays(layer: LinearSubsystem) -> bool:

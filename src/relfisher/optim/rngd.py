@@ -7,13 +7,13 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from relfisher.optim.assignment import StructureRule, assign
+from relfisher.optim.assignment import assign
 from relfisher.optim.fallback import adamw_step
 from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
 from relfisher.structures import Damping, Structure
@@ -89,7 +89,7 @@ class RNGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         damping: float | Damping = 1e-2,
         trust_region: float | None = 3e-3,
-        structure: StructureRule = "auto",
+        structure: str = "auto",
         decay: float = 0.995,
         stats_interval: int = 5,
         refresh_interval: int = 100,
@@ -148,7 +148,7 @@ class RNGD(torch.optim.Optimizer):
         weakref.finalize(self, self._capture.close)
 
     @classmethod
-    def as_published(cls, model: nn.Module, lr: float = 1e-2) -> Self:
+    def as_published(cls, model: nn.Module, lr: float = 1e-2) -> RNGD:
         """Return the optimizer of the paper's section 5.2, equations (31)-(33), with its reference settings.
 
         The metric starts at the identity, is updated at every iteration with decay 0.995 and is inverted every
@@ -181,10 +181,10 @@ class RNGD(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters along their gradients' relative natural gradient.
 
         A step whose gradients are not finite is left out: weights, momentum and metric stay as they were, and
@@ -200,12 +200,12 @@ class RNGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._capture.discovered:
-            self._discover()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if gradients and not math.isfinite(get_total_norm(gradients)):
             self._skip("a gradient is not finite")
             return loss
+        if not self._capture.discovered:
+            self._discover()
         self._fold()
         if self._refresh_is_due():
             self._refresh()
@@ -244,7 +244,16 @@ class RNGD(torch.optim.Optimizer):
             state = self.state[layer.weight]
             if "metric" not in state:
                 state.update(structure.create(layer.weight, layer.out, layer.d, identity=not self._unbiased))
+            elif tuple(state["metric"].shape) != structure.shape(layer.out, layer.d):
+                raise ValueError(
+                    f"the loaded metric of {layer.name!r} has shape {list(state['metric'].shape)}, but the structure "
+                    f"{type(structure).__name__} needs {list(structure.shape(layer.out, layer.d))}: load it into an "
+                    "optimizer with the same structure"
+                )
         self._capture.keep(self._structures)
+        missed = [layer.name for layer in self._layers if layer.name not in self._structures]
+        if missed:
+            self._warn(f"the forward pass did not call {', '.join(missed)}, which AdamW trains instead")
 
     def _fold(self) -> None:
         pending = self._capture.take()

@@ -7,6 +7,7 @@ writes it. The three steps are separate, since they are due at different times.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
+from relfisher.validation import check_interval
 
 __all__ = ["Damping", "State", "Structure", "invert"]
 
@@ -31,11 +33,17 @@ class Damping:
             the mean eigenvalue; False takes the trace itself, as the published preset does.
         pooled: True takes the trace averaged over a layer's blocks, so that a block that is near 0, as that of a dead
             unit, is damped as much as its neighbours; False takes each block's own.
+
+    Raises:
+        ValueError: if `value` is negative or not finite.
     """
 
     value: float
     per_parameter: bool = True
     pooled: bool = True
+
+    def __post_init__(self) -> None:
+        check_interval("damping", self.value, 0, math.inf)
 
     def of(self, blocks: Float[Tensor, "*q d d"]) -> Float[Tensor, "*q"]:
         """Return the number to add to each block's diagonal."""

@@ -106,7 +106,7 @@ class Capture:
 
     def _hook(self, layer: LinearSubsystem) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
-            if self.due and module.training and torch.is_grad_enabled():
+            if (self.due or not self.discovered) and module.training and torch.is_grad_enabled():
                 self._see(layer, args[0], z)
 
         return hook
