@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -169,6 +170,16 @@ def wait_until_gone(pids):
         time.sleep(0.02)
 
 
+def test_a_lost_worker_is_one_line(digits, tmp_path):
+    out = tmp_path / "out"
+    process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "30", "--jobs", "2"))
+    wait_for_runs(out, 1, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert re.fullmatch(r"relfisher: the process of PLAIN\+SGD lr \S+ seed 0 ended with status -9; .*\n", errors)
+
+
 def children(pid):
     """The worker processes, on a system that says so."""
     try:
@@ -229,7 +240,9 @@ def test_damaged_data_is_one_line_that_names_option_and_file(digits, tmp_path, c
 
 def test_an_output_directory_that_cannot_be_written_is_one_line(digits, tmp_path, capsys):
     (tmp_path / "file").write_text("here first")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "runs").write_text("here first")
+    for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "used"):
         assert call(mlp(digits, out)) == 2
         assert_one_line_error(capsys.readouterr(), ["--out", str(out)])
 

@@ -9,9 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 import relfisher
+
+try:
+    import typer
+except ImportError:
+    sys.exit("relfisher: the command line needs the extra `experiments`: pip install 'relfisher[experiments]'")
 
 if TYPE_CHECKING:
     from relfisher.experiments.data import Dataset
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-USAGE_STATUS = 2
+WORKER_STATUS = 1
 INTERRUPTED_STATUS = 130
 
 app = typer.Typer(
@@ -36,7 +39,7 @@ def main() -> int:
     """Runs the command that the process was started with.
 
     Returns:
-        The exit status: 0, 2 for a wrong argument, 130 after Ctrl-C.
+        The exit status: 0, 1 if a worker process was lost, 2 for a wrong argument, 130 after Ctrl-C.
     """
     command = typer.main.get_command(app)
     try:
@@ -124,6 +127,7 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
     import torch
     from rich.console import Console
 
+    from relfisher.experiments.jobs import WorkerError
     from relfisher.experiments.mlp import Trainer
     from relfisher.experiments.progress import Display, summary
     from relfisher.experiments.reproduce import write_results
@@ -143,6 +147,9 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
             f"relfisher: stopped; the same command goes on with the runs missing in {store.directory}", file=sys.stderr
         )
         raise typer.Exit(INTERRUPTED_STATUS) from error
+    except WorkerError as error:
+        print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
+        raise typer.Exit(WORKER_STATUS) from error
     _tell(outcome, store.damaged)
     table, picture = write_results(outcome, dataset, invocation, out)
     console.print(summary(rows(outcome)))
@@ -189,9 +196,10 @@ def _learning_rate(text: str) -> float:
 
 def _check_writable(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        for directory in (out, out / "runs"):
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
     except OSError as error:
         message = f"cannot write to {out}: {error.strerror}; allowed is a directory that can be made or written to"
         raise _wrong("--out", message) from error

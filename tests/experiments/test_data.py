@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import struct
+import sys
 import tempfile
 import threading
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from relfisher.cli import main
 from relfisher.experiments import data
 from relfisher.experiments.data import DOWNLOADS, DataError, fetch, load
 from relfisher.experiments.idx import IdxError, read_idx
@@ -202,6 +204,16 @@ def test_fetch_downloads_checks_and_keeps(published):
         path.unlink()
     assert fetch("mnist", base_url=url) == directory
     assert len(load("mnist").train_labels) == 55
+
+
+def test_the_command_line_fetches_with_a_progress_bar(published, monkeypatch, capsys, tmp_path):
+    url, _ = published
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(sys, "argv", ["relfisher", "data", "fetch", "mnist", "--base-url", url])
+    assert main() == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 'cache' / 'mnist'}\n"
+    assert captured.err.count("downloading") >= len(DOWNLOADS["mnist"].hashes)
 
 
 def test_fetch_leaves_no_file_with_a_wrong_hash(published):

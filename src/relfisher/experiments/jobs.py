@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Protocol, runtime_checkable
@@ -62,7 +63,7 @@ def execute(runs: Sequence[Run], train: Train, store: RunStore, *, jobs: int, wa
     if jobs == 1 or len(missing) < 2:
         for run in missing:
             watcher.started(run)
-            record = train(run, lambda fraction, cost, run=run: watcher.progressed(run, fraction, cost))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+            record = train(run, partial(watcher.progressed, run))
             store.save(run, record)
             records[run] = record
             watcher.finished(run, record, resumed=False)

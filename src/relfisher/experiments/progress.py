@@ -111,7 +111,7 @@ def summary(table: Sequence[Row]) -> Table:
         shown.add_row(
             row.method,
             f"{row.learning_rate:g}",
-            f"{mean:.3g} ± {std:.1g}",
+            f"{mean:.2g} ± {std:.1g}",
             f"{row.final_cost:.3g}",
             f"{row.best_validation:.2%}",
             f"{row.seconds_per_epoch:.2f}",
