@@ -1,11 +1,13 @@
 """RNGD.as_published against equations (31)-(33), written out plainly, a neuron at a time."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from relfisher import RNGD
 from torch import nn
+
+from relfisher import RNGD
 
 STEPS, INTERVAL, DECAY, EPSILON = 300, 100, 0.995, 1e-4
 
@@ -57,7 +59,7 @@ class PlainRNGD:
 def network(activation, sizes, seed):
     torch.manual_seed(seed)
     layers = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, dtype=torch.float64), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -87,7 +89,7 @@ def test_agrees_with_the_plain_algorithm(activation, function, information):
         optimizer.step()
         expected = plain.step(iteration, x, y)
         costs.append(expected)
-        assert float(cost.detach()) == pytest.approx(expected, rel=1e-9)
+        assert cost.item() == pytest.approx(expected, rel=1e-9)
     for layer, matrix in zip(linears, plain.matrices, strict=True):
         found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
         assert float((found - matrix.detach()).norm() / matrix.detach().norm()) < 1e-9

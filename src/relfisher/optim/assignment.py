@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from relfisher.responses import SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import NeuronBlocks, SharedBlock, Structure
 from relfisher.subsystems import LinearSubsystem

@@ -88,7 +88,7 @@ class RNGD(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         damping: float | Damping = 1e-2,
-        trust_region: float | None = 3e-3,
+        trust_region: float | None = 1e-2,
         structure: str = "auto",
         decay: float = 0.995,
         stats_interval: int = 5,
