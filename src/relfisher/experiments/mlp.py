@@ -57,14 +57,14 @@ def _trust_region(model: nn.Module, learning_rate: float) -> torch.optim.Optimiz
 
 
 METHODS = {
-    "PLAIN+SGD": Method("none", _sgd, (0.03, 0.1, 0.2, 0.4)),
+    "PLAIN+SGD": Method("none", _sgd, (0.03, 0.1, 0.3, 1.0)),
     "PLAIN+ADAM": Method("none", _adam, (0.0003, 0.001, 0.003, 0.01)),
     "BNA+SGD": Method("after", _sgd, (0.03, 0.1, 0.3, 1.0)),
     "BNA+ADAM": Method("after", _adam, (0.0003, 0.001, 0.003, 0.01)),
     "BNB+SGD": Method("before", _sgd, (0.03, 0.1, 0.3, 1.0)),
     "BNB+ADAM": Method("before", _adam, (0.0003, 0.001, 0.003, 0.01)),
-    "PLAIN+RNGD": Method("none", _published, (0.003, 0.01, 0.02, 0.03)),
-    "PLAIN+RNGD-TR": Method("none", _trust_region, (0.03, 0.1, 0.3, 1.0)),
+    "PLAIN+RNGD": Method("none", _published, (0.01, 0.03, 0.1, 0.3)),
+    "PLAIN+RNGD-TR": Method("none", _trust_region, (0.1, 0.3, 1.0, 3.0)),
 }
 
 

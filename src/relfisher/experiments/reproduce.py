@@ -21,7 +21,7 @@ from relfisher.experiments.study import Outcome, Study
 __all__ = ["EPOCHS", "QUICK_EPOCHS", "Invocation", "plan", "write_results"]
 
 EPOCHS = 50
-QUICK_EPOCHS = 20
+QUICK_EPOCHS = 16
 
 
 @dataclass(frozen=True)
