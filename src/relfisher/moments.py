@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["augment", "second_moment", "weighted_second_moments"]
+__all__ = ["augment", "weighted_second_moments"]
 
 # Up to this many inputs the outer products of a piece of the batch are formed and met by one matrix product; above it
 # a product a unit is as fast and needs no room.
@@ -20,13 +20,8 @@ def augment(x: Float[Tensor, "n in"]) -> Float[Tensor, "n d"]:
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
 
 
-def second_moment(augmented: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Return mean_n x~_n x~_n'."""
-    return (augmented.T @ augmented).div_(augmented.shape[0])
-
-
 def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tensor, "n d"]) -> Float[Tensor, "q d d"]:
-    """Return mean_n w_nq x~_n x~_n' for every column q of the weights.
+    """Return sum_n w_nq x~_n x~_n' for every column q of the weights.
 
     Args:
         weights: nu of each unit, or any other weights of the samples.
@@ -37,11 +32,14 @@ def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tens
     """
     n, d = augmented.shape
     q = weights.shape[1]
-    scaled = weights / n
     if d > _FLAT_INPUTS:
-        return torch.stack([(augmented * scaled[:, unit, None]).T @ augmented for unit in range(q)])
-    moments = augmented.new_zeros(q, d * d)
-    pieces = 1 + n * d * d // _FLAT_NUMBERS
-    for piece, weight in zip(augmented.tensor_split(pieces), scaled.tensor_split(pieces), strict=True):
-        moments.addmm_(weight.T, (piece.unsqueeze(2) * piece.unsqueeze(1)).flatten(1))
+        return torch.stack([(augmented * weights[:, unit, None]).T @ augmented for unit in range(q)])
+    rows = max(1, _FLAT_NUMBERS // (d * d))
+    moments = weights[:rows].T @ _outer_products(augmented[:rows])
+    for start in range(rows, n, rows):
+        moments.addmm_(weights[start : start + rows].T, _outer_products(augmented[start : start + rows]))
     return moments.view(q, d, d)
+
+
+def _outer_products(augmented: Float[Tensor, "n d"]) -> Float[Tensor, "n dd"]:
+    return (augmented.unsqueeze(2) * augmented.unsqueeze(1)).flatten(1)

@@ -30,14 +30,14 @@ def dense(blocks, out):
 
 @kinds
 @given(size=sizes)
-def test_gather_is_the_metric_of_the_batch(kind, size):
+def test_gather_is_the_summed_metric_of_the_batch(kind, size):
     structure, response = STRUCTURES[kind]
     n, out, d = size
     x, z = samples(n, out, d)
     expected = torch.zeros(out * d, out * d, dtype=torch.float64)
     for row, pre in zip(x, z, strict=True):
         nu = 1 - torch.tanh(pre) ** 2 if kind == "neuron" else torch.ones_like(pre)
-        expected += torch.kron(torch.diag(nu), torch.outer(row, row)) / n
+        expected += torch.kron(torch.diag(nu), torch.outer(row, row))
     found = structure.gather(x, z, response)
     assert tuple(found.shape) == structure.shape(out, d)
     torch.testing.assert_close(dense(found, out), expected)
@@ -51,11 +51,11 @@ def test_precondition_is_the_damped_inverse_of_the_average(kind, size, damping, 
     state = state_of(structure, out, d)
     batches = [structure.gather(*samples(n, out, d, seed), response) for seed in range(3)]
     for batch in batches:
-        assert structure.update(state, batch.clone(), 0.7)
+        assert structure.update(state, batch.clone(), n, 0.7)
     assert structure.refresh(state, Damping(damping, per_parameter, pooled))
     weights = torch.tensor([0.49, 0.7, 1.0], dtype=torch.float64)
     weights /= weights.sum()
-    average = sum(weight * batch for weight, batch in zip(weights, batches, strict=True))
+    average = sum(weight * batch / n for weight, batch in zip(weights, batches, strict=True))
     blocks = average if average.ndim == 3 else average.expand(out, d, d)
     traces = torch.stack([torch.trace(block) for block in blocks])
     if pooled:
@@ -74,9 +74,9 @@ def test_an_average_from_the_identity_keeps_its_full_weight(kind):
     structure, response = STRUCTURES[kind]
     state = state_of(structure, 2, 3, identity=True)
     batch = structure.gather(*samples(5, 2, 3), response)
-    structure.update(state, batch.clone(), 0.9)
+    structure.update(state, batch.clone(), 5, 0.9)
     eye = torch.eye(3, dtype=torch.float64)
-    torch.testing.assert_close(state["metric"], 0.9 * eye.expand_as(batch) + 0.1 * batch)
+    torch.testing.assert_close(state["metric"], 0.9 * eye.expand_as(batch) + 0.1 * batch / 5)
     assert float(state["mass"]) == pytest.approx(1.0)
 
 
@@ -85,10 +85,10 @@ def test_what_is_not_finite_is_left_out_of_the_average(kind):
     structure, response = STRUCTURES[kind]
     state = state_of(structure, 2, 3)
     batch = structure.gather(*samples(5, 2, 3), response)
-    assert structure.update(state, batch.clone(), 0.9)
+    assert structure.update(state, batch.clone(), 5, 0.9)
     kept = state["metric"].clone()
     batch.view(-1)[0] = math.nan
-    assert not structure.update(state, batch, 0.9)
+    assert not structure.update(state, batch, 5, 0.9)
     assert torch.equal(state["metric"], kept)
 
 
@@ -98,7 +98,7 @@ def test_a_failed_refresh_keeps_the_last_good_inverse(kind, ruin):
     structure, response = STRUCTURES[kind]
     state = state_of(structure, 2, 3)
     assert not structure.refresh(state, Damping(0.1)), "nothing was gathered yet"
-    structure.update(state, structure.gather(*samples(5, 2, 3), response), 0.9)
+    structure.update(state, structure.gather(*samples(5, 2, 3), response), 5, 0.9)
     assert structure.refresh(state, Damping(0.1))
     good = state["inverse"].clone()
     ruin(state["metric"])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from relfisher.information import Information, Isotropic
+from relfisher.memory import check_fits
 from relfisher.metric.base import Metric
-from relfisher.moments import augment, second_moment, weighted_second_moments
+from relfisher.moments import augment, weighted_second_moments
 from relfisher.shapes import Float
 
 __all__ = ["LayerMetric"]
@@ -78,10 +79,14 @@ class LayerMetric(Metric):
         augmented = self._augmented()
         information = self.information
         if isinstance(information, Isotropic):
-            return second_moment(augmented).mul_(information.value).unsqueeze(0)
+            return (augmented.T @ augmented).mul_(information.value / self.samples).unsqueeze(0)
         if information.is_diagonal:
-            return weighted_second_moments(information.diagonal(), augmented)
+            return weighted_second_moments(information.diagonal(), augmented).div_(self.samples)
         out, d = self.parameter_shape
-        pairs = weighted_second_moments(information.dense().flatten(1), augmented)
+        check_fits(
+            f"the information of {self.samples} samples about {out} units", self.samples * out**2, self.dtype,
+            self.device, "use @ and solve, or a BatchedMetric over smaller batches",
+        )  # fmt: skip
+        pairs = weighted_second_moments(information.dense().flatten(1), augmented).div_(self.samples)
         size = math.prod(self.parameter_shape)
         return pairs.reshape(out, out, d, d).permute(0, 2, 1, 3).reshape(1, size, size)

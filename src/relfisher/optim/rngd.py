@@ -260,8 +260,8 @@ class RNGD(torch.optim.Optimizer):
         for layer in self._layers:
             batch = pending.get(layer.name)
             if batch is not None:
-                structure = self._structures[layer.name]
-                if not structure.update(self.state[layer.weight], batch, self._decay):
+                structure, state = self._structures[layer.name], self.state[layer.weight]
+                if not structure.update(state, batch.total, batch.samples, self._decay):
                     self.health.dropped_batches += 1
                     self._warn(f"the batch metric of {layer.name} is not finite and was left out")
 

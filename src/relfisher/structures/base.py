@@ -76,7 +76,7 @@ class Structure(ABC):
 
     @abstractmethod
     def gather(self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse) -> Tensor:
-        """Return the metric of one batch in this structure's own shape."""
+        """Return the metric of one batch, summed over its samples, in this structure's own shape."""
 
     @abstractmethod
     def shape(self, out: int, d: int) -> tuple[int, ...]:
@@ -107,20 +107,22 @@ class Structure(ABC):
             "inverse": eye.clone(),
         }
 
-    def update(self, state: State, batch: Tensor, decay: float) -> bool:
+    def update(self, state: State, total: Tensor, samples: int, decay: float) -> bool:
         """Fold a batch's metric into the moving average, unless it is not finite.
 
         Args:
             state: the layer's state.
-            batch: what `gather` returned, [*q, d, d].
+            total: what `gather` returned, [*q, d, d], summed over batches where there are several.
+            samples: how many samples it is a sum over.
             decay: the share of the past that is kept.
 
         Returns:
             Whether the batch was folded in.
         """
-        if not bool(torch.isfinite(batch.diagonal(dim1=-2, dim2=-1)).all()):
+        # An entry of a positive semi-definite matrix is bounded by its diagonal.
+        if not bool(torch.isfinite(total.diagonal(dim1=-2, dim2=-1)).all()):
             return False
-        state["metric"].lerp_(batch.to(state["metric"].dtype), 1 - decay)
+        state["metric"].mul_(decay).add_(total, alpha=(1 - decay) / samples)
         state["mass"].mul_(decay).add_(1 - decay)
         return True
 

@@ -19,7 +19,7 @@ class NeuronBlocks(Structure):
     def gather(
         self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse
     ) -> Float[Tensor, "out d d"]:
-        """Return the blocks of one batch."""
+        """Return the sum of nu_i(z_n) x~_n x~_n' for each unit i."""
         return weighted_second_moments(response.information(z), augmented)
 
     def shape(self, out: int, d: int) -> tuple[int, ...]:
@@ -27,5 +27,5 @@ class NeuronBlocks(Structure):
         return (out, d, d)
 
     def precondition(self, state: State, gradient: Float[Tensor, "out d"]) -> Float[Tensor, "out d"]:
-        """Multiply each unit's gradient by its own inverse."""
-        return torch.bmm(state["inverse"], gradient.unsqueeze(-1)).squeeze(-1)
+        """Multiply each unit's gradient by its own inverse, which is symmetric, from the right."""
+        return torch.bmm(gradient.unsqueeze(1), state["inverse"]).squeeze(1)

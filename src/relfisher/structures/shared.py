@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from relfisher.moments import second_moment
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import State, Structure
@@ -21,8 +20,8 @@ class SharedBlock(Structure):
     def gather(
         self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse
     ) -> Float[Tensor, "d d"]:
-        """Return mean x~x~' of one batch, whatever the units respond."""
-        return second_moment(augmented)
+        """Return the sum of x~_n x~_n', whatever the units respond."""
+        return augmented.T @ augmented
 
     def shape(self, out: int, d: int) -> tuple[int, ...]:
         """Return [d, d]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def response_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
         case "elu" if options.get("alpha", 1.0) > 0:
             return ELUGaussian(alpha=options.get("alpha", 1.0))
         case _ if name in _GENERIC:
-            return ActivationGaussian(_Partial(function, options))
+            return ActivationGaussian(_Partial(function, tuple(sorted(options.items()))))
     return None
 
 
@@ -82,15 +83,15 @@ def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 _BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",)}
 
 
+@dataclass(frozen=True)
 class _Partial:
-    """An activation with its options, free of `inplace`, so that it can be differentiated."""
+    """An activation with its options, free of `inplace`; equal to another of the same function and options."""
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self.function = function
-        self.options = dict(options)
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...]
 
     def __call__(self, z: Tensor) -> Tensor:
-        result: Tensor = self.function(z, **self.options)
+        result: Tensor = self.function(z, **dict(self.options))
         return result
 
     def __repr__(self) -> str:

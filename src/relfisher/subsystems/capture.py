@@ -14,7 +14,7 @@ from relfisher.structures import Structure
 from relfisher.subsystems.discover import ActivationWatch
 from relfisher.subsystems.linear import LinearSubsystem
 
-__all__ = ["Capture", "ResponseWarning"]
+__all__ = ["Capture", "Gathered", "ResponseWarning"]
 
 
 class ResponseWarning(UserWarning):
@@ -22,8 +22,8 @@ class ResponseWarning(UserWarning):
 
 
 @dataclass
-class _Sum:
-    """Metrics of the forward passes since the last step, weighted by their samples."""
+class Gathered:
+    """A layer's metric summed over the samples of the forward passes since the last step."""
 
     total: Tensor
     samples: int
@@ -47,7 +47,7 @@ class Capture:
         self._watch: ActivationWatch | None = None
         self._watched: ActivationWatch | None = None
         self._held: list[tuple[LinearSubsystem, Tensor, Tensor]] = []
-        self._pending: dict[str, _Sum] = {}
+        self._pending: dict[str, Gathered] = {}
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter),
             *(layer.module.register_forward_hook(self._hook(layer)) for layer in layers),
@@ -87,10 +87,9 @@ class Capture:
         for layer, augmented, z in held if self.due else ():
             self._add(layer, structures[layer.name], augmented, z)
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the mean metric of each layer since the last call, by layer name, and start anew."""
-        pending = {name: entry.total / entry.samples for name, entry in self._pending.items()}
-        self._pending.clear()
+    def take(self) -> dict[str, Gathered]:
+        """Return what was gathered since the last call, by layer name, and start anew."""
+        pending, self._pending = self._pending, {}
         return pending
 
     def drop(self) -> None:
@@ -125,14 +124,13 @@ class Capture:
             self._add(layer, self._structures[layer.name], augmented, rows)
 
     def _add(self, layer: LinearSubsystem, structure: Structure, augmented: Tensor, z: Tensor) -> None:
-        samples = augmented.shape[0]
-        metric = structure.gather(augmented, z, layer.response).mul_(samples)
+        total = structure.gather(augmented, z, layer.response)
         entry = self._pending.get(layer.name)
         if entry is None:
-            self._pending[layer.name] = _Sum(metric, samples)
+            self._pending[layer.name] = Gathered(total, augmented.shape[0])
         else:
-            entry.total.add_(metric)
-            entry.samples += samples
+            entry.total.add_(total)
+            entry.samples += augmented.shape[0]
 
     def _enter(self, module: nn.Module, args: object) -> None:
         unseen = self._structures is None and self._watched is None and self._watch is None

@@ -67,6 +67,8 @@ class ActivationWatch(TorchFunctionMode):
             for key, z in takers:
                 response = response_of(func, args, kwargs) if args and args[0] is z else None
                 self._takers[key].append((canonical_name(func), response))
+            # What worked in place left an activation where there was a pre-activation.
+            self._shown = [(key, z) for key, z in self._shown if z is not result]
         return result
 
     def response(self, key: str) -> UnitResponse:

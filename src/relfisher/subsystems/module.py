@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relfisher.evaluation import evaluation_mode
 from relfisher.metric import LayerMetric
 from relfisher.responses import Response
 from relfisher.subsystems.discover import ActivationWatch
@@ -66,25 +67,22 @@ def observe(model: nn.Module, layers: dict[str, nn.Linear], inputs: Any) -> dict
     watch = ActivationWatch()
 
     def hook_of(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
-            x = args[0].detach()
-            rows = (x.reshape(-1, x.shape[-1]), z.detach().reshape(-1, z.shape[-1]).clone())
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], z: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            # Both may be overwritten by what works in place, later in the forward pass.
+            rows = (x.detach().reshape(-1, x.shape[-1]).clone(), z.detach().reshape(-1, z.shape[-1]).clone())
             seen.setdefault(name, []).append(rows)
             watch.show(name, z)
 
         return hook
 
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    handles = [layer.register_forward_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with watch:
+        with evaluation_mode(model), watch:
             model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
         watch.forget()
     return {
         name: (torch.cat([x for x, _ in calls]), torch.cat([z for _, z in calls]), watch.response(name))
