@@ -101,6 +101,8 @@ def test_sgd_is_the_textbook_loop(data):
                     parameter -= 0.1 * parameter.grad
             expected.append(cost.item())
     np.testing.assert_allclose(record.cost, expected, rtol=1e-5)
+    full = nn.functional.cross_entropy(model(data.train_images), data.train_labels)
+    assert record.full_cost == pytest.approx(full.item(), rel=1e-5)
 
 
 def test_a_diverged_run_is_recorded_and_ends(data):

@@ -9,7 +9,7 @@ from relfisher.experiments.runs import Record, Run
 from relfisher.experiments.tables import TAUS, Row
 
 RUN = Run("mlp", "PLAIN+SGD", 0.1, 0, ())
-RECORD = Record(np.full(200, 0.25, dtype=np.float32), np.arange(200) / 100, np.array([0.9]))
+RECORD = Record(np.full(200, 0.25, dtype=np.float32), np.arange(200) / 100, np.array([0.9]), 0.25)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

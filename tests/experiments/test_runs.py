@@ -20,7 +20,7 @@ def record(level=1.0, *, diverged=False, iterations=40):
     cost = np.full(iterations, level, dtype=np.float32)
     if diverged:
         cost[-1] = math.nan
-    return Record(cost, np.arange(iterations) / 100, np.array([0.5, 0.75]), diverged, warnings=("slow",))
+    return Record(cost, np.arange(iterations) / 100, np.array([0.5, 0.75]), 0.3, diverged, warnings=("slow",))
 
 
 class Log:

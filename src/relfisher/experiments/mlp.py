@@ -116,7 +116,8 @@ def train(run: Run, data: Dataset, report: Reporter) -> Record:
         report: Is told every hundred iterations how far the run is, and their mean cost.
 
     Returns:
-        The mini-batch cost and the training time of every iteration, and the validation accuracy of every epoch.
+        The mini-batch cost and the training time of every iteration, the validation accuracy of every epoch, and the
+        cost of all training images at the end.
     """
     method = METHODS[run.method]
     epochs = int(dict(run.settings)["epochs"])
@@ -138,6 +139,7 @@ def train(run: Run, data: Dataset, report: Reporter) -> Record:
         cost=curve.cost[: curve.iteration].numpy(),
         seconds=curve.seconds[: curve.iteration],
         validation=np.array(validation),
+        full_cost=_full_cost(model, data),
         diverged=curve.diverged,
         threads=torch.get_num_threads(),
         warnings=tuple(sorted({str(warning.message) for warning in caught})),
@@ -181,6 +183,12 @@ def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, ba
         curve.append(cost.detach(), time.perf_counter() - start)
         if curve.diverged:
             return
+
+
+def _full_cost(model: nn.Module, data: Dataset) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float(cross_entropy(model(data.train_images), data.train_labels))
 
 
 def _accuracy(model: nn.Module, data: Dataset) -> float:

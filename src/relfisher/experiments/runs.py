@@ -10,15 +10,18 @@ import tempfile
 import time
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Record", "Run", "RunStore", "write_atomically"]
+__all__ = ["ArrayStore", "Record", "Run", "RunStore", "write_atomically"]
 
 STALE_SECONDS = 60.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,22 @@ class Record:
     """What a run measured.
 
     `cost` and `seconds` have one entry an iteration: the mini-batch's cost before the update, and the training time
-    so far. `validation` has the validation accuracy after each epoch. A diverged run ends with a non-finite cost.
+    so far. `validation` has the validation accuracy after each epoch. `full_cost` is the cost of all training images at
+    the end, as the trained network sees them. A diverged run ends with a non-finite cost.
     """
 
     cost: NDArray[np.float32]
     seconds: NDArray[np.float64]
     validation: NDArray[np.float64]
+    full_cost: float = float("nan")
     diverged: bool = False
     threads: int = 1
     warnings: tuple[str, ...] = ()
 
 
 @dataclass
-class RunStore:
-    """A directory of records. `damaged` lists the unreadable files met so far, which count as missing."""
+class ArrayStore:
+    """A directory of named arrays. `damaged` lists the unreadable files met so far, which count as missing."""
 
     directory: Path
     damaged: list[Path] = field(default_factory=list)
@@ -75,6 +80,39 @@ class RunStore:
             # A younger file may belong to a process that is writing it right now.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink(missing_ok=True)
+
+    def read(self, key: str, identity: str, decode: Callable[[Mapping[str, NDArray[Any]]], T]) -> T | None:
+        """Reads a file.
+
+        Args:
+            key: Its name, without the suffix.
+            identity: What it must have been written as.
+            decode: Makes the result of the arrays.
+
+        Returns:
+            The result, or None if the file is not there, unreadable, or another one's.
+        """
+        path = self.directory / f"{key}.npz"
+        if not path.exists():
+            return None
+        try:
+            # Given a path of a damaged file, numpy would leave it open.
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                _check_identity(file, identity)
+                return decode(file)
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+            self.damaged.append(path)
+            return None
+
+    def write(self, key: str, identity: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes a file; another process sees the whole of it or none."""
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, run=np.array(identity), **arrays)
+        write_atomically(self.directory / f"{key}.npz", content.getvalue())
+
+
+class RunStore(ArrayStore):
+    """A directory of the records of training runs."""
 
     def path(self, run: Run) -> Path:
         """The file of a run, whether it is there or not."""
@@ -89,29 +127,23 @@ class RunStore:
         Returns:
             Its record, or None if it is not finished or its file is unreadable.
         """
-        path = self.path(run)
-        if not path.exists():
-            return None
-        try:
-            return _read(path, run)
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
-            self.damaged.append(path)
-            return None
+        return self.read(run.key, run.identity(), _record)
 
     def save(self, run: Run, record: Record) -> None:
         """Writes a finished run; another process sees the whole file or none."""
-        about = {"diverged": record.diverged, "threads": record.threads, "warnings": record.warnings}
-        content = io.BytesIO()
-        np.savez_compressed(
-            content,
-            allow_pickle=False,
-            run=np.array(run.identity()),
-            about=np.array(json.dumps(about)),
-            cost=record.cost,
-            seconds=record.seconds,
-            validation=record.validation,
-        )
-        write_atomically(self.path(run), content.getvalue())
+        about = {
+            "full_cost": record.full_cost,
+            "diverged": record.diverged,
+            "threads": record.threads,
+            "warnings": record.warnings,
+        }
+        arrays = {
+            "about": np.array(json.dumps(about)),
+            "cost": record.cost,
+            "seconds": record.seconds,
+            "validation": record.validation,
+        }
+        self.write(run.key, run.identity(), arrays)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -134,17 +166,19 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
-def _read(path: Path, run: Run) -> Record:
-    # Given a path of a damaged file, numpy would leave it open.
-    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-        if str(file["run"]) != run.identity():
-            raise ValueError(f"{path} belongs to another run")
-        about = json.loads(str(file["about"]))
-        return Record(
-            cost=file["cost"],
-            seconds=file["seconds"],
-            validation=file["validation"],
-            diverged=bool(about["diverged"]),
-            threads=int(about["threads"]),
-            warnings=tuple(about["warnings"]),
-        )
+def _check_identity(file: Mapping[str, NDArray[Any]], identity: str) -> None:
+    if str(file["run"]) != identity:
+        raise ValueError("the file belongs to another run")
+
+
+def _record(file: Mapping[str, NDArray[Any]]) -> Record:
+    about = json.loads(str(file["about"]))
+    return Record(
+        cost=file["cost"],
+        seconds=file["seconds"],
+        validation=file["validation"],
+        full_cost=float(about["full_cost"]),
+        diverged=bool(about["diverged"]),
+        threads=int(about["threads"]),
+        warnings=tuple(about["warnings"]),
+    )

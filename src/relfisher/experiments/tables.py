@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 from relfisher.experiments.runs import Record
 from relfisher.experiments.study import Outcome, score
 
-__all__ = ["AVERAGED", "TAUS", "Row", "averaged", "curves_csv_gz", "grid_csv", "rows", "table_csv", "table_markdown"]
+__all__ = [
+    "AVERAGED",
+    "TAUS",
+    "Row",
+    "averaged",
+    "csv_text",
+    "curves_csv_gz",
+    "grid_csv",
+    "rows",
+    "table_csv",
+    "table_markdown",
+]
 
 TAUS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.01)
 AVERAGED = 10
@@ -25,7 +36,8 @@ class Row:
     """A method's line in the table; without a learning rate that did not diverge it has no numbers.
 
     `sharp_ratios` holds, for each of `TAUS`, the mean and standard deviation of the mini-batch training cost over the
-    last tau * M of the M iterations, all seeds together. `final_cost` is the mean over the last epoch.
+    last tau * M of the M iterations, all seeds together. `final_cost` is the cost of all training images at the end,
+    averaged over seeds.
     `best_validation` is the best validation accuracy of any epoch, averaged over seeds.
     """
 
@@ -76,7 +88,7 @@ def table_csv(table: Sequence[Row]) -> str:
         numbers = [value for ratio in row.sharp_ratios for value in ratio] if row.sharp_ratios else [""] * len(ratios)
         ends = [row.final_cost, row.best_validation, row.seconds_per_epoch, "; ".join(row.diverged)]
         lines.append([row.method, row.learning_rate, row.seeds, *numbers, *ends])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def table_markdown(table: Sequence[Row]) -> str:
@@ -92,7 +104,7 @@ def table_markdown(table: Sequence[Row]) -> str:
     table_lines = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return table_lines + (
         "\nτ: mean ± standard deviation of the mini-batch training cost over the last τM of the M iterations."
-        " Final cost: its mean over the last epoch. Validation: best accuracy after any epoch."
+        " Final cost: that of all training images at the end. Validation: best accuracy after any epoch."
         " lr: the candidate with the lowest mean training cost over the last 10% of iterations.\n"
     )
 
@@ -105,7 +117,7 @@ def grid_csv(outcome: Outcome) -> str:
             record = outcome.records[run]
             chosen = run.learning_rate == outcome.chosen[method]
             lines.append([method, run.learning_rate, score(record), record.diverged, chosen])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def curves_csv_gz(outcome: Outcome) -> bytes:
@@ -118,7 +130,7 @@ def curves_csv_gz(outcome: Outcome) -> bytes:
         for end, mean in zip(ends, cost, strict=True):
             lines.append([*identity, end, f"{record.seconds[end - 1]:.4f}", f"{mean:.6g}"])
     # A time stamp would make equal curves differ as files.
-    return gzip.compress(_csv(lines).encode(), mtime=0)
+    return gzip.compress(csv_text(lines).encode(), mtime=0)
 
 
 def _row(outcome: Outcome, method: str) -> Row:
@@ -132,7 +144,7 @@ def _row(outcome: Outcome, method: str) -> Row:
         len(records),
         diverged,
         sharp_ratios=tuple(_sharp_ratio(records, tau) for tau in TAUS),
-        final_cost=float(np.mean([record.cost[-_epoch_length(record) :].mean(dtype=float) for record in records])),
+        final_cost=float(np.mean([record.full_cost for record in records])),
         best_validation=float(np.mean([record.validation.max() for record in records])),
         seconds_per_epoch=float(np.mean([record.seconds[-1] / len(record.validation) for record in records])),
     )
@@ -143,15 +155,12 @@ def _sharp_ratio(records: Iterable[Record], tau: float) -> tuple[float, float]:
     return float(last.mean(dtype=float)), float(last.std(dtype=float))
 
 
-def _epoch_length(record: Record) -> int:
-    return len(record.cost) // len(record.validation)
-
-
 def _number(value: float | None, specification: str) -> str:
     return "-" if value is None else format(value, specification)
 
 
-def _csv(lines: Iterable[Sequence[object]]) -> str:
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """The lines as comma-separated values."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()

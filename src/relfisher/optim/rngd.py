@@ -87,7 +87,7 @@ class RNGD(torch.optim.Optimizer):
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        damping: float | Damping = 1e-2,
+        damping: float | Damping = 0.1,
         trust_region: float | None = 1e-2,
         structure: str = "auto",
         decay: float = 0.995,
