@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.func import functional_call, hessian, jacrev, jvp, vjp, vmap
 
+from relfisher.evaluation import evaluation_mode
 from relfisher.memory import check_fits
 from relfisher.metric import DenseMetric, Metric
 from relfisher.responses import Response
@@ -118,7 +119,7 @@ def relative_fisher(
         order of their names. A Monte Carlo metric has the standard error of each entry as `standard_error`.
 
     Raises:
-        ValueError: if a parameter is not finite, or more than one way to take the expectation is given.
+        ValueError: if there is no parameter, one is not finite, or more than one way to take the expectation is given.
         TypeError: if the subsystem returns no distribution, and no other way to take the expectation is given.
     """
     if sum(way is not None for way in (response, outcomes, sampler)) > 1:
@@ -181,23 +182,29 @@ def observed_fisher(
         response: what the subsystem says given its pre-activation.
 
     Returns:
-        The matrix [D, D].
+        The matrix [D, D], a mean over samples; positions of a pre-activation [n, positions, out] are samples too.
+
+    Raises:
+        ValueError: if there is no parameter, or one of them or y is not finite.
     """
     theta, shape, restore = _flatten(parameters)
+    if isinstance(y, Tensor) and y.is_floating_point():
+        check_finite("y", y)
 
     def log_likelihood(flat: Tensor) -> Tensor:
         known = restore(flat)
-        terms = subsystem(known, y) if response is None else response.log_prob(subsystem(known), y)
-        return terms.sum() / terms.shape[0]
+        return (subsystem(known, y) if response is None else response.log_prob(subsystem(known), y)).sum()
 
-    samples = y.shape[0] if isinstance(y, Tensor) and y.ndim else 1
-    return DenseMetric(-hessian(log_likelihood)(theta), shape, samples)
+    with torch.no_grad():
+        terms = subsystem(restore(theta)) if response is not None else subsystem(restore(theta), y)
+    samples = _rows(terms).shape[0] if response is not None else len(terms) if terms.ndim else 1
+    return DenseMetric(-hessian(log_likelihood)(theta) / samples, shape, samples)
 
 
 def as_function(
     model: nn.Module, inputs: Any, names: Sequence[str] | None = None
 ) -> tuple[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]]:
-    """Return a model as a function of its parameters, and those parameters.
+    """Return a model in evaluation mode as a function of its parameters, and those parameters.
 
     Args:
         model: the module; parameters that are not named keep their values, as part of the reference.
@@ -220,7 +227,8 @@ def as_function(
     reference = {name: parameter.detach() for name, parameter in own.items()}
 
     def function(parameters: Mapping[str, Tensor]) -> Tensor:
-        output: Tensor = functional_call(model, {**reference, **parameters}, arguments)
+        with evaluation_mode(model):
+            output: Tensor = functional_call(model, {**reference, **parameters}, arguments)
         return output
 
     return function, {name: reference[name] for name in chosen}
@@ -238,6 +246,8 @@ def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[
         check_finite("parameters", parameters)
         shape = tuple(parameters.shape)
         return parameters.detach().reshape(-1), shape or (1,), lambda flat: flat.reshape(shape)
+    if not parameters:
+        raise ValueError("parameters must not be empty, got no tensor")
     for name, parameter in parameters.items():
         check_floating(f"parameters[{name!r}]", parameter)
         check_finite(f"parameters[{name!r}]", parameter)

@@ -38,7 +38,7 @@ class Spectrum:
     def of(cls, metric: Metric, top: int) -> Spectrum:
         """Return the spectrum of a metric, with so many of its largest eigenvalues."""
         values = metric.eigvalsh().flip(0)
-        rank = metric.rank()
+        rank = int((values > metric.shape[0] * torch.finfo(metric.dtype).eps * values[0]).sum())
         condition = float(values[0] / values[rank - 1]) if rank else float("nan")
         return cls(rank, float(values.sum()), tuple(values[:top].tolist()), condition)
 
@@ -97,8 +97,11 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
 
     Returns:
         The comparison, a row a layer that the forward pass reached.
+
+    Raises:
+        ValueError: if a layer is parametrized, so that its parameters are not its weight and bias.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = _plain_layers(model)
     seen = observe(model, layers, inputs)
     last = next(reversed(seen), None)
     rows = []
@@ -110,6 +113,15 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
         block = fisher(model, inputs, response, names)
         rows.append(LayerComparison(name, said, relative.shape[0], Spectrum.of(relative, top), Spectrum.of(block, top)))
     return Comparison(tuple(rows))
+
+
+def _plain_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers by name, none of which may be parametrized."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    taken = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
+    if taken:
+        raise ValueError(f"model must not be parametrized, but {', '.join(taken)} is: call unbalance first")
+    return layers
 
 
 class _Scaled(nn.Module):
@@ -144,10 +156,7 @@ def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, floa
     Raises:
         ValueError: if a layer is parametrized already, or its metric is zero.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    taken = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
-    if taken:
-        raise ValueError(f"model must not be parametrized yet, but {', '.join(taken)} is: call unbalance first")
+    layers = _plain_layers(model)
     seen = observe(model, layers, inputs)
     last = next(reversed(seen), None)
     scales: dict[str, float] = {}

@@ -285,14 +285,14 @@ class ActivationGaussian(_Gaussian):
     sigma: float = 1.0
 
     def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f(z)."""
-        return self.function(z)
+        """Return f(z); the function may be one that works in place."""
+        return self.function(z.clone())
 
     def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return f'(z) by automatic differentiation."""
         with torch.enable_grad():
             point = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.function(point).sum(), point)
+            (slope,) = torch.autograd.grad(self.activation(point).sum(), point)
         return slope
 
 
@@ -315,7 +315,7 @@ class Categorical(Response):
     def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*n"]:
         """Draw a class index for each sample."""
         eta = torch.softmax(z, dim=-1)
-        return torch.multinomial(eta.flatten(0, -2), 1, generator=generator).reshape(eta.shape[:-1])
+        return torch.multinomial(eta.reshape(-1, eta.shape[-1]), 1, generator=generator).reshape(eta.shape[:-1])
 
     def outcomes(self, out: int) -> tuple[float, ...]:
         """Return the class indices."""

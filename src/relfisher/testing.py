@@ -7,11 +7,10 @@ from automatic differentiation, and a metric is compared with the matrix that it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, vmap
+from torch.func import grad, jacrev, vmap
 
 from relfisher.metric import Metric
 from relfisher.responses import Response, UnitResponse
@@ -19,7 +18,7 @@ from relfisher.shapes import Float
 
 __all__ = ["check_metric", "check_response"]
 
-_NODES = 64
+_NODES = 256
 _REACH = 12.0
 
 
@@ -97,7 +96,6 @@ def check_metric(metric: Metric, expected: Float[Tensor, "D D"] | None = None, r
 
 def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float) -> None:
     """Compare F(z) of one sample with the two expectations that define it."""
-    out = z.shape[0]
     joint = not isinstance(response, UnitResponse)
     information = response.information(z.unsqueeze(0)).squeeze(0)
     expected = information if joint else torch.diag(information)
@@ -105,17 +103,17 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
     def log_prob(point: Tensor, y: Tensor) -> Tensor:
         return response.log_prob(point.unsqueeze(0), y.unsqueeze(0)).sum()
 
-    mass = torch.zeros((), dtype=z.dtype) if joint else torch.zeros_like(z)
-    mean = torch.zeros_like(z)
-    outer, curvature = torch.zeros(out, out, dtype=z.dtype), torch.zeros(out, out, dtype=z.dtype)
-    for y, weight in _responses(response, z):
-        score = grad(log_prob)(z, y)
-        hess = hessian(log_prob)(z, y)
-        mass += weight
-        mean += weight * score
+    y, weights = _responses(response, z)
+    scores = vmap(grad(log_prob), (None, 0))(z, y)
+    hessians = vmap(jacrev(grad(log_prob)), (None, 0))(z, y)
+    if joint:
+        mean, outer = weights @ scores, (scores * weights.unsqueeze(1)).T @ scores
+        curvature = -torch.einsum("k,kij->ij", weights, hessians)
+    else:
         # Units are independent, so that each is integrated on its own, along the diagonal.
-        outer += weight * torch.outer(score, score) if joint else torch.diag(weight * score.square())
-        curvature -= weight * hess if joint else torch.diag(weight * hess.diagonal())
+        mean, outer = (weights * scores).sum(0), torch.diag((weights * scores.square()).sum(0))
+        curvature = -torch.diag((weights * hessians.diagonal(dim1=-2, dim2=-1)).sum(0))
+    mass = weights.sum(0)
     where = f"at z = {[round(value, 3) for value in z.tolist()]}"
     _same(f"the total probability {where}", mass, torch.ones_like(mass), rtol)
     _same(f"the expected score {where}", mean, torch.zeros_like(mean), rtol)
@@ -123,22 +121,27 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
     _same(f"information(z) against minus the expected Hessian {where}", expected, curvature, rtol)
 
 
-def _responses(response: Response, z: Float[Tensor, "out"]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield responses y of one sample with their weights: probabilities, or densities times quadrature weights."""
-    outcomes = response.outcomes(z.shape[0])
-    if outcomes is not None:
-        for value in outcomes:
-            y = torch.full_like(z, value) if isinstance(response, UnitResponse) else torch.tensor(value)
-            yield y, response.log_prob(z.unsqueeze(0), y.unsqueeze(0)).squeeze(0).exp()
-        return
+def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Tensor]:
+    """Return responses of one sample with their weights: probabilities, or densities times quadrature weights.
+
+    Both are [k, out], a weight a unit, or [k] where the response joins the units.
+
+    Raises:
+        AssertionError: if the response cannot be integrated.
+    """
+    values = response.outcomes(z.shape[0])
+    unit = isinstance(response, UnitResponse)
+    if values is not None:
+        y = torch.tensor(values, dtype=z.dtype if unit else None)
+        y = y.unsqueeze(1).expand(-1, z.shape[0]) if unit else y
+        return y, response.log_prob(z.expand(len(values), -1), y).exp()
     if not isinstance(response, UnitResponse):
         raise AssertionError("a response with a continuum of outcomes must be a UnitResponse to be integrated")
-    centre = response.activation(z)
     spread = _REACH * float(getattr(response, "sigma", 1.0))
     # The trapezoidal rule converges geometrically for a density that has decayed at both ends.
-    for offset in torch.linspace(-spread, spread, 4 * _NODES + 1, dtype=z.dtype):
-        y = centre + offset
-        yield y, response.log_prob(z, y).exp() * (2 * spread / (4 * _NODES))
+    offsets = torch.linspace(-spread, spread, _NODES + 1, dtype=z.dtype)
+    y = response.activation(z) + offsets.unsqueeze(1)
+    return y, response.log_prob(z.expand(len(y), -1), y).exp() * (2 * spread / _NODES)
 
 
 def _same(what: str, found: Tensor, wanted: Tensor, rtol: float) -> None:

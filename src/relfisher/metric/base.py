@@ -78,7 +78,7 @@ class Metric(ABC):
         size = math.prod(self.parameter_shape)
         return (size, size)
 
-    def matvec(self, vector: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
+    def matvec(self, vector: Tensor) -> Tensor:
         """Return G v for one vector, [D] or in the shape of the parameters.
 
         Args:
@@ -86,11 +86,15 @@ class Metric(ABC):
 
         Returns:
             G v, in the shape of v.
+
+        Raises:
+            ValueError: if v has another shape.
+            TypeError: if v has another dtype than the metric.
         """
         flat = self._flat("vector", vector)
         return self._product(flat.unsqueeze(1)).squeeze(1).reshape(vector.shape)
 
-    def matmat(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+    def matmat(self, vectors: Tensor) -> Float[Tensor, "D k"]:
         """Return G V for the columns of V, [D, k].
 
         Args:
@@ -101,13 +105,15 @@ class Metric(ABC):
 
         Raises:
             ValueError: if V does not have D rows.
+            TypeError: if V has another dtype than the metric.
         """
-        check_floating("vectors", vectors)
+        self._check_dtype("vectors", vectors)
         if vectors.ndim != 2 or vectors.shape[0] != self.shape[0]:
             raise ValueError(f"vectors must have shape [D, k] = [{self.shape[0]}, k], got {list(vectors.shape)}")
         return self._product(vectors)
 
-    def __matmul__(self, other: Float[Tensor, "*p"]) -> Float[Tensor, "*p"]:
+    def __matmul__(self, other: Tensor) -> Tensor:
+        check_floating("the right side of @", other)
         one = other.ndim == 1 or tuple(other.shape) == self.parameter_shape
         return self.matvec(other) if one else self.matmat(other)
 
@@ -156,7 +162,7 @@ class Metric(ABC):
         """Return the trace of G."""
         return self.diagonal().sum()
 
-    def inner(self, u: Float[Tensor, "*p"], v: Float[Tensor, "*p"]) -> Float[Tensor, ""]:
+    def inner(self, u: Tensor, v: Tensor) -> Float[Tensor, ""]:
         """Return u' G v, the inner product of two steps. Equations (6), (10).
 
         Args:
@@ -168,7 +174,7 @@ class Metric(ABC):
         """
         return torch.dot(self._flat("u", u), self.matvec(v).reshape(-1))
 
-    def norm(self, u: Float[Tensor, "*p"]) -> Float[Tensor, ""]:
+    def norm(self, u: Tensor) -> Float[Tensor, ""]:
         """Return the length of a step, the root of u' G u: how much it changes the response. Equations (6), (10).
 
         Args:
@@ -194,12 +200,12 @@ class Metric(ABC):
         """
         if k is not None and not 1 <= k <= self.shape[0]:
             raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
-        if k is not None and k < self.shape[0] - 1 and self._direct_sum_shape()[1] > _DENSE_BLOCK:
+        few = k is not None and k < self.shape[0] - 2 * self._repeats()
+        if k is not None and few and self._direct_sum_shape()[1] > _DENSE_BLOCK:
             return self._lanczos(k)
         distinct = self._checked_direct_sum("ask for the k largest eigenvalues")
         values: Tensor = torch.linalg.eigvalsh(distinct)
-        repeats = self.shape[0] // values.numel()
-        values = values.flatten().repeat_interleave(repeats).sort().values
+        values = values.flatten().repeat_interleave(self._repeats()).sort().values
         return values if k is None else values[-k:]
 
     def rank(self, rtol: float | None = None) -> int:
@@ -239,9 +245,11 @@ class Metric(ABC):
             A scalar; -inf for a singular metric without damping.
         """
         check_interval("damping", damping, 0, math.inf)
-        return (self.eigvalsh().clamp(min=0) + damping).log().sum()
+        values = self.eigvalsh()
+        values = values.where(values > self._threshold(values, None), torch.zeros_like(values))
+        return (values + damping).log().sum()
 
-    def solve(self, v: Float[Tensor, "..."], damping: float = 0.0) -> Float[Tensor, "..."]:
+    def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """Return (G + damping I)^-1 v.
 
         Blocks of up to 4096 parameters are factorised (Cholesky); larger metrics are solved by conjugate gradients,
@@ -265,7 +273,9 @@ class Metric(ABC):
         damped = self._checked_direct_sum().clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         factor, info = torch.linalg.cholesky_ex(damped)
-        if bool((info != 0).any()):
+        # What is left of a diagonal entry once the parameters before it are accounted for: rounding errors, at worst.
+        left = factor.diagonal(dim1=-2, dim2=-1).square() / damped.diagonal(dim1=-2, dim2=-1)
+        if bool((info != 0).any()) or not bool((left > damped.shape[-1] * torch.finfo(self.dtype).eps).all()):
             raise SingularMetricError(
                 f"the metric is singular with damping {damping}: give a larger damping, or use pinv_solve"
             )
@@ -273,7 +283,7 @@ class Metric(ABC):
         solution = torch.cholesky_solve(pieces, factor)
         return solution.reshape(v.shape)
 
-    def pinv_solve(self, v: Float[Tensor, "..."], rtol: float | None = None) -> Float[Tensor, "..."]:
+    def pinv_solve(self, v: Tensor, rtol: float | None = None) -> Tensor:
         """Return the Moore-Penrose pseudo-inverse of G times v: the natural gradient of a singular metric.
 
         Source: Thomas 2014, as cited in section 2.
@@ -293,7 +303,7 @@ class Metric(ABC):
         solution: Tensor = vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ pieces))
         return solution.reshape(v.shape)
 
-    def natural_gradient(self, gradient: Float[Tensor, "*p"], damping: float = 0.0) -> Float[Tensor, "*p"]:
+    def natural_gradient(self, gradient: Tensor, damping: float = 0.0) -> Tensor:
         """Return the natural gradient G^-1 dL, the direction of equation (7), for a loss gradient dL.
 
         Args:
@@ -329,8 +339,13 @@ class Metric(ABC):
 
     # The machinery.
 
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        check_floating(name, tensor)
+        if tensor.dtype != self.dtype:
+            raise TypeError(f"{name} must have the metric's dtype {self.dtype}, got {tensor.dtype}")
+
     def _flat(self, name: str, vector: Tensor) -> Float[Tensor, "D"]:
-        check_floating(name, vector)
+        self._check_dtype(name, vector)
         flat = (self.shape[0],)
         if tuple(vector.shape) not in (flat, self.parameter_shape):
             raise ValueError(
@@ -341,11 +356,11 @@ class Metric(ABC):
 
     def _columns(self, v: Tensor) -> Float[Tensor, "D k"]:
         """Return right-hand sides as columns, after checking them."""
+        self._check_dtype("v", v)
         one = v.ndim == 1 or tuple(v.shape) == self.parameter_shape
         if one:
             columns = self._flat("v", v).unsqueeze(1)
         elif v.ndim == 2 and v.shape[0] == self.shape[0]:
-            check_floating("v", v)
             columns = v
         else:
             raise ValueError(
@@ -368,7 +383,25 @@ class Metric(ABC):
         return rtol * max(float(values.max()), 0.0)
 
     def _lanczos(self, k: int) -> Float[Tensor, "k"]:
-        from scipy.sparse.linalg import eigsh
+        """Return the k largest eigenvalues; Lanczos iterations would see one of several equal blocks only once."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator, eigsh
 
-        values = eigsh(self.to_scipy(), k=k, which="LA", return_eigenvectors=False)
-        return torch.as_tensor(values, dtype=self.dtype, device=self.device).sort().values
+        repeats = self._repeats()
+        size = self.shape[0] // repeats
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            column = torch.zeros(self.shape[0], 1, dtype=self.dtype, device=self.device)
+            column[:size, 0] = torch.as_tensor(vector.reshape(-1), device=self.device)
+            return self._product(column)[:size, 0].cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        operator = LinearOperator((size, size), matvec=product, dtype=dtype)
+        values = eigsh(operator, k=-(-k // repeats), which="LA", return_eigenvectors=False)
+        found = torch.as_tensor(values.copy(), dtype=self.dtype, device=self.device)
+        return found.repeat_interleave(repeats).sort().values[-k:]
+
+    def _repeats(self) -> int:
+        """Return how often the direct sum stands in G: D / b where all blocks are equal, else once."""
+        count, size = self._direct_sum_shape()
+        return self.shape[0] // (count * size)

@@ -19,17 +19,17 @@ __all__ = ["layer_metric", "neuron_metric", "softmax_metric", "two_layer_metric"
 
 
 def neuron_metric(
-    x: Float[Tensor, "n in"],
-    weight: Float[Tensor, "in"],
-    bias: Float[Tensor, ""] | float | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | float | None,
     response: UnitResponse,
 ) -> LayerMetric:
     """Return the metric of one neuron, mean_n nu_f(w, x_n) x~_n x~_n'. Equations (12), (14), (16), (18), (20), (21).
 
     Args:
-        x: the neuron's inputs.
-        weight: its weights.
-        bias: its bias; None for a neuron without.
+        x: the neuron's inputs, [n, in].
+        weight: its weights, [in].
+        bias: its bias, one number; None for a neuron without.
         response: what the neuron says, such as `SigmoidBernoulli()`.
 
     Returns:
@@ -42,22 +42,24 @@ def neuron_metric(
     check_floating("weight", weight)
     if weight.ndim != 1:
         raise ValueError(f"weight must have shape [in], got {list(weight.shape)}; for a layer use layer_metric")
-    shift = None if bias is None else torch.as_tensor(bias, dtype=weight.dtype, device=weight.device).reshape(1)
-    return layer_metric(x, weight.unsqueeze(0), shift, response)
+    if isinstance(bias, Tensor) and bias.numel() != 1:
+        raise ValueError(f"bias must be one number, got shape {list(bias.shape)}")
+    shift = weight.new_tensor([bias]) if isinstance(bias, (int, float)) else bias
+    return layer_metric(x, weight.unsqueeze(0), None if shift is None else shift.reshape(1), response)
 
 
 def layer_metric(
-    x: Float[Tensor, "n in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, "out"] | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     response: Response,
 ) -> LayerMetric:
     """Return the metric of a layer with this response: equation (22) if linear, (23) if element-wise, (25) if softmax.
 
     Args:
-        x: the layer's inputs.
-        weight: the layer's weight.
-        bias: its bias; None for a layer without.
+        x: the layer's inputs, [n, in].
+        weight: the layer's weight, [out, in].
+        bias: its bias, [out]; None for a layer without.
         response: what its units say.
 
     Returns:
@@ -71,31 +73,33 @@ def layer_metric(
     return LayerMetric(response.operator(z), x.detach(), bias=bias is not None)
 
 
-def softmax_metric(
-    x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
-) -> LayerMetric:
+def softmax_metric(x: Tensor, weight: Tensor, bias: Tensor | None) -> LayerMetric:
     """Return the metric of a softmax layer. Equation (25).
 
     It is singular: an equal shift of the weights of all classes changes nothing.
 
     Args:
-        x: the layer's inputs.
-        weight: the layer's weight, a row a class.
-        bias: its bias; None for a layer without.
+        x: the layer's inputs, [n, in].
+        weight: the layer's weight, a row a class, [out, in].
+        bias: its bias, [out]; None for a layer without.
 
     Returns:
         A metric of shape [D, D], D = out * (in + 1), or out * in without a bias.
+
+    Raises:
+        ValueError: if shapes do not fit, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype.
     """
     return layer_metric(x, weight, bias, Categorical())
 
 
 def two_layer_metric(
-    x: Float[Tensor, "n in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, "out"] | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     activation: UnitResponse,
-    next_weight: Float[Tensor, "next out"],
-    next_bias: Float[Tensor, "next"] | None,
+    next_weight: Tensor,
+    next_bias: Tensor | None,
     response: Response,
 ) -> LayerMetric:
     """Return the metric of a layer's parameters with respect to the response of the next layer. Equation (26).
@@ -106,12 +110,12 @@ def two_layer_metric(
     nu_f = f'^2 / sigma^2.
 
     Args:
-        x: the inputs of the first layer.
-        weight: the first layer's weight.
-        bias: its bias; None for a layer without.
+        x: the inputs of the first layer, [n, in].
+        weight: the first layer's weight, [out, in].
+        bias: its bias, [out]; None for a layer without.
         activation: the response that names the hidden activation f; its noise is not used.
-        next_weight: the next layer's weight.
-        next_bias: its bias; None for a layer without.
+        next_weight: the next layer's weight, [next, out].
+        next_bias: its bias, [next]; None for a layer without.
         response: what the next layer says.
 
     Returns:
@@ -132,11 +136,16 @@ def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
     check_matrix(f"{prefix}weight", weight, None, None, "[out, in]")
     out, inputs = weight.shape
     check_matrix("x", x, None, inputs, "[n, in]")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"x and {prefix}weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    _check_one_dtype(x, f"{prefix}weight", weight)
     if bias is not None:
         check_floating(f"{prefix}bias", bias)
+        _check_one_dtype(x, f"{prefix}bias", bias)
         if tuple(bias.shape) != (out,):
             raise ValueError(f"{prefix}bias must have shape [out] = [{out}], got {list(bias.shape)}")
         check_finite(f"{prefix}bias", bias)
     return torch.nn.functional.linear(x, weight, bias).detach()
+
+
+def _check_one_dtype(x: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"x and {name} must have one dtype, got {x.dtype} and {tensor.dtype}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,20 @@ from relfisher.validation import check_matrix
 
 __all__ = ["BatchedMetric", "TransformedMetric"]
 
-Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class _Kind(NamedTuple):
+    """What the metrics of all batches have in common."""
+
+    parameter_shape: tuple[int, ...]
+    blocks_shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _kind(metric: Metric) -> _Kind:
+    return _Kind(metric.parameter_shape, metric._direct_sum_shape(), metric.dtype, metric.device)
 
 
 class BatchedMetric(Metric):
@@ -28,10 +41,10 @@ class BatchedMetric(Metric):
 
     Raises:
         TypeError: if `batches` is an iterator, which is empty after the first pass.
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or the metrics of two batches are of different parameters.
     """
 
-    def __init__(self, make: Callable[[Batch], Metric], batches: Iterable[Batch]) -> None:
+    def __init__(self, make: Callable[[Any], Metric], batches: Iterable[Any]) -> None:
         if isinstance(batches, Iterator):
             raise TypeError(
                 f"batches must allow more than one pass, got the iterator {type(batches).__name__}: give a list or a "
@@ -39,25 +52,29 @@ class BatchedMetric(Metric):
             )
         self._make = make
         self._batches = batches
-        first, samples = None, 0
-        for metric in self._metrics():
-            first = first or metric
-            samples += metric.samples
-        if first is None:
+        kind: _Kind | None = None
+        samples = 0
+        for count, other in self._each(lambda metric: (metric.samples, _kind(metric))):
+            if kind not in (None, other):
+                raise ValueError(f"the metrics of all batches must be alike, got {kind} and {other}")
+            kind, samples = other, samples + count
+        if kind is None:
             raise ValueError("batches must not be empty, got no batch")
-        super().__init__(first.parameter_shape, samples, first.dtype, first.device)
-        self._blocks_shape = first._direct_sum_shape()
+        super().__init__(kind.parameter_shape, samples, kind.dtype, kind.device)
+        self._blocks_shape = kind.blocks_shape
 
-    def _metrics(self) -> Iterator[Metric]:
+    def _each(self, term: Callable[[Metric], Result]) -> Iterator[Result]:
+        """Yield a term of the metric of every batch; a batch is let go before the next one is taken."""
         for batch in self._batches:
-            yield self._make(batch)
+            result = term(self._make(batch))
+            del batch
+            yield result
 
     def _mean(self, term: Callable[[Metric], Tensor]) -> Tensor:
-        total: Tensor | None = None
-        for metric in self._metrics():
-            part = term(metric) * (metric.samples / self.samples)
-            total = part if total is None else total.add_(part)
-        assert total is not None  # the constructor saw a batch
+        parts = self._each(lambda metric: term(metric) * (metric.samples / self.samples))
+        total = next(parts)
+        for part in parts:
+            total.add_(part)
         return total
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -82,11 +99,13 @@ class TransformedMetric(Metric):
         jacobian: J = dLambda / dTheta, [D, K].
 
     Raises:
-        ValueError: if J does not have D rows.
+        ValueError: if J does not have D rows, or is not finite.
+        TypeError: if J has another dtype than the metric.
     """
 
-    def __init__(self, metric: Metric, jacobian: Float[Tensor, "D K"]) -> None:
+    def __init__(self, metric: Metric, jacobian: Tensor) -> None:
         check_matrix("jacobian", jacobian, metric.shape[0], None, "[D, K]")
+        metric._check_dtype("jacobian", jacobian)
         super().__init__((jacobian.shape[1],), metric.samples, metric.dtype, metric.device)
         self.metric = metric
         self.jacobian = jacobian

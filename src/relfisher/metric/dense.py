@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from relfisher.metric.base import Metric
 from relfisher.shapes import Float
+from relfisher.validation import check_floating, check_matrix
 
 __all__ = ["DenseMetric"]
 
@@ -19,15 +22,23 @@ class DenseMetric(Metric):
         parameter_shape: the shape of the subsystem's parameters; None for [D].
         samples: how many samples G is a mean over.
         standard_error: of each entry of G, where it was estimated by sampling.
+
+    Raises:
+        ValueError: if the matrix is not square and finite, or is not of as many parameters as their shape says.
+        TypeError: if it is not of a floating-point dtype.
     """
 
     def __init__(
         self,
-        matrix: Float[Tensor, "D D"],
+        matrix: Tensor,
         parameter_shape: tuple[int, ...] | None = None,
         samples: int = 1,
         standard_error: Float[Tensor, "D D"] | None = None,
     ) -> None:
+        check_floating("matrix", matrix)
+        check_matrix("matrix", matrix, matrix.shape[-1] if matrix.ndim else None, None, "[D, D]")
+        if parameter_shape is not None and math.prod(parameter_shape) != matrix.shape[0]:
+            raise ValueError(f"matrix must have shape [D, D] for parameters {parameter_shape}, got {[*matrix.shape]}")
         super().__init__(parameter_shape or (matrix.shape[0],), samples, matrix.dtype, matrix.device)
         self.matrix = matrix
         self.standard_error = standard_error
