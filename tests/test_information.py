@@ -1,0 +1,79 @@
+"""Each kind of information as an operator: products, diagonals and matrices agree, and are what they stand for."""
+
+import pytest
+import reference
+import torch
+from cases import BERNOULLI, GAUSSIAN, RESPONSES, Problem, assert_close, problem, problems
+from hypothesis import given
+from torch import Tensor
+
+from relfisher import information
+from relfisher.information import Information
+
+KINDS = ("isotropic", "diagonal", "softmax", "pulled back", "pulled back softmax", "pulled back twice")
+
+
+def make(kind: str, given_problem: Problem) -> Information:
+    """Return an information over the problem's [n, out] units."""
+    z, weight = given_problem.z, given_problem.next_weight
+    following = torch.tanh(z) @ weight.T + given_problem.next_bias
+    slope = 1 - torch.tanh(z).square()
+    through = information.Diagonal(torch.sigmoid(following))
+    match kind:
+        case "isotropic":
+            return information.Isotropic(2.5, z)
+        case "diagonal":
+            return information.Diagonal(z.square())
+        case "softmax":
+            return information.Softmax(torch.softmax(z, -1))
+        case "pulled back":
+            return information.PulledBack(through, weight, slope)
+        case "pulled back softmax":
+            return information.PulledBack(information.Softmax(torch.softmax(following, -1)), weight, slope)
+    turn = weight.T @ weight + torch.eye(z.shape[1], dtype=z.dtype)
+    return information.PulledBack(information.PulledBack(through, weight, slope), turn, slope)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(given_problem=problems())
+def test_operations_agree_with_the_matrices(kind: str, given_problem: Problem) -> None:
+    operator, z = make(kind, given_problem), given_problem.z
+    dense = operator.dense()
+    assert operator.out == z.shape[1]
+    assert dense.shape == (*z.shape, z.shape[1])
+    assert_close(operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1))
+    for field in (z, torch.stack([z, z.cos(), 2 * z])):
+        assert_close(operator.apply(field), torch.einsum("nij,...nj->...ni", dense, field))
+    if operator.is_diagonal:
+        assert torch.equal(dense, torch.diag_embed(dense.diagonal(dim1=-2, dim2=-1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(given_problem=problems())
+def test_matrices_are_symmetric_and_positive_semi_definite(kind: str, given_problem: Problem) -> None:
+    dense = make(kind, given_problem).dense()
+    assert_close(dense, dense.mT)
+    assert torch.linalg.eigvalsh(dense).min() >= -1e-12 * dense.abs().max()
+
+
+@pytest.mark.parametrize("name", ["tanh", "softmax", "linear"])
+@given(given_problem=problems())
+def test_pulled_back_is_the_information_about_the_hidden_pre_activation(name: str, given_problem: Problem) -> None:
+    response, density = RESPONSES[name]
+    weight, bias = given_problem.next_weight, given_problem.next_bias
+    hidden = lambda z: weight @ torch.tanh(z) + bias  # noqa: E731
+    z = given_problem.z
+    following = response.operator(torch.stack([hidden(row) for row in z]))
+    found = information.PulledBack(following, weight, 1 - torch.tanh(z).square()).dense()
+    for matrix, row in zip(found, z, strict=True):
+        outer, _ = reference.expectations(lambda point, _: hidden(point), density, row, row.new_zeros(1, 1))
+        assert_close(matrix, outer)
+
+
+def test_each_response_has_the_cheapest_kind_that_is_exact() -> None:
+    z: Tensor = problem().z
+    kinds = {name: type(response.operator(z)) for name, (response, _) in RESPONSES.items()}
+    assert kinds.pop("linear") is information.Isotropic
+    assert kinds.pop("softmax") is information.Softmax
+    assert set(kinds) == set(BERNOULLI | GAUSSIAN) - {"linear"}
+    assert set(kinds.values()) == {information.Diagonal}
