@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "relfisher"
 
 # A module imports from its own level or from levels above it in this list.
 LEVELS = (
-    {"shapes", "validation", "memory"},
+    {"shapes", "validation", "memory", "evaluation"},
     {"information", "moments"},
     {"responses"},
     {"metric"},

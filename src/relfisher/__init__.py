@@ -3,15 +3,21 @@
 A trainer writes `RNGD(model)` where `Adam(model.parameters())` stood; a geometer asks for the metric of a neuron, a
 layer, a softmax head, two layers or a subsystem of their own. After Sun & Nielsen, "Relative Natural Gradient for
 Learning Large Complex Models", 2016.
+
+Public names are imported when they are first used, so that `import relfisher` and the command line's help cost nothing.
 """
 
-from relfisher import responses
-from relfisher.autodiff import as_function, fisher, observed_fisher, relative_fisher
-from relfisher.diagnostics import balance, compare, unbalance
-from relfisher.metric import BatchedMetric, Metric, layer_metric, neuron_metric, softmax_metric, two_layer_metric
-from relfisher.optim import RNGD
-from relfisher.structures import Damping
-from relfisher.subsystems import module_metric
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relfisher import responses, testing
+    from relfisher.autodiff import as_function, fisher, observed_fisher, relative_fisher
+    from relfisher.diagnostics import balance, compare, unbalance
+    from relfisher.metric import BatchedMetric, Metric, layer_metric, neuron_metric, softmax_metric, two_layer_metric
+    from relfisher.optim import RNGD
+    from relfisher.structures import Damping
+    from relfisher.subsystems import module_metric
 
 __version__ = "0.1.0"
 
@@ -31,6 +37,30 @@ __all__ = [
     "relative_fisher",
     "responses",
     "softmax_metric",
+    "testing",
     "two_layer_metric",
     "unbalance",
 ]
+
+_NAMES = {
+    "autodiff": ("as_function", "fisher", "observed_fisher", "relative_fisher"),
+    "diagnostics": ("balance", "compare", "unbalance"),
+    "metric": ("BatchedMetric", "Metric", "layer_metric", "neuron_metric", "softmax_metric", "two_layer_metric"),
+    "optim": ("RNGD",),
+    "structures": ("Damping",),
+    "subsystems": ("module_metric",),
+}
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("responses", "testing"):
+        return import_module(f"relfisher.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'relfisher' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"relfisher.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
