@@ -1,0 +1,102 @@
+"""One default of RNGD at a time, away from its value: what it does to training cost, validation and time.
+
+    python benchmarks/defaults.py --data fashion-mnist --epochs 5
+
+prints a Markdown table for docs/decisions/defaults.md. Every run has the same initial weights and batches; a row of
+Adam at its best learning rate of three stands beside them.
+"""
+
+import argparse
+import itertools
+import time
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from relfisher import RNGD
+from relfisher.experiments.data import load
+
+WORKLOADS = {
+    "ReLU, batch 50": (nn.ReLU, 50),
+    "ReLU, batch 500": (nn.ReLU, 500),
+    "tanh, batch 50": (nn.Tanh, 50),
+    "sigmoid, batch 50": (nn.Sigmoid, 50),
+}
+VARIATIONS = [
+    {},
+    *({"lr": value} for value in (0.1, 1.0)),
+    *({"trust_region": value} for value in (1e-3, 3e-3, 3e-2)),
+    *({"damping": value} for value in (1e-3, 1e-2, 3e-2, 0.3)),
+    *({"momentum": value} for value in (0.5, 0.9)),
+    *({"decay": value} for value in (0.98, 0.999)),
+    *({"stats_interval": value} for value in (1, 20)),
+    *({"refresh_interval": value} for value in (50, 200)),
+    {"early_refreshes": ()},
+    {"unbiased": False},
+    *({"structure": value} for value in ("shared", "published")),
+]
+
+
+def network(activation, generator):
+    """Return the paper's network with another activation, weights truncated normal with deviation 0.1."""
+    layers = []
+    for inputs, outputs in itertools.pairwise((784, 64, 64, 64, 10)):
+        layers += [nn.Linear(inputs, outputs), activation()]
+        for parameter in layers[-2].parameters():
+            nn.init.trunc_normal_(parameter, std=0.1, a=-0.2, b=0.2, generator=generator)
+    return nn.Sequential(*layers[:-1])
+
+
+def train(make, data, activation, batch, epochs):
+    """Return the full training cost, the best validation accuracy and the seconds an epoch of one run."""
+    generator = torch.Generator().manual_seed(0)
+    model = network(activation, generator)
+    optimizer = make(model)
+    accuracy, seconds = [], 0.0
+    for _ in range(epochs):
+        order = torch.randperm(len(data.train_labels), generator=generator)
+        start = time.perf_counter()
+        for rows in order.split(batch):
+            optimizer.zero_grad()
+            cross_entropy(model(data.train_images[rows]), data.train_labels[rows]).backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+        with torch.no_grad():
+            predicted = model(data.validation_images).argmax(1)
+            accuracy.append(float((predicted == data.validation_labels).float().mean()))
+    with torch.no_grad():
+        cost = float(cross_entropy(model(data.train_images), data.train_labels))
+    return cost, max(accuracy), seconds / epochs
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="mnist5k")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--workloads", default=",".join(WORKLOADS).replace(", batch", " batch"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load(options.data)
+    chosen = [name for name in WORKLOADS if name.replace(", batch", " batch") in options.workloads.split(",")]
+    adam = [(f"Adam {lr:g}", lambda m, lr=lr: torch.optim.Adam(m.parameters(), lr)) for lr in (3e-4, 1e-3, 3e-3)]
+    rngd = [
+        (
+            ", ".join(f"{key} {value}" for key, value in options.items()) or "**defaults**",
+            lambda m, o=options: RNGD(m, **o),
+        )
+        for options in VARIATIONS
+    ]
+    print(f"Full training cost after {options.epochs} epochs / best validation accuracy / seconds an epoch\n")
+    print(f"| {' | '.join(['', *chosen])} |\n|---|{'---|' * len(chosen)}")
+    for label, make in adam + rngd:
+        cells = []
+        for name in chosen:
+            cost, accuracy, seconds = train(make, data, *WORKLOADS[name], options.epochs)
+            cells.append(f"{cost:.4f} / {accuracy:.1%} / {seconds:.1f}")
+        print(f"| {' | '.join([label, *cells])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
