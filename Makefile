@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 demo: $(INSTALLED)
-	$(BIN)/relfisher reproduce mlp --quick --out runs/demo
+	$(BIN)/relfisher reproduce mlp --quick --jobs 2 --out runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n auto

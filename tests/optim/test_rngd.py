@@ -109,6 +109,15 @@ def test_a_step_is_never_longer_than_the_trust_region(lr, bound, momentum, struc
         assert length <= bound * (1 + 1e-6)
 
 
+def test_momentum_does_not_share_memory_with_the_gradient():
+    """A layer without a bias hands out its gradient as it is; clearing it in place must not clear the momentum."""
+    model = nn.Sequential(nn.Linear(6, 3, bias=False)).double()
+    optimizer = RNGD(model, momentum=0.9)
+    train(model, optimizer, 1)
+    optimizer.zero_grad(set_to_none=False)
+    assert float(optimizer.state[model[0].weight]["momentum"].norm()) > 0
+
+
 def test_a_short_step_is_not_scaled():
     model, free = classifier(), classifier()
     train(model, RNGD(model, lr=1e-3, trust_region=1e6), 3)

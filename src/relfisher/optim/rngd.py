@@ -43,7 +43,6 @@ class _Move(NamedTuple):
     """A layer's step before it is taken."""
 
     layer: LinearSubsystem
-    group: dict[str, Any]
     momentum: Tensor
     direction: Tensor
 
@@ -132,6 +131,7 @@ class RNGD(torch.optim.Optimizer):
 
         self._layers = linear_subsystems(model)
         self._structures: dict[str, Structure] = {}
+        # All layers are in the first group, where there are any.
         covered = [parameter for layer in self._layers for parameter in layer.parameters]
         others = [p for p in model.parameters() if p.requires_grad and not any(p is c for c in covered)]
         groups = [{"params": covered, "lr": lr}, {"params": others, "lr": fallback_lr}]
@@ -276,30 +276,33 @@ class RNGD(torch.optim.Optimizer):
                 self._warn(f"the metric of {layer.name} could not be factorised; its last good inverse stays in use")
 
     def _moves(self) -> list[_Move]:
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        """Return the direction of each layer that has a gradient; nothing is changed yet."""
+        kept = self.param_groups[0]["momentum"]
         moves = []
         for layer in self._layers:
             structure = self._structures.get(layer.name)
             gradient = layer.gradient()
             if structure is None or gradient is None:
                 continue
-            group, state = group_of[id(layer.weight)], self.state[layer.weight]
-            if group["momentum"] and "momentum" in state:
-                gradient = gradient.add(state["momentum"], alpha=group["momentum"])
-            moves.append(_Move(layer, group, gradient, structure.precondition(state, gradient)))
+            state = self.state[layer.weight]
+            if kept:
+                last = state.get("momentum")
+                gradient = gradient.clone() if last is None else gradient.add(last, alpha=kept)
+            moves.append(_Move(layer, gradient, structure.precondition(state, gradient)))
         return moves
 
     def _squared_length(self, moves: list[_Move]) -> float:
         """Return lr^2 sum <D, M>, the squared length of the whole step in the damped metric, equation (10)."""
         if not moves:
             return 0.0
-        return float(sum(torch.sum(move.direction * move.momentum) * move.group["lr"] ** 2 for move in moves))
+        products = [torch.sum(move.direction * move.momentum) for move in moves]
+        lr: float = self.param_groups[0]["lr"]
+        return lr**2 * float(torch.stack(products).sum())
 
     def _take(self, moves: list[_Move], length: float) -> None:
-        bound = self._trust_region
+        group, bound = self.param_groups[0], self._trust_region
         scale = 1.0 if bound is None or length <= bound else math.sqrt(bound / length)
         for move in moves:
-            group = move.group
             if group["weight_decay"]:
                 for parameter in move.layer.parameters:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
