@@ -1,4 +1,4 @@
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench docs install clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +17,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/matvec.py
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 install: $(INSTALLED)
 
