@@ -109,8 +109,9 @@ class Softmax(Information):
         return self.eta.shape[-1]
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
-        """Return eta * (r - <eta, r>)."""
-        return self.eta * (field - (self.eta * field).sum(-1, keepdim=True))
+        """Return eta r - eta <eta, r>."""
+        weighted = self.eta * field
+        return torch.addcmul(weighted, self.eta, weighted.sum(-1, keepdim=True), value=-1)
 
     def diagonal(self) -> Float[Tensor, "n out"]:
         """Return eta (1 - eta), as in a sigmoid unit, equation (14)."""

@@ -52,9 +52,9 @@ class LayerMetric(Metric):
             return (field.T @ self.x).div_(self.samples)
         field = self.information.apply(torch.addmm(v[:, -1], self.x, v[:, :-1].T))
         image = torch.empty_like(v)
-        image[:, :-1] = field.T @ self.x
-        image[:, -1] = field.sum(0)
-        return image.div_(self.samples)
+        image[:, :-1].addmm_(field.T, self.x, beta=0, alpha=1 / self.samples)
+        image[:, -1] = field.mean(0)
+        return image
 
     def _product_some(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         (out, d), k = self.parameter_shape, vectors.shape[1]
