@@ -17,8 +17,12 @@ except ImportError:
     sys.exit("relfisher: the command line needs the extra `experiments`: pip install 'relfisher[experiments]'")
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from relfisher.experiments.data import Dataset
+    from relfisher.experiments.neuron_study import NeuronStudy
     from relfisher.experiments.reproduce import Invocation
+    from relfisher.experiments.runs import ArrayStore
     from relfisher.experiments.study import Outcome, Study
 
 __all__ = ["main"]
@@ -110,9 +114,10 @@ def _mlp(
 ) -> None:
     """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
     from relfisher.experiments.data import DataError, load
+    from relfisher.experiments.mlp import METHODS
     from relfisher.experiments.reproduce import Invocation, plan
 
-    selected = _selected(methods)
+    selected = _selected(methods, METHODS)
     grids = dict(_grid(entry, selected) for entry in lr or ())
     try:
         dataset = load(data)
@@ -121,6 +126,66 @@ def _mlp(
     _check_writable(out)
     study = plan(dataset, methods=selected, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
     _run(study, dataset, data, out, Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs))
+
+
+@reproduce_app.command("neuron")
+def _neuron(
+    out: Annotated[Path, typer.Option(help="Results go here; what is already finished there is kept.")],
+    data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
+    pair: Annotated[
+        list[str] | None, typer.Option(metavar="A,B", help="Two classes; again for more. 3,5 and 4,9 by default.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="N|all", help="Images of both classes; again for more. 2 by default.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Initial weights, and subsets, for each configuration.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Full-batch steps.")] = 100,
+    initial_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the initial weights.")] = 0.01,
+) -> None:
+    """Train the paper's single sigmoid neuron with the four methods of figure 4."""
+    from relfisher.experiments.data import DataError, load
+    from relfisher.experiments.neuron import METHODS
+    from relfisher.experiments.neuron_study import PanelError, panels, plan
+
+    selected = _selected(methods, METHODS)
+    pairs = [_pair(text) for text in pair] if pair else None
+    sizes = [_size(text) for text in size] if size else None
+    try:
+        dataset = load(data)
+    except DataError as error:
+        raise _wrong("--data", str(error)) from error
+    try:
+        chosen = panels(dataset, pairs, sizes)
+    except PanelError as error:
+        raise _wrong(f"--{error.argument}", str(error)) from error
+    _check_writable(out)
+    study = plan(dataset, chosen, methods=selected, runs=runs, epochs=epochs, initial_std=initial_std)
+    _run_neuron(study, dataset, out)
+
+
+def _run_neuron(study: NeuronStudy, dataset: Dataset, out: Path) -> None:
+    from rich.console import Console
+
+    from relfisher.experiments.neuron_results import write_neuron_results
+    from relfisher.experiments.neuron_study import carry_out
+    from relfisher.experiments.neuron_tables import claims_markdown, summary
+    from relfisher.experiments.progress import Display
+    from relfisher.experiments.reproduce import Invocation
+    from relfisher.experiments.runs import ArrayStore
+
+    console = Console()
+    store = ArrayStore(out / "runs")
+    try:
+        with Display(console, len(study.batches)) as display:
+            outcome = carry_out(study, dataset, store, display)
+    except KeyboardInterrupt as error:
+        raise _stopped(store) from error
+    _tell_damaged(store)
+    invocation = Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs=1)
+    table, picture = write_neuron_results(outcome, dataset, invocation, out)
+    console.print(summary(outcome))
+    print(f"{claims_markdown(outcome)}table:   {table}\npicture: {picture}")
 
 
 def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Invocation) -> None:
@@ -143,37 +208,57 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
         with Display(console, study.planned) as display:
             outcome = carry_out(study, Trainer(source), store, jobs=invocation.jobs, watcher=display)
     except KeyboardInterrupt as error:
-        print(
-            f"relfisher: stopped; the same command goes on with the runs missing in {store.directory}", file=sys.stderr
-        )
-        raise typer.Exit(INTERRUPTED_STATUS) from error
+        raise _stopped(store) from error
     except WorkerError as error:
         print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
         raise typer.Exit(WORKER_STATUS) from error
-    _tell(outcome, store.damaged)
+    _tell_damaged(store)
+    _tell(outcome)
     table, picture = write_results(outcome, dataset, invocation, out)
     console.print(summary(rows(outcome)))
     print(f"table:   {table}\npicture: {picture}")
 
 
-def _tell(outcome: Outcome, damaged: list[Path]) -> None:
-    for path in damaged:
+def _stopped(store: ArrayStore) -> typer.Exit:
+    print(f"relfisher: stopped; the same command goes on with the runs missing in {store.directory}", file=sys.stderr)
+    return typer.Exit(INTERRUPTED_STATUS)
+
+
+def _tell_damaged(store: ArrayStore) -> None:
+    for path in store.damaged:
         print(f"relfisher: {path} was unreadable, its run was done again", file=sys.stderr)
+
+
+def _tell(outcome: Outcome) -> None:
     messages = {message: run for run, record in outcome.records.items() for message in record.warnings}
     for message, run in messages.items():
         print(f"relfisher: warning in {run}: {message}", file=sys.stderr)
 
 
-def _selected(methods: str | None) -> tuple[str, ...]:
-    from relfisher.experiments.mlp import METHODS
-
+def _selected(methods: str | None, known: Iterable[str]) -> tuple[str, ...]:
     if methods is None:
-        return tuple(METHODS)
+        return tuple(known)
+    spelled = {name.upper(): name for name in known}
     names = tuple(dict.fromkeys(name.strip().upper() for name in methods.split(",")))
     for name in names:
-        if name not in METHODS:
-            raise _wrong("--methods", f"{name!r} is not a method, allowed are {', '.join(METHODS)}")
-    return names
+        if name not in spelled:
+            raise _wrong("--methods", f"{name!r} is not a method, allowed are {', '.join(spelled.values())}")
+    return tuple(spelled[name] for name in names)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise _wrong("--pair", f"{text!r} is not a pair of classes, allowed are two numbers such as 3,5")
+    return int(parts[0]), int(parts[1])
+
+
+def _size(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise _wrong("--size", f"{text!r} is not a number of images, allowed are whole numbers and all")
+    return int(text)
 
 
 def _grid(entry: str, selected: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:

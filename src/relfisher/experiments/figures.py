@@ -19,7 +19,7 @@ from relfisher.experiments.tables import AVERAGED, averaged
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-__all__ = ["figure5", "save"]
+__all__ = ["STYLE", "Look", "figure5", "save"]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
@@ -110,18 +110,19 @@ def figure5(outcome: Outcome, title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, directory: Path) -> list[Path]:
-    """Writes a figure as `figure5.png` and `figure5.svg`.
+def save(figure: Figure, directory: Path, name: str = "figure5") -> list[Path]:
+    """Writes a figure as PNG and SVG.
 
     Args:
         figure: The figure.
         directory: Where to.
+        name: The files' name, without the suffix.
 
     Returns:
         The files.
     """
     FigureCanvasAgg(figure)
-    paths = [directory / "figure5.png", directory / "figure5.svg"]
+    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with mpl.rc_context(STYLE):
         figure.savefig(paths[0])
         figure.savefig(paths[1], metadata={"Date": None})

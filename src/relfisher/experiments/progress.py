@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -12,7 +12,9 @@ from rich.table import Table
 from relfisher.experiments.runs import Record, Run
 from relfisher.experiments.tables import TAUS, Row
 
-__all__ = ["Display", "DownloadDisplay", "summary"]
+__all__ = ["RESUMED", "Display", "DownloadDisplay", "summary"]
+
+RESUMED = "already finished"
 
 
 class Display:
@@ -22,7 +24,7 @@ class Display:
         self._console = console
         self._planned = planned
         self._finished = 0
-        self._tasks: dict[Run, TaskID] = {}
+        self._tasks: dict[Hashable, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description:<34}"),
             BarColumn(),
@@ -43,26 +45,30 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def started(self, run: Run) -> None:
+    def started(self, run: Hashable) -> None:
         """Adds the run's bar."""
         self._tasks[run] = self._progress.add_task(str(run), total=1.0, state="")
 
-    def progressed(self, run: Run, fraction: float, cost: float) -> None:
+    def progressed(self, run: Hashable, fraction: float, cost: float) -> None:
         """Moves the run's bar."""
         self._progress.update(self._tasks[run], completed=fraction, state=f"cost {cost:.3g}")
 
     def finished(self, run: Run, record: Record, *, resumed: bool) -> None:
         """Removes the run's bar and says how it ended."""
-        self._finished += 1
-        self._progress.update(self._all, completed=self._finished, state=f"{self._finished}/{self._planned}")
-        if run in self._tasks:
-            self._progress.remove_task(self._tasks.pop(run))
         if resumed:
-            how = "already finished"
+            how = RESUMED
         elif record.diverged:
             how = f"diverged at iteration {len(record.cost)}"
         else:
             how = f"cost {record.cost[-100:].mean():.3g} in {record.seconds[-1]:.1f} s"
+        self.ended(run, how)
+
+    def ended(self, run: Hashable, how: str) -> None:
+        """Removes a run's bar and prints how it ended."""
+        self._finished += 1
+        self._progress.update(self._all, completed=self._finished, state=f"{self._finished}/{self._planned}")
+        if run in self._tasks:
+            self._progress.remove_task(self._tasks.pop(run))
         self._console.print(f"[{self._finished}/{self._planned}] {run}: {how}", markup=False, highlight=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from relfisher.experiments.mlp import BATCH_SIZE, METHODS, WIDTHS
 from relfisher.experiments.runs import write_atomically
 from relfisher.experiments.study import Outcome, Study
 
-__all__ = ["EPOCHS", "QUICK_EPOCHS", "Invocation", "plan", "write_results"]
+__all__ = ["EPOCHS", "QUICK_EPOCHS", "Invocation", "plan", "surroundings", "write_results"]
 
 EPOCHS = 50
 QUICK_EPOCHS = 16
@@ -98,7 +98,6 @@ def _title(data: Dataset) -> str:
 
 def _configuration(outcome: Outcome, data: Dataset, invocation: Invocation) -> dict[str, object]:
     study = outcome.study
-    packages = ("relfisher", "torch", "numpy", "matplotlib")
     return {
         "command": invocation.command,
         "settings": dict(study.settings),
@@ -108,13 +107,29 @@ def _configuration(outcome: Outcome, data: Dataset, invocation: Invocation) -> d
         "seeds": study.seeds,
         "grids": dict(study.grids),
         "chosen": outcome.chosen,
+        **surroundings(invocation, {record.threads for record in outcome.records.values()}),
+    }
+
+
+def surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
+    """Says with which packages and on which machine results were made, for their `config.json`.
+
+    Args:
+        invocation: How they were made.
+        threads: The numbers of threads that the runs had.
+
+    Returns:
+        Entries of the configuration.
+    """
+    packages = ("relfisher", "torch", "numpy", "matplotlib")
+    return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
             "cores": os.cpu_count(),
             "jobs": invocation.jobs,
-            "threads_per_run": sorted({record.threads for record in outcome.records.values()}),
+            "threads_per_run": sorted(set(threads)),
             "torch_threads": torch.get_num_threads(),
         },
     }
