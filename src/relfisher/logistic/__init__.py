@@ -1,0 +1,5 @@
+"""Logistic regression by natural gradient steps, as a scikit-learn classifier; needs scikit-learn."""
+
+from relfisher.logistic.estimator import LogisticRegression
+
+__all__ = ["LogisticRegression"]

@@ -1,0 +1,137 @@
+"""Logistic regression by natural gradient steps, as a scikit-learn classifier.
+
+The link is canonical, so that the metric of the sigmoid neuron (14) or of the softmax layer (25) is the Hessian of the
+loss: a natural gradient step is a Newton step. The objective is scikit-learn's,
+
+    mean_n -ln p(y_n | x_n) + |W|^2 / (2 C n),
+
+the intercept free. Each step solves (G + I / (C n)) d = gradient by conjugate gradients on the metric as an operator,
+preconditioned by the Kronecker product of mean F_n and mean x~_n x~_n' (for two classes: by the metric itself, at the
+weights where it was last formed), and is shortened until the objective falls.
+
+Needs scikit-learn. Axes: `n` samples, `d = in + 1` (without intercept: `in`), `k` rows of weights: 1 for two classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from relfisher.logistic.newton import LogisticObjective, minimise
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from numpy.typing import ArrayLike
+
+    Flag: TypeAlias = bool
+    Number: TypeAlias = float
+    Whole: TypeAlias = int
+else:
+    # scikit-learn's contract: anything may be passed, and `fit` itself says what is wrong, with its own errors.
+    ArrayLike = Flag = Number = Whole = object
+
+__all__ = ["LogisticRegression"]
+
+
+class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Logistic regression, binary or multinomial, with scikit-learn's objective and its natural gradient.
+
+    Args:
+        C: the inverse of the L2 penalty on the weights, > 0; infinity for none.
+        fit_intercept: whether there is an intercept, which is not penalised.
+        tol: stops once the largest entry of the objective's gradient is below, > 0.
+        max_iter: the most natural gradient steps.
+
+    Attributes:
+        classes_: the labels, sorted.
+        coef_: the weights, [1, in] for two classes, else [classes, in].
+        intercept_: [1] or [classes].
+        n_iter_: how many steps were taken, [1].
+        n_features_in_: in.
+    """
+
+    def __init__(
+        self, *, C: Number = 1.0, fit_intercept: Flag = True, tol: Number = 1e-4, max_iter: Whole = 100
+    ) -> None:
+        self.C = C
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> LogisticRegression:
+        """Fits the weights, from zero.
+
+        Args:
+            X: samples, [n, in].
+            y: a label each, [n], of two or more classes.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            ValueError: a parameter is out of range, or there is only one class.
+        """
+        for name in ("C", "tol", "max_iter"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        samples, labels = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(labels)
+        self.classes_, indices = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must have two or more classes, got one class: {self.classes_[0]!r}")
+        x = torch.tensor(samples)
+        objective = LogisticObjective(
+            x,
+            torch.from_numpy(indices),
+            classes=len(self.classes_),
+            penalty=1 / (self.C * len(x)),
+            bias=self.fit_intercept,
+        )
+        result = minimise(objective, tolerance=self.tol, max_steps=self.max_iter)
+        if not result.converged:
+            warnings.warn(
+                f"after {result.steps} steps the gradient is {result.gradient_norm:.1e}, not below tol={self.tol:g}: "
+                "raise max_iter or tol, or scale the samples",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        weights = result.weights.numpy()
+        features = x.shape[1]
+        self.coef_ = np.ascontiguousarray(weights[:, :features])
+        self.intercept_ = weights[:, features].copy() if self.fit_intercept else np.zeros(len(weights))
+        self.n_iter_ = np.array([result.steps], dtype=np.int32)
+        return self
+
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Returns the log-odds of the second class, [n], or the scores of all classes, [n, classes]."""
+        check_is_fitted(self)
+        samples = validate_data(self, X, dtype=np.float64, reset=False)
+        scores: NDArray[np.float64] = samples @ self.coef_.T + self.intercept_
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Returns the most probable label of each sample, [n]."""
+        scores = self.decision_function(X)
+        indices = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
+        labels: NDArray[Any] = self.classes_[indices]
+        return labels
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Returns the probability of each class, [n, classes]."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Returns the log-probability of each class, [n, classes]."""
+        scores = torch.from_numpy(self.decision_function(X))
+        if scores.ndim == 1:
+            scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
+        return torch.log_softmax(scores, dim=1).numpy()
