@@ -93,7 +93,7 @@ def markdown(lines: list[tuple[object, ...]]) -> str:
     rows = [HEADER, ("---",) * len(HEADER), *lines]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows) + (
         f"\nThreads: {torch.get_num_threads()}. Best of up to three fits by processor time. Gradient: largest entry, of"
-        " mean loss + |W|^2 / (2 C n). newton-cholesky is left out for ten classes, where it forms a 7850 x 7850 matrix.\n"
+        " mean loss + |W|^2 / (2 C n). newton-cholesky is left out for ten classes: it forms a 7850 x 7850 matrix.\n"
     )
 
 
