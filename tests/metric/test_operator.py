@@ -223,6 +223,15 @@ def test_singular_metrics(kind: str, seed: int) -> None:
     assert_close(metric @ metric.natural_gradient(gradient), gradient, 1e-6)
 
 
+@given(seed=st.integers(0, 10**6), inputs=st.integers(1, 6))
+def test_a_singular_metric_whose_factor_exists_by_rounding_errors_is_refused(seed: int, inputs: int) -> None:
+    """One sample fewer than parameters: about every other of these has a Cholesky factor."""
+    p = problem(n=inputs, inputs=inputs, out=1, seed=seed)
+    metric = layer_metric(p.x, p.weight, p.bias, responses.SigmoidBernoulli())
+    with pytest.raises(SingularMetricError, match="give a larger damping, or use pinv_solve"):
+        metric.solve(torch.ones(inputs + 1, dtype=torch.float64))
+
+
 def test_a_badly_scaled_metric_is_not_a_singular_one() -> None:
     p = problem(n=20)
     scale = torch.tensor([1e-9, 1.0, 1e6], dtype=torch.float64)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from relfisher.memory import check_fits
-from relfisher.metric.iterative import conjugate_gradients
+from relfisher.metric.iterative import conjugate_gradients, least_correlation_eigenvalues
 from relfisher.shapes import Float
 from relfisher.validation import check_finite, check_floating, check_interval
 
@@ -273,9 +273,11 @@ class Metric(ABC):
         damped = self._checked_direct_sum().clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         factor, info = torch.linalg.cholesky_ex(damped)
-        # What is left of a diagonal entry once the parameters before it are accounted for: rounding errors, at worst.
-        left = factor.diagonal(dim1=-2, dim2=-1).square() / damped.diagonal(dim1=-2, dim2=-1)
-        if bool((info != 0).any()) or not bool((left > damped.shape[-1] * torch.finfo(self.dtype).eps).all()):
+        regular = bool((info == 0).all())
+        if regular:
+            least = least_correlation_eigenvalues(factor, damped.diagonal(dim1=-2, dim2=-1))
+            regular = bool((least > 10 * torch.finfo(self.dtype).eps).all())
+        if not regular:
             raise SingularMetricError(
                 f"the metric is singular with damping {damping}: give a larger damping, or use pinv_solve"
             )

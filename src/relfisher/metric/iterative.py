@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["ConvergenceWarning", "conjugate_gradients"]
+__all__ = ["ConvergenceWarning", "conjugate_gradients", "least_correlation_eigenvalues"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -65,3 +65,29 @@ def conjugate_gradients(
         stacklevel=3,
     )
     return solution
+
+
+def least_correlation_eigenvalues(
+    factors: Float[Tensor, "q b b"], diagonals: Float[Tensor, "q b"]
+) -> Float[Tensor, "q"]:
+    """Return about the least eigenvalue of each matrix scaled to a diagonal of ones, by two inverse iterations.
+
+    A singular matrix has a Cholesky factor as often as rounding errors let its last pivot be positive. The least
+    eigenvalue of the scaled matrix is then one or two machine epsilons, whatever its size and the parameters' units.
+
+    Args:
+        factors: Cholesky factors.
+        diagonals: the diagonals of the matrices that were factorised, > 0.
+
+    Returns:
+        The eigenvalues, not below the true ones.
+    """
+    scale = diagonals.sqrt().unsqueeze(-1)
+    start = torch.randn(scale.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = (start / start.norm()).to(factors).expand_as(scale)
+    growth = scale.new_ones(scale.shape[0], 1, 1)
+    for _ in range(2):
+        image = scale * torch.cholesky_solve(scale * vector, factors)
+        growth = image.norm(dim=1, keepdim=True)
+        vector = image / growth
+    return (1 / growth).reshape(-1)
