@@ -7,7 +7,7 @@ loss: a natural gradient step is a Newton step. The objective is scikit-learn's,
 
 the intercept free. Each step solves (G + I / (C n)) d = gradient by conjugate gradients on the metric as an operator,
 preconditioned by the Kronecker product of mean F_n and mean x~_n x~_n' (for two classes: by the metric itself, at the
-weights where it was last formed), and is shortened until the objective falls.
+weights where it was last formed), over some of the samples, and is shortened until the objective falls.
 
 Needs scikit-learn. Axes: `n` samples, `d = in + 1` (without intercept: `in`), `k` rows of weights: 1 for two classes.
 """

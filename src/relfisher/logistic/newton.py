@@ -19,6 +19,7 @@ _ROUNDING = 1e-14
 _FLOOR = 1e-10
 # Forming the metric of d parameters costs about d / 30 products with it, which are bound by memory.
 _COST_RATIO = 30.0
+_SAMPLES_PER_PARAMETER = 4
 
 
 @dataclass(frozen=True)
@@ -125,21 +126,28 @@ def minimise(objective: LogisticObjective, *, tolerance: float, max_steps: int) 
         step += 1
 
 
+def _some(x: Float[Tensor, "n d"]) -> slice:
+    """Return evenly spaced samples, enough for a preconditioner of metrics that are means over all of them."""
+    return slice(None, None, max(1, len(x) // (_SAMPLES_PER_PARAMETER * x.shape[1])))
+
+
 class _Metric:
     """Preconditioner for two classes: the inverse of the metric at the weights where it was last formed."""
 
     def __init__(self, objective: LogisticObjective) -> None:
-        self._objective = objective
-        x = objective.x
+        self._penalty = objective.penalty
+        self._some = _some(objective.x)
+        x = self._x = objective.x[self._some]
         # At zero weights nu is 1/4 everywhere.
         self._factor = self._factorised((x.T @ x).div_(4 * len(x)))
         self._spent = 0
 
     def refresh(self, probabilities: Float[Tensor, "n k"]) -> None:
         """Form the metric anew where the iterations spent with the last one have cost as much as that."""
-        x = self._objective.x
+        x = self._x
         if self._spent > x.shape[1] / _COST_RATIO:
-            rooted = x * (probabilities * (1 - probabilities)).div(len(x)).sqrt()
+            some = probabilities[self._some]
+            rooted = x * (some * (1 - some)).div(len(x)).sqrt()
             self._factor = self._factorised(rooted.T @ rooted)
             self._spent = 0
 
@@ -148,7 +156,7 @@ class _Metric:
         return torch.cholesky_solve(residual.T, self._factor).T
 
     def _factorised(self, metric: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-        metric.diagonal().add_(self._objective.penalty + _FLOOR * metric.diagonal().mean())
+        metric.diagonal().add_(self._penalty + _FLOOR * metric.diagonal().mean())
         factor: Tensor = torch.linalg.cholesky(metric)
         return factor
 
@@ -157,7 +165,7 @@ class _KroneckerMetric:
     """Preconditioner for more classes: the inverse of mean F_n (x) mean x~_n x~_n' + penalty, from eigenvectors."""
 
     def __init__(self, objective: LogisticObjective) -> None:
-        x = objective.x
+        x = objective.x[_some(objective.x)]
         values, self._vectors = torch.linalg.eigh((x.T @ x).div_(len(x)))
         self._values = values.clamp(min=_FLOOR * float(values[-1]))
         # The intercept is not penalised, but its curvature is so large that this does not show.
