@@ -97,7 +97,8 @@ def test_what_is_not_finite_is_left_out_of_the_average(kind):
 def test_a_failed_refresh_keeps_the_last_good_inverse(kind, ruin):
     structure, response = STRUCTURES[kind]
     state = state_of(structure, 2, 3)
-    assert not structure.refresh(state, Damping(0.1)), "nothing was gathered yet"
+    assert structure.refresh(state, Damping(0.1)), "nothing was gathered yet, and nothing is wrong"
+    assert torch.equal(state["inverse"], torch.eye(3, dtype=torch.float64).expand_as(state["inverse"]))
     structure.update(state, structure.gather(*samples(5, 2, 3), response), 5, 0.9)
     assert structure.refresh(state, Damping(0.1))
     good = state["inverse"].clone()

@@ -1,6 +1,7 @@
 """Optimizers in the relative metric."""
 
 from relfisher.optim.assignment import assign
-from relfisher.optim.rngd import RNGD, Health, HealthWarning
+from relfisher.optim.health import Health, HealthWarning
+from relfisher.optim.rngd import RNGD
 
 __all__ = ["RNGD", "Health", "HealthWarning", "assign"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -15,28 +15,14 @@ from torch.nn.utils import get_total_norm
 
 from relfisher.optim.assignment import assign
 from relfisher.optim.fallback import adamw_step
+from relfisher.optim.health import Health, HealthWarning
+from relfisher.optim.schedule import Schedule
 from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
-from relfisher.structures import Damping, Structure
+from relfisher.structures import Damping, State, Structure
 from relfisher.subsystems import Capture, LinearSubsystem, linear_subsystems
 from relfisher.validation import check_interval, check_positive
 
-__all__ = ["RNGD", "Health", "HealthWarning"]
-
-
-class HealthWarning(UserWarning):
-    """Something not finite, or singular, was kept away from the weights."""
-
-
-@dataclass
-class Health:
-    """What went wrong so far and was kept away from the weights."""
-
-    #: Steps left out since a gradient, or the step itself, was not finite.
-    skipped_steps: int = 0
-    #: Refreshes of a layer that could not be factorised, so that the last good inverse stayed in use.
-    failed_refreshes: int = 0
-    #: Batch metrics of a layer that were not finite, and were left out of the average.
-    dropped_batches: int = 0
+__all__ = ["RNGD"]
 
 
 class _Move(NamedTuple):
@@ -61,7 +47,7 @@ class RNGD(torch.optim.Optimizer):
             the metric, so that the trust region bounds the step that is taken.
         weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
         damping: the multiple of the metric's mean eigenvalue (the mean trace over a layer's units) that is added to
-            its diagonal; a `Damping` gives another reference.
+            its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
         trust_region: the bound on the squared metric length of a step; None for no bound.
         structure: "auto", "neuron" (exact blocks), "shared" or "published"; see `relfisher.optim.assign`.
         decay: the share of the moving average that is kept an iteration, in [0, 1).
@@ -71,7 +57,8 @@ class RNGD(torch.optim.Optimizer):
         unbiased: True starts the moving average empty and corrects its bias; False starts it at the identity.
         relu_omega: the width of the smoothed ReLU whose information stands for a ReLU's, equation (18); None keeps the
             hard one, equation (16).
-        fallback_lr: the learning rate of AdamW on parameters without a metric.
+        fallback_lr: the learning rate of AdamW on parameters without a metric, in a group of their own; schedulers that
+            set the learning rate outright, as `OneCycleLR` does, take one value a group.
         fallback_betas: its decay rates.
 
     Raises:
@@ -105,13 +92,8 @@ class RNGD(torch.optim.Optimizer):
             )
         for name, value in [("lr", lr), ("fallback_lr", fallback_lr)]:
             check_positive(name, value)
-        for name, interval in [("stats_interval", stats_interval), ("refresh_interval", refresh_interval)]:
-            check_interval(name, interval, 1, math.inf)
-        for name, share in [
-            ("momentum", momentum),
-            ("decay", decay),
-            *(("fallback_betas", beta) for beta in fallback_betas),
-        ]:
+        beta1, beta2 = fallback_betas
+        for name, share in [("momentum", momentum), ("decay", decay), *[("fallback_betas", b) for b in (beta1, beta2)]]:
             check_interval(name, share, 0, 1)
         check_interval("weight_decay", weight_decay, 0, math.inf)
         if trust_region is not None:
@@ -119,32 +101,33 @@ class RNGD(torch.optim.Optimizer):
         if relu_omega is not None:
             check_positive("relu_omega", relu_omega)
         assign(structure, [])
+        self._schedule = Schedule(stats_interval, refresh_interval, early_refreshes)
         self._damping = damping if isinstance(damping, Damping) else Damping(damping)
         self._trust_region = trust_region
-        self._rule = structure
         self._decay = decay**stats_interval
-        self._stats_interval = stats_interval
-        self._refresh_interval = refresh_interval
-        self._early_refreshes = frozenset(early_refreshes)
         self._unbiased = unbiased
-        self._relu_omega = relu_omega
 
         self._layers = linear_subsystems(model)
-        self._structures: dict[str, Structure] = {}
-        # All layers are in the first group, where there are any.
-        covered = [parameter for layer in self._layers for parameter in layer.parameters]
-        others = [p for p in model.parameters() if p.requires_grad and not any(p is c for c in covered)]
-        groups = [{"params": covered, "lr": lr}, {"params": others, "lr": fallback_lr}]
+        own = [parameter for layer in self._layers for parameter in layer.parameters]
+        known = {id(parameter) for parameter in own}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        groups: list[dict[str, Any]] = [
+            # All layers are in the first group, where there are any.
+            {"params": own, "lr": float(lr), "fallback_ratio": fallback_lr / lr},
+            {"params": others},
+        ]
         defaults = {
+            "lr": fallback_lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "fallback_lr": fallback_lr,
+            "fallback_ratio": 1.0,
             "fallback_betas": fallback_betas,
             "iteration": 0,
         }
         super().__init__([group for group in groups if group["params"]], defaults)
         self.health = Health()
-        self._capture = Capture(model, self._layers)
+        self._without_metric: set[str] = set()
+        self._capture = Capture(model, self._layers, partial(_choose, structure, relu_omega))
         weakref.finalize(self, self._capture.close)
 
     @classmethod
@@ -188,7 +171,7 @@ class RNGD(torch.optim.Optimizer):
         """Move the parameters along their gradients' relative natural gradient.
 
         A step whose gradients are not finite is left out: weights, momentum and metric stay as they were, and
-        `health.skipped_steps` counts it.
+        `health.skipped_steps` counts it. So does a step that is itself not finite, which leaves the weights alone.
 
         Args:
             closure: evaluates the model and returns the loss; called first, with gradients enabled.
@@ -200,91 +183,98 @@ class RNGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not math.isfinite(get_total_norm(gradients)):
-            self._skip("a gradient is not finite")
+        if not _finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]):
+            self._capture.drop()
+            self.health.skipped(self._iteration, "a gradient is not finite")
             return loss
-        if not self._capture.discovered:
-            self._discover()
-        self._fold()
-        if self._refresh_is_due():
-            self._refresh()
+        self._update_metrics()
         moves = self._moves()
         length = self._squared_length(moves)
-        if not 0 <= length < math.inf:
-            self._skip("the preconditioned step is not finite")
-            return loss
-        self._take(moves, length)
-        self._take_fallback()
+        if 0 <= length < math.inf:
+            self._take(moves, length)
+            self._take_fallback(moves)
+        else:
+            self.health.skipped(self._iteration, "the preconditioned step is not finite")
         self._advance()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state and go on where it was saved."""
+        """Load a state and go on where it was saved.
+
+        Args:
+            state_dict: what `state_dict()` returned, of an optimizer with the same structures.
+
+        Raises:
+            ValueError: if it is another optimizer's, or its metrics have other shapes.
+        """
+        if not all("fallback_ratio" in group for group in state_dict["param_groups"]):
+            raise ValueError("state_dict must be that of an RNGD optimizer, but its groups lack 'fallback_ratio'")
         super().load_state_dict(state_dict)
-        self._schedule_statistics()
+        # The base class casts a state to the dtype of its parameter; the metric of a low-precision layer has its own.
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, mine, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][key] = value.to(self.state[parameter][key].device, copy=True)
+        for layer in self._layers:
+            if layer.structure is not None:
+                self._state(layer, layer.structure)
+        self._capture.due = self._schedule.statistics_due(self._iteration)
 
     def close(self) -> None:
         """Take the hooks off the model; the optimizer cannot gather statistics any more."""
         self._capture.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "an RNGD optimizer is tied to its model by hooks and cannot be copied or pickled: copy the model, make a "
+            "new RNGD for it and load this one's state_dict()"
+        )
 
     @property
     def _iteration(self) -> int:
         iteration: int = self.param_groups[0]["iteration"]
         return iteration
 
-    def _discover(self) -> None:
-        """Assign a structure to each layer that the first forward pass reached, and make its state."""
-        reached = self._capture.discover()
-        for layer, structure in zip(reached, assign(self._rule, reached), strict=True):
-            response = layer.response
-            if self._relu_omega is not None and isinstance(response, ReLUGaussian):
-                layer.response = SmoothReLUGaussian(self._relu_omega, response.iota, response.sigma)
-            self._structures[layer.name] = structure
-            state = self.state[layer.weight]
-            if "metric" not in state:
-                state.update(structure.create(layer.weight, layer.out, layer.d, identity=not self._unbiased))
-            elif tuple(state["metric"].shape) != structure.shape(layer.out, layer.d):
-                raise ValueError(
-                    f"the loaded metric of {layer.name!r} has shape {list(state['metric'].shape)}, but the structure "
-                    f"{type(structure).__name__} needs {list(structure.shape(layer.out, layer.d))}: load it into an "
-                    "optimizer with the same structure"
-                )
-        self._capture.keep(self._structures)
-        missed = [layer.name for layer in self._layers if layer.name not in self._structures]
-        if missed:
-            self._warn(f"the forward pass did not call {', '.join(missed)}, which AdamW trains instead")
+    def _state(self, layer: LinearSubsystem, structure: Structure) -> State:
+        """Return a layer's state, made now if it is new."""
+        state: State = self.state[layer.weight]
+        if "metric" not in state:
+            state.update(structure.create(layer.weight, layer.out, layer.d, identity=not self._unbiased))
+        wanted = structure.shape(layer.out, layer.d)
+        if tuple(state["metric"].shape) != wanted:
+            raise ValueError(
+                f"the loaded metric of {layer.name!r} has shape {list(state['metric'].shape)}, but the structure "
+                f"{type(structure).__name__} needs {list(wanted)}: load it into an optimizer with the same structure"
+            )
+        return state
 
-    def _fold(self) -> None:
+    def _update_metrics(self) -> None:
+        """Fold what was gathered into the averages, and refresh the inverses that are due or have none yet."""
         pending = self._capture.take()
+        due = self._schedule.refresh_due(self._iteration)
         for layer in self._layers:
-            batch = pending.get(layer.name)
-            if batch is not None:
-                structure, state = self._structures[layer.name], self.state[layer.weight]
-                if not structure.update(state, batch.total, batch.samples, self._decay):
-                    self.health.dropped_batches += 1
-                    self._warn(f"the batch metric of {layer.name} is not finite and was left out")
-
-    def _refresh_is_due(self) -> bool:
-        return self._iteration in self._early_refreshes or self._iteration % self._refresh_interval == 0
-
-    def _refresh(self) -> None:
-        for layer in self._layers:
-            structure = self._structures.get(layer.name)
-            if structure is not None and not structure.refresh(self.state[layer.weight], self._damping):
-                self.health.failed_refreshes += 1
-                self._warn(f"the metric of {layer.name} could not be factorised; its last good inverse stays in use")
+            batch, structure = pending.get(layer), layer.structure
+            if structure is None or not (batch or due):
+                continue
+            state = self._state(layer, structure)
+            first = batch is not None and float(state["mass"]) == 0
+            if batch is not None and not structure.update(state, batch.total, batch.samples, self._decay):
+                self.health.dropped(self._iteration, layer.name)
+            if (due or first) and not structure.refresh(state, self._damping):
+                self.health.failed(self._iteration, layer.name)
 
     def _moves(self) -> list[_Move]:
-        """Return the direction of each layer that has a gradient; nothing is changed yet."""
+        """Return the direction of each layer that has a gradient and a metric; nothing is changed yet."""
         kept = self.param_groups[0]["momentum"]
         moves = []
         for layer in self._layers:
-            structure = self._structures.get(layer.name)
-            gradient = layer.gradient()
+            structure, gradient = layer.structure, layer.gradient()
             if structure is None or gradient is None:
                 continue
-            state = self.state[layer.weight]
+            state = self._state(layer, structure)
+            gradient = gradient.to(state["inverse"].dtype)
             if kept:
                 last = state.get("momentum")
                 gradient = gradient.clone() if last is None else gradient.add(last, alpha=kept)
@@ -297,7 +287,7 @@ class RNGD(torch.optim.Optimizer):
             return 0.0
         products = [torch.sum(move.direction * move.momentum) for move in moves]
         lr: float = self.param_groups[0]["lr"]
-        return lr**2 * float(torch.stack(products).sum())
+        return float(lr) ** 2 * float(torch.stack([product.to(products[0].device) for product in products]).sum())
 
     def _take(self, moves: list[_Move], length: float) -> None:
         group, bound = self.param_groups[0], self._trust_region
@@ -310,28 +300,48 @@ class RNGD(torch.optim.Optimizer):
                 self.state[move.layer.weight]["momentum"] = move.momentum
             move.layer.move(move.direction, -group["lr"] * scale)
 
-    def _take_fallback(self) -> None:
-        """Step with AdamW on what has no metric, unreached layers included."""
-        moved = {id(p) for layer in self._layers if layer.name in self._structures for p in layer.parameters}
+    def _take_fallback(self, moves: list[_Move]) -> None:
+        """Step with AdamW on what has a gradient but no metric."""
+        moved = {id(parameter) for move in moves for parameter in move.layer.parameters}
+        self._tell_without_metric()
         for group in self.param_groups:
             rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
             if rest:
-                lr = group["fallback_lr"] if group is self.param_groups[0] and self._layers else group["lr"]
-                adamw_step(rest, [self.state[p] for p in rest], lr, group)
+                adamw_step(rest, [self.state[p] for p in rest], group["lr"] * group["fallback_ratio"], group)
+
+    def _tell_without_metric(self) -> None:
+        """Say once of each layer that it has a gradient, but was never seen in a forward pass."""
+        for layer in self._layers:
+            new = layer.structure is None and layer.weight.grad is not None and layer.name not in self._without_metric
+            if new:
+                self._without_metric.add(layer.name)
+                message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
+                warnings.warn(message, HealthWarning, stacklevel=5)
 
     def _advance(self) -> None:
         iteration = self._iteration + 1
         for group in self.param_groups:
             group["iteration"] = iteration
-        self._schedule_statistics()
+        self._capture.due = self._schedule.statistics_due(iteration)
 
-    def _schedule_statistics(self) -> None:
-        self._capture.due = self._iteration % self._stats_interval == 0
 
-    def _skip(self, reason: str) -> None:
-        self._capture.drop()
-        self.health.skipped_steps += 1
-        self._warn(f"step skipped: {reason}")
+def _choose(rule: str, relu_omega: float | None, layers: list[LinearSubsystem]) -> list[Structure]:
+    """Return the structures of layers; a ReLU's information is smoothed where that is asked for."""
+    for layer in layers:
+        if relu_omega is not None and isinstance(layer.response, ReLUGaussian):
+            layer.response = SmoothReLUGaussian(relu_omega, layer.response.iota, layer.response.sigma)
+    return assign(rule, layers)
 
-    def _warn(self, message: str) -> None:
-        warnings.warn(f"{message} (iteration {self._iteration}; counted in RNGD.health)", HealthWarning, 3)
+
+def _finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether all gradients are finite.
+
+    Raises:
+        ValueError: if one is sparse.
+    """
+    if any(gradient.is_sparse for gradient in gradients):
+        raise ValueError("RNGD needs dense gradients, got a sparse one: make the embedding with sparse=False")
+    if not gradients or math.isfinite(get_total_norm(gradients)):
+        return True
+    # The norm of large finite values may overflow.
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

@@ -61,14 +61,16 @@ def invert(blocks: Float[Tensor, "*q d d"], damping: Float[Tensor, "*q"]) -> tup
         damping: what is added to the diagonal of each.
 
     Returns:
-        The inverses, and whether all of them are good: False if a factorisation failed or a value is not finite.
+        The inverses, and whether all of them are good: False, and anything, if a factorisation failed or a value is
+        not finite.
     """
     damped = blocks.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(damped)
+    if bool((info != 0).any()):
+        return damped, False
     inverse = torch.cholesky_inverse(factor)
-    good = bool((info == 0).all() & torch.isfinite(inverse).all())
-    return inverse, good
+    return inverse, bool(torch.isfinite(inverse).all())
 
 
 class Structure(ABC):
@@ -134,10 +136,10 @@ class Structure(ABC):
             damping: what is added to the diagonal.
 
         Returns:
-            Whether the inverse was replaced.
+            Whether all is well: False if the metric could not be factorised.
         """
         if float(state["mass"]) == 0:
-            return False
+            return True  # nothing was gathered yet
         metric = state["metric"] / state["mass"].to(state["metric"].device)
         inverse, good = invert(metric, damping.of(metric))
         if good:

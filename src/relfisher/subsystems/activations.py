@@ -22,15 +22,15 @@ __all__ = ["JOINING", "response_of"]
 
 # Element-wise and differentiable, with a Gaussian response: nu = f'(z)^2 / sigma^2.
 _GENERIC = frozenset(
-    "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid mish relu6 rrelu selu silu softplus softshrink "
-    "softsign tanhshrink threshold erf sin cos exp square abs".split()
+    "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid log_sigmoid mish relu6 rrelu selu silu softplus "
+    "softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
 )
 
 #: Functions that join, normalise or score pre-activations: after them it is known that no activation follows.
 JOINING = frozenset(
     "add sub mul matmul bmm baddbmm linear bilinear conv1d conv2d conv3d scaled_dot_product_attention softmax "
     "log_softmax cross_entropy nll_loss mse_loss binary_cross_entropy_with_logits layer_norm rms_norm batch_norm "
-    "group_norm instance_norm multi_head_attention_forward".split()
+    "group_norm instance_norm multi_head_attention_forward dropout".split()
 )
 
 
@@ -85,7 +85,7 @@ _BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",),
 
 @dataclass(frozen=True)
 class _Partial:
-    """An activation with its options, free of `inplace`; equal to another of the same function and options."""
+    """An activation with its options, free of `inplace`, so that it can be differentiated; equal if all is equal."""
 
     function: Callable[..., Any]
     options: tuple[tuple[str, Any], ...]

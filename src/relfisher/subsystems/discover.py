@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from relfisher.responses import LinearGaussian, UnitResponse
@@ -19,20 +20,22 @@ __all__ = ["ActivationWatch", "linear_subsystems"]
 def linear_subsystems(model: nn.Module) -> list[LinearSubsystem]:
     """Return the linear layers of a model that have a metric of their own, in the order of their registration.
 
-    A layer counts if its weight is trained and is a parameter of this layer alone: a weight that is tied to another
-    module, or computed by a parametrization, answers to more than this layer's samples.
+    A layer counts if its weight and bias are real parameters of this layer alone: one that is tied to another module,
+    or computed by a parametrization, answers to more than this layer's samples.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+
+    def own(parameter: Tensor | None) -> bool:
+        plain = isinstance(parameter, nn.Parameter) and parameter.is_floating_point()
+        return plain and owners.get(id(parameter)) == 1
+
     return [
         LinearSubsystem(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and isinstance(module._parameters.get("weight"), nn.Parameter)
-        and module.weight.requires_grad
-        and all(owners[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+        if isinstance(module, nn.Linear) and own(module.weight) and (module.bias is None or own(module.bias))
     ]
 
 
@@ -49,26 +52,31 @@ class ActivationWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._shown: list[tuple[str, Tensor]] = []
+        self._shown: dict[int, tuple[str, Tensor]] = {}
         self._takers: dict[str, list[tuple[str, UnitResponse | None]]] = {}
 
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
-        self._shown.append((key, z))
+        self._shown[id(z)] = (key, z)
         self._takers.setdefault(key, [])
 
+    @_disable_dynamo  # one pass of a compiled model is watched as it is
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        takers = [(key, z) for key, z in self._shown if any(z is leaf for leaf in _tensors([*args, *kwargs.values()]))]
+        taken = {id(z): self._shown[id(z)] for z in _tensors([*args, *kwargs.values()]) if id(z) in self._shown}
+        versions = {place: z._version for place, (_, z) in taken.items()}
         result = func(*args, **kwargs)
-        if takers and canonical_name(func) not in _LOOKS and next(_tensors([result]), None) is not None:
-            for key, z in takers:
+        if canonical_name(func) not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
+            for place, (key, z) in taken.items():
+                in_place = z._version != versions[place]
+                if result is z and not in_place:
+                    continue  # a cast to what it was already
                 response = response_of(func, args, kwargs) if args and args[0] is z else None
                 self._takers[key].append((canonical_name(func), response))
-            # What worked in place left an activation where there was a pre-activation.
-            self._shown = [(key, z) for key, z in self._shown if z is not result]
+                if in_place:  # an activation stands where there was a pre-activation
+                    del self._shown[place]
         return result
 
     def response(self, key: str) -> UnitResponse:

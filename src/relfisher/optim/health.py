@@ -1,0 +1,45 @@
+"""What went wrong in a run and was kept away from the weights: counted, and said."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+__all__ = ["Health", "HealthWarning"]
+
+
+class HealthWarning(UserWarning):
+    """Something not finite, singular or out of reach was kept away from the weights."""
+
+
+@dataclass
+class Health:
+    """Counts since the optimizer was made.
+
+    Attributes:
+        skipped_steps: steps left out since a gradient, or the step itself, was not finite.
+        failed_refreshes: refreshes of a layer that could not be factorised, so that the last good inverse stayed.
+        dropped_batches: batch metrics of a layer that were not finite, and were left out of the average.
+    """
+
+    skipped_steps: int = 0
+    failed_refreshes: int = 0
+    dropped_batches: int = 0
+
+    def skipped(self, iteration: int, reason: str) -> None:
+        """Count a step that was left out."""
+        self.skipped_steps += 1
+        self._say(iteration, f"step skipped: {reason}")
+
+    def failed(self, iteration: int, layer: str) -> None:
+        """Count a metric that could not be factorised."""
+        self.failed_refreshes += 1
+        self._say(iteration, f"the metric of {layer} could not be factorised; its last good inverse stays in use")
+
+    def dropped(self, iteration: int, layer: str) -> None:
+        """Count a batch metric that was not finite."""
+        self.dropped_batches += 1
+        self._say(iteration, f"the batch metric of {layer} is not finite and was left out")
+
+    def _say(self, iteration: int, message: str) -> None:
+        warnings.warn(f"{message} (iteration {iteration}; counted in RNGD.health)", HealthWarning, stacklevel=5)

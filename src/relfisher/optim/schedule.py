@@ -1,0 +1,39 @@
+"""When the metric is updated, and when its inverse is refreshed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Iterations, counted from 0, at which something is due.
+
+    Args:
+        stats_interval: from one update of the metric to the next.
+        refresh_interval: from one refresh of the inverse to the next.
+        early_refreshes: at which the inverse is refreshed besides.
+
+    Raises:
+        ValueError: if an interval is not a whole number of at least 1.
+    """
+
+    stats_interval: int
+    refresh_interval: int
+    early_refreshes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("stats_interval", "refresh_interval"):
+            value = getattr(self, name)
+            if value != int(value) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+
+    def statistics_due(self, iteration: int) -> bool:
+        """Return whether the forward pass of this iteration updates the metric."""
+        return iteration % self.stats_interval == 0
+
+    def refresh_due(self, iteration: int) -> bool:
+        """Return whether the inverse is refreshed before this iteration's step."""
+        return iteration % self.refresh_interval == 0 or iteration in self.early_refreshes

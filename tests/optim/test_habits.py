@@ -1,0 +1,361 @@
+"""What people do around an optimizer: freeze, copy, checkpoint, mix precisions, skip batches, call layers oddly."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from relfisher import RNGD
+from relfisher.optim import HealthWarning
+from relfisher.responses import LinearGaussian, ReLUGaussian, TanhBernoulli
+from relfisher.subsystems import ResponseWarning
+
+
+def network(activation=nn.Tanh, dtype=torch.float64, bias=True):
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 5, bias=bias), activation(), nn.Linear(5, 4, bias=bias), activation(), nn.Linear(4, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def inputs(seed=0, n=16, dtype=torch.float64):
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    loss = (model(x) - 1).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def responses(optimizer):
+    return {layer.name: layer.response for layer in optimizer._layers}
+
+
+def metric(optimizer, layer):
+    return optimizer.state[layer.weight]["metric"]
+
+
+def moved(model, optimizer, x=None):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    step(model, optimizer, inputs() if x is None else x)
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def test_what_is_frozen_later_stays_and_what_is_unfrozen_later_moves():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = RNGD(model)
+    assert moved(model, optimizer) == {"2.weight", "2.bias", "4.weight", "4.bias"}
+    model[0].requires_grad_(True)
+    model[2].bias.requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    assert moved(model, optimizer) == {"0.weight", "0.bias", "2.weight", "4.bias"}
+    assert optimizer._layers[0].structure is not None
+
+
+def test_a_copy_of_the_model_is_not_watched():
+    model = network()
+    optimizer = RNGD(model, stats_interval=1)
+    step(model, optimizer, inputs())
+    twin = copy.deepcopy(model)
+    kept = metric(optimizer, model[0]).clone()
+    (twin(100 * inputs())).sum().backward()
+    assert optimizer._capture.take() == {}
+    assert torch.equal(metric(optimizer, model[0]), kept)
+    step(twin, RNGD(twin), inputs())  # and it can be watched by an optimizer of its own
+
+
+def test_a_watched_model_can_be_saved_whole():
+    model = network()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copying_the_optimizer_says_what_to_do_instead(copied):
+    with pytest.raises(TypeError, match=r"load this one's state_dict\(\)"):
+        copied(RNGD(network()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_models_train_and_resume_bitwise(dtype):
+    model = network(dtype=dtype)
+    optimizer = RNGD(model, stats_interval=1, refresh_interval=4, momentum=0.5)
+    for seed in range(5):
+        step(model, optimizer, inputs(seed, dtype=dtype))
+    assert metric(optimizer, model[0]).dtype == torch.float32
+    twin = copy.deepcopy(model)
+    other = RNGD(twin, stats_interval=1, refresh_interval=4, momentum=0.5)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(5, 10):
+        assert step(model, optimizer, inputs(seed, dtype=dtype)) == step(twin, other, inputs(seed, dtype=dtype))
+
+
+def test_autocast_leaves_the_metric_in_float32():
+    """Inputs of rank 3 and little damping: in bfloat16 the products would not be positive semi-definite."""
+    model = network(dtype=torch.float32)
+    optimizer = RNGD(model, stats_interval=1, refresh_interval=1, damping=1e-4)
+    x = inputs(dtype=torch.float32)[:, :3] @ torch.randn(3, 6)
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert optimizer.health.failed_refreshes == 0
+    assert torch.equal(metric(optimizer, model[0]), metric(optimizer, model[0]).mT)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_passes_count_once(reentrant):
+    plain, saving = network(), network()
+    one = RNGD(plain, stats_interval=1)
+    two = RNGD(saving, stats_interval=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResponseWarning)  # reentrant: the layers run outside the forward pass
+        for seed in range(3):
+            x = inputs(seed).requires_grad_()
+            for model, optimizer in ((plain, one), (saving, two)):
+                optimizer.zero_grad()
+                h = model[:4](x) if model is plain else checkpoint(model[:4], x, use_reentrant=reentrant)
+                (model[4](h) - 1).square().mean().backward()
+                optimizer.step()
+    torch.testing.assert_close(metric(two, saving[4]), metric(one, plain[4]))
+    assert float(two.state[saving[0].weight]["mass"]) == float(one.state[plain[0].weight]["mass"])
+
+
+def test_layers_that_run_outside_the_forward_pass_are_linear_and_named():
+    model = network()
+    optimizer = RNGD(model)
+    (model[4](model[:4](inputs())) - 1).square().mean().backward()
+    with pytest.warns(ResponseWarning, match="0, 2, 4 ran outside"):
+        optimizer.step()
+    assert set(responses(optimizer).values()) == {LinearGaussian()}
+
+
+def test_a_pass_without_a_backward_pass_does_not_count():
+    model = network()
+    optimizer = RNGD(model, stats_interval=1)
+    step(model, optimizer, inputs())
+    kept = metric(optimizer, model[0]).clone()
+    model(inputs() * float("nan"))  # the user saw the NaN and left the batch out
+    assert optimizer._capture.take() == {}
+    assert torch.equal(metric(optimizer, model[0]), kept)
+
+
+def test_evaluation_mode_with_gradients_is_training():
+    model = network()
+    model.eval()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    assert responses(optimizer)["0"] == TanhBernoulli()
+
+
+def test_a_layer_first_reached_later_is_discovered_then():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.expert, self.last = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.busy = False
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.last(torch.relu(self.expert(h)) if self.busy else h)
+
+    model = Late().double()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    model.busy = True
+    with pytest.warns(HealthWarning, match="expert has a gradient but was not seen"):
+        step(model, optimizer, inputs())
+    step(model, optimizer, inputs())
+    assert responses(optimizer)["expert"] == ReLUGaussian()
+    for seed in range(10):
+        step(model, optimizer, inputs(seed))
+    assert float(optimizer.state[model.expert.weight]["mass"]) > 0
+    eye = torch.eye(6, dtype=torch.float64)
+    assert not torch.equal(optimizer.state[model.expert.weight]["inverse"], eye), "refreshed with its first batch"
+
+
+def test_an_expert_without_samples_is_no_error():
+    model = network()
+    optimizer = RNGD(model)
+    out = model(inputs(n=0))
+    (out.sum() + (model(inputs()) - 1).square().mean()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(inputs(n=0)).sum().backward()
+    optimizer.step()
+    assert optimizer.health.failed_refreshes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "x"),
+    [
+        ({"structure": "neuron"}, lambda: 1e4 * inputs()),
+        ({"damping": 0.0}, lambda: inputs(n=2)),
+        ({"damping": 0.0, "structure": "neuron"}, lambda: 0 * inputs()),
+    ],
+)
+def test_a_singular_metric_is_no_error(options, x):
+    """Saturated units, more parameters than samples without damping, an input that is zero."""
+    model = network(bias=False)
+    optimizer = RNGD(model, stats_interval=1, refresh_interval=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HealthWarning)
+        for _ in range(5):
+            step(model, optimizer, x())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
+    model = network()
+    optimizer = RNGD(model, stats_interval=1, refresh_interval=4, early_refreshes=())
+    step(model, optimizer, inputs())
+    for layer in optimizer._layers:
+        optimizer.state[layer.weight]["inverse"].neg_()
+    with pytest.warns(HealthWarning, match="preconditioned step is not finite"):
+        step(model, optimizer, inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HealthWarning)
+        for seed in range(5):
+            step(model, optimizer, inputs(seed))
+    skipped = optimizer.health.skipped_steps
+    step(model, optimizer, inputs())
+    assert optimizer.health.skipped_steps == skipped
+
+
+def test_large_finite_gradients_are_not_called_infinite():
+    model = network(dtype=torch.float32)
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs(dtype=torch.float32))
+    optimizer.zero_grad()
+    (1e20 * model(inputs(dtype=torch.float32))).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert not any("gradient is not finite" in str(warning.message) for warning in caught)
+
+
+def test_keyword_calls_sequences_and_single_vectors():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return torch.tanh(self.fc(input=x))
+
+    model = Odd().double()
+    optimizer = RNGD(model)
+    for x in (inputs().reshape(4, 4, 6), inputs()[0]):
+        step(model, optimizer, x)
+    assert responses(optimizer)["fc"] == TanhBernoulli()
+
+
+def test_a_long_unrolled_layer_is_one_subsystem_and_told_in_linear_time():
+    class Unrolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.Linear(6, 6)
+
+        def forward(self, x):
+            for _ in range(300):
+                x = torch.tanh(self.cell(x))
+            return x
+
+    model = Unrolled().double()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    assert responses(optimizer)["cell"] == TanhBernoulli()
+
+
+def test_states_that_do_not_fit_are_explained():
+    model = network()
+    with pytest.raises(ValueError, match="must be that of an RNGD optimizer"):
+        RNGD(model).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    optimizer = RNGD(model)
+    start = copy.deepcopy(optimizer.state_dict())
+    first = step(model, optimizer, inputs())
+    optimizer.load_state_dict(start)  # as a learning-rate finder does
+    assert first > step(model, optimizer, inputs()) > 0
+
+
+def test_schedulers_reach_the_fallback_too():
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    optimizer = RNGD(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0)
+    assert moved(model, optimizer) == set()
+    scheduler.step()
+
+
+def test_a_group_added_later_is_trained():
+    model, extra = network(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = RNGD(model)
+    optimizer.add_param_group({"params": [extra]})
+    (model(inputs()) * extra).sum().backward()
+    optimizer.step()
+    assert not torch.equal(extra, torch.ones(3, dtype=torch.float64))
+
+
+def test_sparse_gradients_are_explained():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = RNGD(model)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_per_sample_gradients_by_torch_func_leave_the_optimizer_alone():
+    model = network()
+    optimizer = RNGD(model, stats_interval=1)
+    step(model, optimizer, inputs())
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).sum()
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs())
+    step(model, optimizer, inputs())
+
+
+def test_an_interrupted_first_pass_leaves_no_watch_once_closed():
+    class Interrupted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.fc(x)
+            raise KeyboardInterrupt
+
+    model = Interrupted().double()
+    optimizer = RNGD(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(inputs())
+    optimizer.close()
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
+def test_compiled_models_train_as_eager_ones():
+    plain, compiled = network(), network()
+    one, two = RNGD(plain), RNGD(compiled)
+    fast = torch.compile(compiled, backend="eager")
+    for seed in range(7):
+        assert step(plain, one, inputs(seed)) == pytest.approx(step(fast, two, inputs(seed)), rel=1e-12)
