@@ -20,6 +20,9 @@ __all__ = ["figure4"]
 # Where a curve falls below this, the axis is compressed, so that it and the others can be told apart.
 DEEP = -30.0
 LINEAR = 4.0
+# Data with a lowest cost above this (its logarithm) are taken not to be separable: their cost has a minimum.
+MINIMUM = math.log(1e-3)
+SMALLEST_EXCESS = 1e-10
 LOOKS = {
     "GD": Look("#8a8a8a", "--"),
     "WhiteGD": Look("#0072b2", "--"),
@@ -88,8 +91,24 @@ def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
         _compress(axes, lowest, highest)
     else:
         _decades(axes)
+    if outcome.lowest(panel) > MINIMUM:
+        _inset(axes, outcome, panel)
     axes.set_xlabel("epoch", loc="right", labelpad=1)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.08), fontsize=9, frameon=False, labelspacing=0.3)
+
+
+def _inset(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
+    """Draws how far each mean cost is above the lowest one, which the costs themselves do not show."""
+    inset = axes.inset_axes((0.42, 0.5, 0.56, 0.44))
+    lowest = math.exp(outcome.lowest(panel))
+    for method in outcome.study.methods:
+        choice, look = outcome.choices[panel, method], LOOKS[method]
+        if choice.chosen is not None:
+            excess = (choice.mean.exp() - lowest).clamp(min=SMALLEST_EXCESS).numpy()
+            inset.semilogy(excess, color=look.colour, linestyle=look.dashes, linewidth=0.75 * look.width)
+    inset.set_title("cost above the lowest mean cost of the panel", loc="left", fontsize=8.5)
+    inset.tick_params(labelsize=8)
+    inset.margins(x=0)
 
 
 def _compress(axes: Axes, lowest: float, highest: float) -> None:
