@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from relfisher import responses, testing
     from relfisher.autodiff import as_function, fisher, observed_fisher, relative_fisher
     from relfisher.diagnostics import balance, compare, unbalance
-    from relfisher.metric import BatchedMetric, Metric, layer_metric, neuron_metric, softmax_metric, two_layer_metric
+    from relfisher.logistic import LogisticRegression
+    from relfisher.metric import (
+        BatchedMetric,
+        Metric,
+        TransformedMetric,
+        layer_metric,
+        neuron_metric,
+        softmax_metric,
+        two_layer_metric,
+    )
     from relfisher.optim import RNGD
     from relfisher.structures import Damping
     from relfisher.subsystems import module_metric
@@ -25,7 +34,9 @@ __all__ = [
     "RNGD",
     "BatchedMetric",
     "Damping",
+    "LogisticRegression",
     "Metric",
+    "TransformedMetric",
     "as_function",
     "balance",
     "compare",
@@ -45,7 +56,16 @@ __all__ = [
 _NAMES = {
     "autodiff": ("as_function", "fisher", "observed_fisher", "relative_fisher"),
     "diagnostics": ("balance", "compare", "unbalance"),
-    "metric": ("BatchedMetric", "Metric", "layer_metric", "neuron_metric", "softmax_metric", "two_layer_metric"),
+    "logistic": ("LogisticRegression",),
+    "metric": (
+        "BatchedMetric",
+        "Metric",
+        "TransformedMetric",
+        "layer_metric",
+        "neuron_metric",
+        "softmax_metric",
+        "two_layer_metric",
+    ),
     "optim": ("RNGD",),
     "structures": ("Damping",),
     "subsystems": ("module_metric",),
