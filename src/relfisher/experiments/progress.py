@@ -106,7 +106,7 @@ def summary(table: Sequence[Row]) -> Table:
         A table whose lowest cost stands out.
     """
     shown = Table("method", title="Training cost")
-    for name in ("lr", "last 10%", "last epoch", "validation", "s/epoch"):
+    for name in ("lr", "last 10%", "all images", "validation", "s/epoch"):
         shown.add_column(name, justify="right")
     costs = [row.final_cost for row in table if row.final_cost is not None]
     for row in table:
