@@ -10,7 +10,15 @@ from torch import Tensor
 from relfisher import information
 from relfisher.information import Information
 
-KINDS = ("isotropic", "diagonal", "softmax", "pulled back", "pulled back softmax", "pulled back twice")
+KINDS = (
+    "isotropic",
+    "diagonal",
+    "softmax",
+    "pulled back",
+    "pulled back softmax",
+    "pulled back linear",
+    "pulled back twice",
+)
 
 
 def make(kind: str, given_problem: Problem) -> Information:
@@ -30,6 +38,8 @@ def make(kind: str, given_problem: Problem) -> Information:
             return information.PulledBack(through, weight, slope)
         case "pulled back softmax":
             return information.PulledBack(information.Softmax(torch.softmax(following, -1)), weight, slope)
+        case "pulled back linear":
+            return information.PulledBack(information.Isotropic(0.5, following), weight, slope)
     turn = weight.T @ weight + torch.eye(z.shape[1], dtype=z.dtype)
     return information.PulledBack(information.PulledBack(through, weight, slope), turn, slope)
 
@@ -42,6 +52,7 @@ def test_operations_agree_with_the_matrices(kind: str, given_problem: Problem) -
     assert operator.out == z.shape[1]
     assert dense.shape == (*z.shape, z.shape[1])
     assert_close(operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1))
+    assert_close(operator.total(), dense.sum(0))
     for field in (z, torch.stack([z, z.cos(), 2 * z])):
         assert_close(operator.apply(field), torch.einsum("nij,...nj->...ni", dense, field))
     if operator.is_diagonal:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from relfisher.autodiff import fisher
-from relfisher.metric import LayerMetric, Metric
+from relfisher.metric import Metric
 from relfisher.responses import Response
-from relfisher.subsystems import observe
+from relfisher.subsystems import Subsystem, observe, subsystems_of
 
 __all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "unbalance"]
 
@@ -104,24 +104,26 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
     layers = _plain_layers(model)
     seen = observe(model, layers, inputs)
     last = next(reversed(seen), None)
-    rows = []
-    for name, (x, z, found) in seen.items():
+    table = []
+    for name, (rows, found) in seen.items():
         said = response if name == last else found
-        relative = LayerMetric(said.operator(z), x, bias=layers[name].bias is not None)
+        relative = layers[name].metric(rows, said)
         prefix = f"{name}." if name else ""
-        names = [f"{prefix}{key}" for key, _ in layers[name].named_parameters()]
+        names = [f"{prefix}{key}" for key, _ in layers[name].module.named_parameters()]
         block = fisher(model, inputs, response, names)
-        rows.append(LayerComparison(name, said, relative.shape[0], Spectrum.of(relative, top), Spectrum.of(block, top)))
-    return Comparison(tuple(rows))
+        table.append(
+            LayerComparison(name, said, relative.shape[0], Spectrum.of(relative, top), Spectrum.of(block, top))
+        )
+    return Comparison(tuple(table))
 
 
-def _plain_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def _plain_layers(model: nn.Module) -> dict[str, Subsystem]:
     """Return the linear layers by name, none of which may be parametrized."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    taken = [name for name, layer in layers.items() if parametrize.is_parametrized(layer)]
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    taken = [name for name, module in modules.items() if parametrize.is_parametrized(module)]
     if taken:
         raise ValueError(f"model must not be parametrized, but {', '.join(taken)} is: call unbalance first")
-    return layers
+    return {name: layer for name, module in modules.items() for layer in subsystems_of(name, module)}
 
 
 class _Scaled(nn.Module):
@@ -160,15 +162,16 @@ def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, floa
     seen = observe(model, layers, inputs)
     last = next(reversed(seen), None)
     scales: dict[str, float] = {}
-    for name, (x, z, found) in seen.items():
+    for name, (rows, found) in seen.items():
         said = response if name == last else found
-        largest = float(LayerMetric(said.operator(z), x, bias=layers[name].bias is not None).eigvalsh(1))
+        largest = float(layers[name].metric(rows, said).eigvalsh(1))
         if not largest > 0:
             raise ValueError(f"the metric of {name!r} is zero on these inputs, so that it cannot be scaled to 1")
         scales[name] = largest**-0.5
     for name, scale in scales.items():
-        for key in [key for key, _ in layers[name].named_parameters()]:
-            parametrize.register_parametrization(layers[name], key, _Scaled(scale))
+        module = layers[name].module
+        for key in [key for key, _ in module.named_parameters()]:
+            parametrize.register_parametrization(module, key, _Scaled(scale))
     return scales
 
 

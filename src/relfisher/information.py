@@ -40,6 +40,10 @@ class Information(ABC):
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return the matrices F_n themselves: n * out^2 numbers."""
 
+    @abstractmethod
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return the sum of F_n over the samples."""
+
 
 @dataclass(frozen=True)
 class Isotropic(Information):
@@ -71,6 +75,10 @@ class Isotropic(Information):
         """Return a scaled identity for each sample."""
         return torch.diag_embed(self.diagonal())
 
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return a scaled identity."""
+        return torch.diag(self.diagonal().sum(0))
+
 
 @dataclass(frozen=True)
 class Diagonal(Information):
@@ -96,6 +104,10 @@ class Diagonal(Information):
         """Return diag(nu_n) for each sample."""
         return torch.diag_embed(self.nu)
 
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return diag(sum_n nu_n)."""
+        return torch.diag(self.nu.sum(0))
+
 
 @dataclass(frozen=True)
 class Softmax(Information):
@@ -120,6 +132,10 @@ class Softmax(Information):
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return diag(eta) - eta eta' for each sample."""
         return torch.diag_embed(self.eta) - self.eta.unsqueeze(-1) * self.eta.unsqueeze(-2)
+
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return diag(sum_n eta_n) - sum_n eta_n eta_n'."""
+        return torch.diag(self.eta.sum(0)) - self.eta.T @ self.eta
 
 
 @dataclass(frozen=True)
@@ -156,3 +172,9 @@ class PulledBack(Information):
         """Return J_n' F_n^next J_n for each sample."""
         jacobian = self.weight * self.slope.unsqueeze(-2)
         return jacobian.mT @ self.following.dense() @ jacobian
+
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return sum_n J_n' F_n^next J_n."""
+        if isinstance(self.following, Isotropic):
+            return self.following.value * (self.weight.T @ self.weight) * (self.slope.T @ self.slope)
+        return self.dense().sum(0)

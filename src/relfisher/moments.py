@@ -15,9 +15,9 @@ _FLAT_INPUTS = 160
 _FLAT_NUMBERS = 1 << 23
 
 
-def augment(x: Float[Tensor, "n in"]) -> Float[Tensor, "n d"]:
-    """Return x~ = (x, 1), the input in homogeneous coordinates."""
-    return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+def augment(x: Float[Tensor, "*g n in"], ones: int = 1) -> Float[Tensor, "*g n d"]:
+    """Return x~ = (x, 1), the input in homogeneous coordinates: with a 1 for each bias."""
+    return torch.cat([x, x.new_ones(*x.shape[:-1], ones)], dim=-1) if ones else x
 
 
 def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tensor, "n d"]) -> Float[Tensor, "q d d"]:

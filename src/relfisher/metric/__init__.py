@@ -2,7 +2,7 @@
 
 from relfisher.metric.base import Metric, SingularMetricError
 from relfisher.metric.closed_forms import layer_metric, neuron_metric, softmax_metric, two_layer_metric
-from relfisher.metric.combined import BatchedMetric, TransformedMetric
+from relfisher.metric.combined import BatchedMetric, GroupedMetric, TransformedMetric
 from relfisher.metric.dense import DenseMetric
 from relfisher.metric.iterative import ConvergenceWarning
 from relfisher.metric.layer import LayerMetric
@@ -11,6 +11,7 @@ __all__ = [
     "BatchedMetric",
     "ConvergenceWarning",
     "DenseMetric",
+    "GroupedMetric",
     "LayerMetric",
     "Metric",
     "SingularMetricError",

@@ -1,8 +1,8 @@
-"""Metrics made of other metrics: the mean over a data set's batches, and the same metric in other coordinates."""
+"""Metrics made of others: the mean over batches, the sum over groups of parameters, the same in other coordinates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from relfisher.metric.base import Metric
 from relfisher.shapes import Float
 from relfisher.validation import check_matrix
 
-__all__ = ["BatchedMetric", "TransformedMetric"]
+__all__ = ["BatchedMetric", "GroupedMetric", "TransformedMetric"]
 
 Result = TypeVar("Result")
 
@@ -89,6 +89,45 @@ class BatchedMetric(Metric):
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return the diagonal of G."""
         return self._mean(lambda metric: metric.diagonal())
+
+
+class GroupedMetric(Metric):
+    """The metric of groups of parameters that do not meet, block diagonal with a metric a group.
+
+    Args:
+        metrics: one a group, of parameters of the same shape and over as many samples.
+
+    Raises:
+        ValueError: if there is none, or two are not alike.
+    """
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        kinds = {(_kind(metric), metric.samples) for metric in metrics}
+        if len(kinds) != 1:
+            raise ValueError(f"metrics must be alike and at least one, got {len(kinds)} kinds")
+        first = metrics[0]
+        super().__init__((len(metrics), *first.parameter_shape), first.samples, first.dtype, first.device)
+        self.metrics = list(metrics)
+
+    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        pieces = vectors.chunk(len(self.metrics))
+        return torch.cat([metric._product(piece) for metric, piece in zip(self.metrics, pieces, strict=True)])
+
+    def _direct_sum_shape(self) -> tuple[int, int]:
+        count, size = self.metrics[0]._direct_sum_shape()
+        return len(self.metrics) * self._copies() * count, size
+
+    def _copies(self) -> int:
+        """Return how many blocks of a group are one: those that its units share are spelled out here."""
+        count, size = self.metrics[0]._direct_sum_shape()
+        return self.metrics[0].shape[0] // (count * size)
+
+    def _direct_sum(self) -> Float[Tensor, "q b b"]:
+        return torch.cat([metric._direct_sum().repeat(self._copies(), 1, 1) for metric in self.metrics])
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Return the diagonals, one group after another."""
+        return torch.cat([metric.diagonal() for metric in self.metrics])
 
 
 class TransformedMetric(Metric):

@@ -2,49 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
 
 from relfisher.responses import SigmoidBernoulli, TanhBernoulli
-from relfisher.structures import NeuronBlocks, SharedBlock, Structure
-from relfisher.subsystems import LinearSubsystem
+from relfisher.structures import Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, Structure
+from relfisher.subsystems import Subsystem
 
-__all__ = ["assign"]
+__all__ = ["FALLBACK", "Rule", "assign", "candidates", "check_rules", "matches", "rule_for", "state_bytes"]
 
-_RULES = ("auto", "neuron", "shared", "published")
+#: A rule, or rules by the name (or a pattern of names) or the class of a module.
+Rule = str | Structure
 
-# Exact blocks pay on saturating units; up to this much for the metric and the inverse of one layer.
-_AUTO_BYTES = 64 << 20
+#: The rule that leaves a layer to AdamW.
+FALLBACK = "fallback"
+
+_NAMED: dict[str, type[Structure]] = {
+    kind.name: kind for kind in (NeuronBlocks, SharedBlock, KroneckerFactors, Diagonal)
+}
+_RULES = ("auto", *_NAMED, "published", FALLBACK)
+
+# Exact blocks pay on saturating units, as long as their refresh is not dear.
+_EXACT_SHARE = 4
 
 
-def assign(rule: str, layers: Sequence[LinearSubsystem]) -> list[Structure]:
-    """Choose a structure for each layer.
+def check_rules(rules: object, layers: Sequence[Subsystem]) -> None:
+    """Raise ValueError unless these are rules, and each name among them is that of a layer."""
+    if isinstance(rules, Mapping):
+        for key, rule in rules.items():
+            check_rules(rule, layers)
+            if not any(matches(key, layer) for layer in layers):
+                near = difflib.get_close_matches(key, [layer.name for layer in layers], n=3, cutoff=0.5)
+                hint = f"; close to it are {', '.join(map(repr, near))}" if near else ""
+                raise ValueError(f"structure names {key!r}, which is no layer, pattern or class with a metric{hint}")
+    elif not isinstance(rules, Structure) and rules not in _RULES:
+        raise ValueError(f"structure must be one of {', '.join(_RULES)}, or a Structure; got {rules!r}")
+
+
+def rule_for(layer: Subsystem, rules: Rule | Mapping[str, Rule], default: Rule = "auto") -> Rule:
+    """Return the rule of one layer.
 
     Args:
-        rule: "neuron" or "shared" for all layers; "published" for exact neuron blocks on hidden layers and the shared
-            block on the first and last (section 5.2); "auto" for exact blocks on tanh and sigmoid layers, as far as
-            they fit into 64 MiB a layer, and the shared block on all others.
-        layers: the layers in the order of the forward pass.
+        layer: a subsystem.
+        rules: one rule for all, or rules by name: that of a layer or of its module, a pattern of such names as in
+            `fnmatch`, or a class of modules such as "Conv2d". Names win over patterns, and patterns over classes.
+        default: the rule of what has no name there.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: if the layer cannot keep such a structure.
+    """
+    rule = rules if isinstance(rules, str | Structure) else _entry(layer, rules, default)
+    name = rule.name if isinstance(rule, Structure) else rule
+    if name in _NAMED and name not in layer.structures and isinstance(rules, Mapping):
+        raise ValueError(f"structure of {layer.name!r} must be one of {', '.join(layer.structures)}, got {name!r}")
+    return rule
+
+
+def _entry(layer: Subsystem, rules: Mapping[str, Rule], default: Rule) -> Rule:
+    exact = [rule for key, rule in rules.items() if matches(key, layer) == "name"]
+    pattern = [rule for key, rule in rules.items() if matches(key, layer) == "pattern"]
+    kind = [rule for key, rule in rules.items() if matches(key, layer) == "class"]
+    return next(iter([*exact, *pattern, *kind]), default)
+
+
+def matches(key: str, layer: Subsystem) -> str | None:
+    """Return how a key names a layer, or None if it does not."""
+    names = {layer.name, layer.module_name}
+    if key in names:
+        return "name"
+    if any(fnmatch.fnmatchcase(name, key) for name in names):
+        return "pattern"
+    return "class" if key in {kind.__name__ for kind in type(layer.module).__mro__} else None
+
+
+def assign(layers: Sequence[Subsystem], budget: int) -> list[Structure]:
+    """Choose a structure for each layer, by its rule.
+
+    Args:
+        layers: the layers in the order of the forward pass. Rules are "neuron", "shared", "kronecker" or "diagonal";
+            "published" for exact neuron blocks on hidden layers and the shared block on the first and last (section
+            5.2); and "auto", which takes exact blocks where they cost no more than others (the channels of a
+            normalisation) or the units saturate (tanh, sigmoid) and their metric and inverse fit into a quarter of the
+            budget, else the shared block where it fits, else the diagonal. A rule that a layer cannot keep gives way to
+            the first one that it can.
+        budget: bytes for the metric and the inverse of one layer.
 
     Returns:
         One structure a layer.
-
-    Raises:
-        ValueError: if the rule is not one of these.
     """
-    match rule:
-        case "neuron":
-            return [NeuronBlocks() for _ in layers]
-        case "shared":
-            return [SharedBlock() for _ in layers]
-        case "published":
-            ends = (0, len(layers) - 1)
-            return [SharedBlock() if place in ends else NeuronBlocks() for place in range(len(layers))]
-        case "auto":
-            return [NeuronBlocks() if _exact_pays(layer) else SharedBlock() for layer in layers]
-    raise ValueError(f"structure must be one of {', '.join(_RULES)}, got {rule!r}")
+    return [_structure(layer, place in (0, len(layers) - 1), budget) for place, layer in enumerate(layers)]
 
 
-def _exact_pays(layer: LinearSubsystem) -> bool:
-    numbers = 2 * layer.out * layer.d**2
+def _structure(layer: Subsystem, at_an_end: bool, budget: int) -> Structure:
+    rule = layer.rule
+    if isinstance(rule, Structure):
+        return rule
+    if rule == "published":
+        rule = "shared" if at_an_end else "neuron"
+    if rule == "auto":
+        rule = _automatic(layer, budget)
+    return _NAMED[rule if rule in layer.structures else layer.structures[0]]()
+
+
+def _automatic(layer: Subsystem, budget: int) -> str:
+    if layer.out == 1 and "neuron" in layer.structures:
+        return "neuron"
     saturating = isinstance(layer.response, (SigmoidBernoulli, TanhBernoulli))
-    return saturating and numbers * layer.weight.element_size() <= _AUTO_BYTES
+    if saturating and "neuron" in layer.structures and state_bytes(layer, NeuronBlocks()) <= budget // _EXACT_SHARE:
+        return "neuron"
+    first = layer.structures[0]
+    return first if state_bytes(layer, _NAMED[first]()) <= budget else "diagonal"
+
+
+def candidates(layer: Subsystem) -> list[Structure]:
+    """Return the structures that a layer can keep."""
+    return [_NAMED[name]() for name in layer.structures]
+
+
+def state_bytes(layer: Subsystem, structure: Structure) -> int:
+    """Return the bytes of a layer's metric and inverse."""
+    return 2 * structure.numbers(layer.shape) * max(layer.weight.element_size(), 4)

@@ -2,82 +2,96 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from relfisher.optim.assignment import assign
-from relfisher.optim.fallback import adamw_step
+from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
+from relfisher.optim.curvature import Curvature
+from relfisher.optim.fallback import adamw_state, adamw_step
+from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, names_of, split
 from relfisher.optim.health import Health, HealthWarning
+from relfisher.optim.rules import Move, StepRule, TrustRegion
 from relfisher.optim.schedule import Schedule
-from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
-from relfisher.structures import Damping, State, Structure
-from relfisher.subsystems import Capture, LinearSubsystem, linear_subsystems
+from relfisher.structures import Damping
+from relfisher.subsystems import Subsystem, discover
 from relfisher.validation import check_interval, check_positive
 
 __all__ = ["RNGD"]
 
 
-class _Move(NamedTuple):
-    """A layer's step before it is taken."""
-
-    layer: LinearSubsystem
-    momentum: Tensor
-    direction: Tensor
-
-
 class RNGD(torch.optim.Optimizer):
-    """Relative natural gradient descent on the linear layers of a model, AdamW on all other parameters.
+    """Relative natural gradient descent on every layer that has a metric, AdamW on all other parameters.
 
-    A layer with gradient matrix M [out, in + 1] moves along D = M (G + damping)^-1, where G is the running relative
-    Fisher information metric of the layer. The whole step is then scaled so that its squared length in the metric,
+    A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
+    information metric of the layer. The whole step is then scaled so that its squared length in the metric,
     lr^2 sum <D, M> over the layers, is at most `trust_region`.
+
+    Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
+    kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `weight_decay`, `damping` and
+    `structure` hold; a layer belongs to the group of its weight. In the second, the AdamW of `fallback_betas` and
+    `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a group of such parameters alone has its
+    own.
 
     Args:
         model: the module to train; its first training forward pass tells the responses of its layers.
-        lr: the learning rate.
+        lr: the learning rate; None for the step rule's own.
+        params: what to train, as for any optimizer of torch: parameters of the model, with or without names, or
+            groups of them with options of their own; None for all parameters of the model.
         momentum: the share of the last step's momentum that is kept, in [0, 1). It is applied to the gradient, before
-            the metric, so that the trust region bounds the step that is taken.
+            the metric, so that the trust region bounds the step that is taken. None for the step rule's own.
         weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
         damping: the multiple of the metric's mean eigenvalue (the mean trace over a layer's units) that is added to
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
+        step_rule: "trust-region", or an object of a class in `relfisher.optim.rules`.
         trust_region: the bound on the squared metric length of a step; None for no bound.
-        structure: "auto", "neuron" (exact blocks), "shared" or "published"; see `relfisher.optim.assign`.
+        structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
+            (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
+            in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
+        structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
         decay: the share of the moving average that is kept an iteration, in [0, 1).
         stats_interval: iterations from one update of the metric to the next.
+        stats_samples: about so many samples (rows of a batch, positions of a sequence or an image) of a forward call
+            go into its statistics at most, evenly spaced; None for all.
         refresh_interval: iterations from one refresh of the inverse to the next.
         early_refreshes: iterations at which the inverse is refreshed besides.
         unbiased: True starts the moving average empty and corrects its bias; False starts it at the identity.
         relu_omega: the width of the smoothed ReLU whose information stands for a ReLU's, equation (18); None keeps the
             hard one, equation (16).
-        fallback_lr: the learning rate of AdamW on parameters without a metric, in a group of their own; schedulers that
-            set the learning rate outright, as `OneCycleLR` does, take one value a group.
+        fallback_lr: the learning rate of AdamW on parameters without a metric; schedulers that set the learning rate
+            outright, as `OneCycleLR` does, take one value a group.
         fallback_betas: its decay rates.
 
     Raises:
-        ValueError: if an argument lies outside what is allowed, or the model has nothing to train.
+        ValueError: if an argument lies outside what is allowed, or there is nothing to train.
         TypeError: if `model` is not a module.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.3,
+        lr: float | None = None,
         *,
-        momentum: float = 0.0,
+        params: Iterable[Any] | None = None,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         damping: float | Damping = 0.1,
+        step_rule: str | StepRule = "trust-region",
         trust_region: float | None = 1e-2,
-        structure: str = "auto",
+        structure: Rule | Mapping[str, Rule] = "auto",
+        structure_bytes: int = 256 << 20,
         decay: float = 0.995,
         stats_interval: int = 5,
+        stats_samples: int | None = None,
         refresh_interval: int = 100,
         early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
         unbiased: bool = True,
@@ -90,45 +104,45 @@ class RNGD(torch.optim.Optimizer):
                 f"model must be a torch.nn.Module, got {type(model).__name__}: RNGD needs to see the layers run; "
                 "write RNGD(model), not RNGD(model.parameters())"
             )
-        for name, value in [("lr", lr), ("fallback_lr", fallback_lr)]:
-            check_positive(name, value)
-        beta1, beta2 = fallback_betas
-        for name, share in [("momentum", momentum), ("decay", decay), *[("fallback_betas", b) for b in (beta1, beta2)]]:
-            check_interval(name, share, 0, 1)
-        check_interval("weight_decay", weight_decay, 0, math.inf)
-        if trust_region is not None:
-            check_positive("trust_region", trust_region)
-        if relu_omega is not None:
-            check_positive("relu_omega", relu_omega)
-        assign(structure, [])
-        self._schedule = Schedule(stats_interval, refresh_interval, early_refreshes)
+        check_interval("decay", decay, 0, 1)
+        for name, value in [("relu_omega", relu_omega), ("stats_samples", stats_samples)]:
+            if value is not None:
+                check_positive(name, value)
+        check_positive("structure_bytes", structure_bytes)
+        self._rule = _step_rule(step_rule, trust_region)
         self._damping = damping if isinstance(damping, Damping) else Damping(damping)
-        self._trust_region = trust_region
-        self._decay = decay**stats_interval
-        self._unbiased = unbiased
-
-        self._layers = linear_subsystems(model)
-        own = [parameter for layer in self._layers for parameter in layer.parameters]
-        known = {id(parameter) for parameter in own}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        groups: list[dict[str, Any]] = [
-            # All layers are in the first group, where there are any.
-            {"params": own, "lr": float(lr), "fallback_ratio": fallback_lr / lr},
-            {"params": others},
-        ]
         defaults = {
-            "lr": fallback_lr,
-            "momentum": momentum,
+            "lr": self._rule.default_lr if lr is None else lr,
+            "momentum": self._rule.default_momentum if momentum is None else momentum,
             "weight_decay": weight_decay,
-            "fallback_ratio": 1.0,
-            "fallback_betas": fallback_betas,
+            "damping": self._damping.value,
+            "fallback_lr": fallback_lr,
+            "fallback_betas": tuple(fallback_betas),
             "iteration": 0,
         }
-        super().__init__([group for group in groups if group["params"]], defaults)
+        check_options(defaults)
+        layers = discover(model).subsystems
+        check_rules(structure, layers)
+        self._structure = structure
+        self._model = weakref.ref(model)
         self.health = Health()
+        self._schedule = Schedule(stats_interval, refresh_interval, early_refreshes)
+        self._curvature = Curvature(
+            model,
+            self.health,
+            self._schedule,
+            decay=decay,
+            unbiased=unbiased,
+            form=self._rule.form,
+            budget=structure_bytes,
+            relu_omega=relu_omega,
+            limit=stats_samples,
+        )
+        self._known = layers
+        self._place: dict[Subsystem, int] = {}  # the group of each layer
         self._without_metric: set[str] = set()
-        self._capture = Capture(model, self._layers, partial(_choose, structure, relu_omega))
-        weakref.finalize(self, self._capture.close)
+        super().__init__(list(model.parameters()) if params is None else params, defaults)
+        weakref.finalize(self, self._curvature.capture.close)
 
     @classmethod
     def as_published(cls, model: nn.Module, lr: float = 1e-2) -> RNGD:
@@ -160,6 +174,62 @@ class RNGD(torch.optim.Optimizer):
             relu_omega=1.0,
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train these parameters, too: along their metric where they are a layer's of the model, else with AdamW.
+
+        Args:
+            param_group: "params" and any options of this group; other options are the optimizer's own.
+
+        Raises:
+            ValueError: if an option lies outside what is allowed, or a parameter is in another group already.
+            TypeError: if it is no group of tensors.
+        """
+        model = self._model()
+        names = {} if model is None else names_of(model)
+        if model is not None and self.param_groups:
+            self._discover_again(model)
+        rules = param_group.get("structure", self._structure) if isinstance(param_group, dict) else self._structure
+        check_rules(rules, self._known)
+        rest = [layer for layer in self._known if layer not in self._place]
+        for layer in rest:
+            layer.rule = rule_for(layer, rules)
+        ruled = [layer for layer in self._known if layer.rule != FALLBACK]
+        self._curvature.states = self.state
+        for half in split(param_group, {id(p) for layer in ruled for p in layer.parameters}, names):
+            self._add_half(half, [layer for layer in rest if layer.rule != FALLBACK])
+        mine = {parameter for group in self.param_groups for parameter in group["params"]}
+        for layer in self._place:
+            layer.held = frozenset(parameter for parameter in layer.parameters if parameter not in mine)
+
+    def _add_half(self, group: dict[str, Any], layers: Sequence[Subsystem]) -> None:
+        """Add a group of parameters that all have a metric, or that all have none."""
+        group.pop("structure", None)
+        if group["kind"] == ADAMW:
+            group.setdefault("lr", group.get("fallback_lr", self.defaults["fallback_lr"]))
+        full = {**self.defaults, **group}
+        check_options(full)
+        if group["kind"] == METRIC:
+            group["fallback_ratio"] = full["fallback_lr"] / float(full["lr"])
+        else:
+            group["fallback_ratio"] = 1.0
+        if self.param_groups:
+            group["iteration"] = self._iteration
+        super().add_param_group(group)
+        added = {id(parameter) for parameter in group["params"]}
+        if group["kind"] == METRIC:
+            mine = [layer for layer in layers if id(layer.weight) in added]
+            self._place.update(dict.fromkeys(mine, len(self.param_groups) - 1))
+            self._curvature.add(mine)
+        else:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not self.state[parameter]:
+                    self.state[parameter].update(adamw_state(parameter))
+
+    def _discover_again(self, model: nn.Module) -> None:
+        """Look for layers that the model has got since."""
+        known = {id(layer.weight) for layer in self._known}
+        self._known = [*self._known, *(new for new in discover(model).subsystems if id(new.weight) not in known)]
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -184,19 +254,52 @@ class RNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not _finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]):
-            self._capture.drop()
+            self._curvature.capture.drop()
             self.health.skipped(self._iteration, "a gradient is not finite")
             return loss
-        self._update_metrics()
+        self._curvature.update(self._iteration, self._damping_of)
         moves = self._moves()
-        length = self._squared_length(moves)
-        if 0 <= length < math.inf:
-            self._take(moves, length)
+        if self._take(moves):
             self._take_fallback(moves)
         else:
             self.health.skipped(self._iteration, "the preconditioned step is not finite")
-        self._advance()
+        iteration = self._iteration + 1
+        for group in self.param_groups:
+            group["iteration"] = iteration
+        self._curvature.advance(iteration)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and the samples whose gradients they are.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        super().zero_grad(set_to_none)
+        self._curvature.capture.drop()
+
+    @contextmanager
+    def masked(self, mask: Tensor) -> Iterator[None]:
+        """Leave positions out of the statistics, such as padding, in forward passes inside this context.
+
+        Args:
+            mask: True for what counts. It applies to layers whose input has this leading shape, such as
+                [batch, length] where inputs are [batch, length, in], or [batch].
+
+        Yields:
+            Nothing.
+
+        Raises:
+            TypeError: if the mask is not boolean.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, got {mask.dtype}: write mask.bool()")
+        capture = self._curvature.capture
+        before, capture.mask = capture.mask, mask
+        try:
+            yield
+        finally:
+            capture.mask = before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state and go on where it was saved.
@@ -205,11 +308,13 @@ class RNGD(torch.optim.Optimizer):
             state_dict: what `state_dict()` returned, of an optimizer with the same structures.
 
         Raises:
-            ValueError: if it is another optimizer's, or its metrics have other shapes.
+            ValueError: if it is another optimizer's, or of other parameters, or its metrics have other shapes.
         """
         if not all("fallback_ratio" in group for group in state_dict["param_groups"]):
             raise ValueError("state_dict must be that of an RNGD optimizer, but its groups lack 'fallback_ratio'")
+        check_names(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
+        self._curvature.states = self.state
         # The base class casts a state to the dtype of its parameter; the metric of a low-precision layer has its own.
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         mine = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -217,19 +322,36 @@ class RNGD(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][key] = value.to(self.state[parameter][key].device, copy=True)
-        for layer in self._layers:
+        for layer in self._place:
             if layer.structure is not None:
-                self._state(layer, layer.structure)
-        self._capture.due = self._schedule.statistics_due(self._iteration)
+                self._curvature.state(layer, layer.structure)
+        self._curvature.advance(self._iteration)
 
     def close(self) -> None:
         """Take the hooks off the model; the optimizer cannot gather statistics any more."""
-        self._capture.close()
+        self._curvature.capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RNGD:
+        """Return an optimizer for a copy of the model: the copy in the same `deepcopy`, where the model is in it."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        own = {key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED}
+        twin.__setstate__(own)
+        twin._model = twin._curvature.model
+        twin._curvature.states = twin.state
+        weakref.finalize(twin, twin._curvature.capture.close)
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            "an RNGD optimizer is tied to its model by hooks and cannot be copied or pickled: copy the model, make a "
-            "new RNGD for it and load this one's state_dict()"
+            "an RNGD optimizer is tied to its model by hooks and cannot be pickled: save its state_dict(), make a new "
+            "RNGD for the model and load the state there"
         )
 
     @property
@@ -237,70 +359,50 @@ class RNGD(torch.optim.Optimizer):
         iteration: int = self.param_groups[0]["iteration"]
         return iteration
 
-    def _state(self, layer: LinearSubsystem, structure: Structure) -> State:
-        """Return a layer's state, made now if it is new."""
-        state: State = self.state[layer.weight]
-        if "metric" not in state:
-            state.update(structure.create(layer.weight, layer.out, layer.d, identity=not self._unbiased))
-        wanted = structure.shape(layer.out, layer.d)
-        if tuple(state["metric"].shape) != wanted:
-            raise ValueError(
-                f"the loaded metric of {layer.name!r} has shape {list(state['metric'].shape)}, but the structure "
-                f"{type(structure).__name__} needs {list(wanted)}: load it into an optimizer with the same structure"
-            )
-        return state
+    def _group(self, layer: Subsystem) -> dict[str, Any]:
+        group: dict[str, Any] = self.param_groups[self._place[layer]]
+        return group
 
-    def _update_metrics(self) -> None:
-        """Fold what was gathered into the averages, and refresh the inverses that are due or have none yet."""
-        pending = self._capture.take()
-        due = self._schedule.refresh_due(self._iteration)
-        for layer in self._layers:
-            batch, structure = pending.get(layer), layer.structure
-            if structure is None or not (batch or due):
-                continue
-            state = self._state(layer, structure)
-            first = batch is not None and float(state["mass"]) == 0
-            if batch is not None and not structure.update(state, batch.total, batch.samples, self._decay):
-                self.health.dropped(self._iteration, layer.name)
-            if (due or first) and not structure.refresh(state, self._damping):
-                self.health.failed(self._iteration, layer.name)
+    def _damping_of(self, layer: Subsystem) -> Damping:
+        return replace(self._damping, value=float(self._group(layer)["damping"]))
 
-    def _moves(self) -> list[_Move]:
-        """Return the direction of each layer that has a gradient and a metric; nothing is changed yet."""
-        kept = self.param_groups[0]["momentum"]
+    def _moves(self) -> list[Move]:
+        """Return the gradient and the metric of each layer that has both; nothing is changed yet."""
         moves = []
-        for layer in self._layers:
+        for layer in self._place:
             structure, gradient = layer.structure, layer.gradient()
             if structure is None or gradient is None:
                 continue
-            state = self._state(layer, structure)
-            gradient = gradient.to(state["inverse"].dtype)
+            group = self._group(layer)
+            state = self._curvature.state(layer, structure)
+            gradient = gradient.to(state["metric"].dtype)
+            kept = group["momentum"]
+            velocity = gradient
             if kept:
                 last = state.get("momentum")
-                gradient = gradient.clone() if last is None else gradient.add(last, alpha=kept)
-            moves.append(_Move(layer, gradient, structure.precondition(state, gradient)))
+                velocity = gradient.clone() if last is None else gradient.add(last, alpha=kept)
+                gradient = gradient.add(velocity, alpha=kept) if self._rule.nesterov else velocity
+            moves.append(Move(layer, structure, state, gradient, velocity, float(group["lr"])))
         return moves
 
-    def _squared_length(self, moves: list[_Move]) -> float:
-        """Return lr^2 sum <D, M>, the squared length of the whole step in the damped metric, equation (10)."""
-        if not moves:
-            return 0.0
-        products = [torch.sum(move.direction * move.momentum) for move in moves]
-        lr: float = self.param_groups[0]["lr"]
-        return float(lr) ** 2 * float(torch.stack([product.to(products[0].device) for product in products]).sum())
+    def _take(self, moves: Sequence[Move]) -> bool:
+        """Move the layers, or return False and leave all as it was if the step is not finite."""
+        steps = self._rule.steps(moves)
+        if steps is None:
+            return False
+        for index, group in enumerate(self.param_groups):
+            if group["weight_decay"] and group["kind"] == METRIC:
+                moved = {p for move in moves for p in move.layer.parameters if p.grad is not None}
+                shrinking = [p for p in self.param_groups[index]["params"] if p in moved]
+                if shrinking:
+                    torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
+        for move, step in zip(moves, steps, strict=True):
+            if self._group(move.layer)["momentum"]:
+                move.state["momentum"] = move.velocity
+            move.layer.move(step.direction, -step.scale)
+        return True
 
-    def _take(self, moves: list[_Move], length: float) -> None:
-        group, bound = self.param_groups[0], self._trust_region
-        scale = 1.0 if bound is None or length <= bound else math.sqrt(bound / length)
-        for move in moves:
-            if group["weight_decay"]:
-                for parameter in move.layer.parameters:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            if group["momentum"]:
-                self.state[move.layer.weight]["momentum"] = move.momentum
-            move.layer.move(move.direction, -group["lr"] * scale)
-
-    def _take_fallback(self, moves: list[_Move]) -> None:
+    def _take_fallback(self, moves: Sequence[Move]) -> None:
         """Step with AdamW on what has a gradient but no metric."""
         moved = {id(parameter) for move in moves for parameter in move.layer.parameters}
         self._tell_without_metric()
@@ -311,37 +413,42 @@ class RNGD(torch.optim.Optimizer):
 
     def _tell_without_metric(self) -> None:
         """Say once of each layer that it has a gradient, but was never seen in a forward pass."""
-        for layer in self._layers:
+        for layer in self._place:
             new = layer.structure is None and layer.weight.grad is not None and layer.name not in self._without_metric
             if new:
                 self._without_metric.add(layer.name)
                 message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
                 warnings.warn(message, HealthWarning, stacklevel=5)
 
-    def _advance(self) -> None:
-        iteration = self._iteration + 1
-        for group in self.param_groups:
-            group["iteration"] = iteration
-        self._capture.due = self._schedule.statistics_due(iteration)
+
+_COPIED = (
+    "_curvature",  # first: it copies the model, and so all parameters
+    "defaults",
+    "state",
+    "param_groups",
+    "health",
+    "_damping",
+    "_known",
+    "_place",
+    "_rule",
+    "_schedule",
+    "_structure",
+    "_without_metric",
+)
 
 
-def _choose(rule: str, relu_omega: float | None, layers: list[LinearSubsystem]) -> list[Structure]:
-    """Return the structures of layers; a ReLU's information is smoothed where that is asked for."""
-    for layer in layers:
-        if relu_omega is not None and isinstance(layer.response, ReLUGaussian):
-            layer.response = SmoothReLUGaussian(relu_omega, layer.response.iota, layer.response.sigma)
-    return assign(rule, layers)
+def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
+    if isinstance(rule, StepRule):
+        return rule
+    if rule == TrustRegion.name:
+        return TrustRegion(bound)
+    raise ValueError(f"step_rule must be {TrustRegion.name!r} or a StepRule, got {rule!r}")
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all gradients are finite.
-
-    Raises:
-        ValueError: if one is sparse.
-    """
-    if any(gradient.is_sparse for gradient in gradients):
-        raise ValueError("RNGD needs dense gradients, got a sparse one: make the embedding with sparse=False")
-    if not gradients or math.isfinite(get_total_norm(gradients)):
+    """Return whether all gradients are finite."""
+    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    if not values or math.isfinite(get_total_norm(values)):
         return True
     # The norm of large finite values may overflow.
-    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    return all(bool(torch.isfinite(gradient).all()) for gradient in values)

@@ -1,8 +1,12 @@
 """What a running metric can do: gather a batch's statistics, refresh its inverse, precondition a gradient.
 
-A structure is a way to keep the metric G of one layer. It owns no tensors: the state of a layer is a flat dictionary
-of tensors, so that the optimizer's `state_dict` holds all of it, and a structure is the algorithm that reads and
-writes it. The three steps are separate, since they are due at different times.
+A structure is a way to keep the metric G of one layer, whose parameters are a matrix [out, d] with the bias last, or
+[groups, out, d] where groups of units have inputs of their own. It owns no tensors: the state of a layer is a flat
+dictionary of tensors, so that the optimizer's `state_dict` holds all of it, and a structure is the algorithm that reads
+and writes it. The steps are separate, since they are due at different times.
+
+What is inverted is kept in one of two forms: as the inverse, for steps that need no more, or as its root R with
+R'R = (G + damping)^-1, for steps that whiten a gradient first.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +23,10 @@ from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.validation import check_interval
 
-__all__ = ["Damping", "State", "Structure", "invert"]
+__all__ = ["Cost", "Damping", "Form", "State", "Structure", "invert"]
 
 State = dict[str, Tensor]
+Form = Literal["inverse", "root"]
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,35 @@ class Damping:
     def __post_init__(self) -> None:
         check_interval("damping", self.value, 0, math.inf)
 
-    def of(self, blocks: Float[Tensor, "*q d d"]) -> Float[Tensor, "*q"]:
-        """Return the number to add to each block's diagonal."""
-        trace = blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
+    def of(self, diagonals: Float[Tensor, "*q d"]) -> Float[Tensor, "*q"]:
+        """Return the number to add to the diagonal of each block, given the diagonals."""
+        trace = diagonals.sum(-1)
         if self.pooled:
             trace = trace.mean().expand(trace.shape)
-        return trace * (self.value / blocks.shape[-1] if self.per_parameter else self.value)
+        return trace * (self.value / diagonals.shape[-1] if self.per_parameter else self.value)
+
+    def split(self) -> Damping:
+        """Return the damping of each of two Kronecker factors, whose product then has this one's on its diagonal."""
+        return Damping(math.sqrt(self.value), self.per_parameter, self.pooled)
 
 
-def invert(blocks: Float[Tensor, "*q d d"], damping: Float[Tensor, "*q"]) -> tuple[Float[Tensor, "*q d d"], bool]:
+class Cost(NamedTuple):
+    """Floating-point operations of one layer: of a step, a refresh, and the statistics of one sample."""
+
+    step: int
+    refresh: int
+    sample: int
+
+
+def invert(
+    blocks: Float[Tensor, "*q d d"], damping: Float[Tensor, "*q"], form: Form = "inverse"
+) -> tuple[Float[Tensor, "*q d d"], bool]:
     """Invert symmetric positive definite blocks by Cholesky factors.
 
     Args:
         blocks: the matrices.
         damping: what is added to the diagonal of each.
+        form: "inverse", or "root" for the inverse of the lower Cholesky factor.
 
     Returns:
         The inverses, and whether all of them are good: False, and anything, if a factorisation failed or a value is
@@ -69,52 +90,86 @@ def invert(blocks: Float[Tensor, "*q d d"], damping: Float[Tensor, "*q"]) -> tup
     factor, info = torch.linalg.cholesky_ex(damped)
     if bool((info != 0).any()):
         return damped, False
-    inverse = torch.cholesky_inverse(factor)
+    if form == "inverse":
+        inverse = torch.cholesky_inverse(factor)
+    else:
+        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
     return inverse, bool(torch.isfinite(inverse).all())
 
 
 class Structure(ABC):
-    """A way to keep the running metric of one layer, whose parameters are a matrix [out, d] with the bias last."""
+    """A way to keep the running metric of one layer."""
+
+    #: What it is called in `structure=` and in tables.
+    name: ClassVar[str]
 
     @abstractmethod
-    def gather(self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse) -> Tensor:
-        """Return the metric of one batch, summed over its samples, in this structure's own shape."""
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor that the metric of parameters of the shape [*g, out, d] is kept in.
+
+        The first of them is called "metric", another one as the structure likes.
+        """
 
     @abstractmethod
-    def shape(self, out: int, d: int) -> tuple[int, ...]:
-        """Return the shape of the metric of a layer with `out` units and `d` augmented inputs."""
+    def cost(self, shape: tuple[int, ...]) -> Cost:
+        """Return the leading terms of what parameters of the shape [*g, out, d] cost."""
 
     @abstractmethod
-    def precondition(self, state: State, gradient: Float[Tensor, "out d"]) -> Float[Tensor, "out d"]:
-        """Return (G + damping)^-1 times the gradient, with the inverse of the last good refresh."""
+    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
+        """Return the metric of one batch, summed over its samples.
 
-    def create(self, weight: Tensor, out: int, d: int, *, identity: bool) -> State:
+        Args:
+            x: the augmented inputs.
+            z: the pre-activations.
+            response: what the units say.
+
+        Returns:
+            A tensor for each of `shapes`.
+        """
+
+    @abstractmethod
+    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+        """Multiply the rows of a field, from the right, by blocks of the shapes of this structure."""
+
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """Return how many numbers the metric of parameters of the shape [*g, out, d] takes, without its inverse."""
+        return sum(math.prod(each) for each in self.shapes(shape).values())
+
+    def create(
+        self, weight: Tensor, shape: tuple[int, ...], *, identity: bool = False, form: Form = "inverse"
+    ) -> State:
         """Return the state of a layer that has seen nothing.
 
         Args:
             weight: the layer's weight, for the dtype and device.
-            out: the number of units.
-            d: the number of augmented inputs.
+            shape: [*g, out, d], that of its parameters.
             identity: True starts the average at the identity, with full weight, as published; False at 0 with no
                 weight, so that the average is unbiased from the first batch on.
+            form: how the inverse is kept.
 
         Returns:
-            The average "metric", the weight "mass" that it has gathered, and "inverse", the identity.
+            The average "metric", and other tensors of `shapes`, the weight "mass" that they have gathered, and for
+            each tensor its "inverse" or "root" (with the tensor's name in front for all but the first), the identity.
         """
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        eye = torch.eye(d, dtype=dtype, device=weight.device).expand(self.shape(out, d))
-        return {
-            "metric": eye.clone() if identity else torch.zeros_like(eye),
-            "mass": torch.tensor(1.0 if identity else 0.0, dtype=dtype),
-            "inverse": eye.clone(),
-        }
+        state: State = {"mass": torch.tensor(1.0 if identity else 0.0, dtype=dtype)}
+        for name, size in self.shapes(shape).items():
+            one = self.identity(size, dtype, weight.device)
+            state[name] = one.clone() if identity else torch.zeros_like(one)
+            state[_inverted(name, form)] = one
+        return state
 
-    def update(self, state: State, total: Tensor, samples: int, decay: float) -> bool:
+    def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the tensor of this size that stands for the identity."""
+        return torch.eye(size[-1], dtype=dtype, device=device).expand(size).clone()
+
+    def update(self, state: State, totals: State, samples: int, decay: float) -> bool:
         """Fold a batch's metric into the moving average, unless it is not finite.
 
         Args:
             state: the layer's state.
-            total: what `gather` returned, [*q, d, d], summed over batches where there are several.
+            totals: what `gather` returned, summed over batches where there are several.
             samples: how many samples it is a sum over.
             decay: the share of the past that is kept.
 
@@ -122,26 +177,81 @@ class Structure(ABC):
             Whether the batch was folded in.
         """
         # An entry of a positive semi-definite matrix is bounded by its diagonal.
-        if not bool(torch.isfinite(total.diagonal(dim1=-2, dim2=-1)).all()):
+        if not all(math.isfinite(float(self.diagonals(total).sum())) for total in totals.values()):
             return False
-        state["metric"].mul_(decay).add_(total, alpha=(1 - decay) / samples)
+        for name, total in totals.items():
+            state[name].mul_(decay).add_(total, alpha=(1 - decay) / samples)
         state["mass"].mul_(decay).add_(1 - decay)
         return True
 
-    def refresh(self, state: State, damping: Damping) -> bool:
-        """Recompute the inverse from the moving average; a failure leaves the last good one in use.
+    def refresh(self, state: State, damping: Damping, frozen: Tensor | None = None) -> bool:
+        """Recompute the inverse, or its root, from the moving average; a failure leaves the last good one in use.
 
         Args:
             state: the layer's state.
             damping: what is added to the diagonal.
+            frozen: True for the columns [d] that do not move, which are then no part of the metric.
 
         Returns:
             Whether all is well: False if the metric could not be factorised.
         """
-        if float(state["mass"]) == 0:
+        mass = float(state["mass"])
+        if mass == 0:
             return True  # nothing was gathered yet
-        metric = state["metric"] / state["mass"].to(state["metric"].device)
-        inverse, good = invert(metric, damping.of(metric))
-        if good:
-            state["inverse"].copy_(inverse)
-        return good
+        form: Form = "root" if "root" in state else "inverse"
+        names = [name for name in state if _inverted(name, form) in state]
+        each = damping.split() if len(names) > 1 else damping
+        found = {}
+        for name in names:
+            metric = state[name] / mass
+            diagonals = self.diagonals(metric)
+            if frozen is not None and name == "metric":
+                diagonals = diagonals[..., ~frozen]
+                metric = self.without(metric, frozen)
+            found[name], good = self.inverted(metric, each.of(diagonals), form)
+            if not good:
+                return False
+        for name, inverse in found.items():
+            state[_inverted(name, form)].copy_(inverse)
+        return True
+
+    def diagonals(self, blocks: Tensor) -> Tensor:
+        """Return the diagonals [*q, d] of blocks."""
+        return blocks.diagonal(dim1=-2, dim2=-1)
+
+    def without(self, blocks: Tensor, columns: Tensor) -> Tensor:
+        """Return the blocks with those columns and rows replaced by the identity's."""
+        kept = (~columns).to(blocks.dtype)
+        return blocks * kept * kept.unsqueeze(-1) + torch.diag(1 - kept)
+
+    def inverted(self, blocks: Tensor, damping: Tensor, form: Form) -> tuple[Tensor, bool]:
+        """Return the damped blocks' inverses or their roots, and whether all of them are good."""
+        return invert(blocks, damping, form)
+
+    def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return (G + damping)^-1 times the gradient, as of the last good refresh."""
+        if "root" in state:
+            return self.unwhiten(state, self.whiten(state, gradient))
+        return self.apply(gradient, self._factors(state, "inverse"))
+
+    def whiten(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return R times the gradient, where R'R = (G + damping)^-1 as of the last good refresh."""
+        roots = {name: self.transposed(root) for name, root in self._factors(state, "root").items()}
+        return self.apply(gradient, roots)
+
+    def unwhiten(self, state: State, field: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return R' times a field of whitened coordinates."""
+        return self.apply(field, self._factors(state, "root"))
+
+    def transposed(self, blocks: Tensor) -> Tensor:
+        """Return the blocks' transposes."""
+        return blocks.mT
+
+    @staticmethod
+    def _factors(state: State, form: Form) -> State:
+        return {name: state[_inverted(name, form)] for name in state if _inverted(name, form) in state}
+
+
+def _inverted(name: str, form: Form) -> str:
+    """Return the key of the inverse of the tensor with this name."""
+    return form if name == "metric" else f"{name}_{form}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from relfisher.moments import weighted_second_moments
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.base import State, Structure
+from relfisher.structures.base import Cost, State, Structure
 
 __all__ = ["NeuronBlocks"]
 
@@ -16,16 +18,26 @@ __all__ = ["NeuronBlocks"]
 class NeuronBlocks(Structure):
     """One block a unit: exact for every layer whose units respond independently; out * d^2 numbers."""
 
-    def gather(
-        self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse
-    ) -> Float[Tensor, "out d d"]:
+    name = "neuron"
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return [*g, out, d, d]."""
+        return {"metric": (*shape, shape[-1])}
+
+    def cost(self, shape: tuple[int, ...]) -> Cost:
+        """Return 2 d^2, d^3 and 2 d^2 a unit."""
+        units, d = math.prod(shape[:-1]), shape[-1]
+        return Cost(2 * units * d**2, units * d**3, 2 * units * d**2)
+
+    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
         """Return the sum of nu_i(z_n) x~_n x~_n' for each unit i."""
-        return weighted_second_moments(response.information(z), augmented)
+        nu = response.information(z)
+        if x.ndim == 2:
+            return {"metric": weighted_second_moments(nu, x)}
+        if nu.shape[-1] == 1:
+            return {"metric": ((x * nu).mT @ x).unsqueeze(1)}
+        return {"metric": torch.stack([weighted_second_moments(*group) for group in zip(nu, x, strict=True)])}
 
-    def shape(self, out: int, d: int) -> tuple[int, ...]:
-        """Return [out, d, d]."""
-        return (out, d, d)
-
-    def precondition(self, state: State, gradient: Float[Tensor, "out d"]) -> Float[Tensor, "out d"]:
-        """Multiply each unit's gradient by its own inverse, which is symmetric, from the right."""
-        return torch.bmm(gradient.unsqueeze(1), state["inverse"]).squeeze(1)
+    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+        """Multiply each unit's row by its own block."""
+        return (field.unsqueeze(-2) @ factors["metric"]).squeeze(-2)

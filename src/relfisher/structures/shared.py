@@ -5,28 +5,36 @@ Exact for a linear layer. With no other choice in it, later work calls the step 
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.base import State, Structure
+from relfisher.structures.base import Cost, State, Structure
 
 __all__ = ["SharedBlock"]
 
 
 class SharedBlock(Structure):
-    """One block of d^2 numbers that all units of the layer share."""
+    """One block of d^2 numbers that all units of the layer, or of a group, share."""
 
-    def gather(
-        self, augmented: Float[Tensor, "n d"], z: Float[Tensor, "n out"], response: UnitResponse
-    ) -> Float[Tensor, "d d"]:
+    name = "shared"
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return [*g, d, d]."""
+        return {"metric": (*shape[:-2], shape[-1], shape[-1])}
+
+    def cost(self, shape: tuple[int, ...]) -> Cost:
+        """Return 2 d^2 a unit, d^3 and 2 d^2 a group."""
+        *groups, out, d = shape
+        count = math.prod(groups)
+        return Cost(2 * count * out * d**2, count * d**3, 2 * count * d**2)
+
+    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
         """Return the sum of x~_n x~_n', whatever the units respond."""
-        return augmented.T @ augmented
+        return {"metric": x.mT @ x}
 
-    def shape(self, out: int, d: int) -> tuple[int, ...]:
-        """Return [d, d]."""
-        return (d, d)
-
-    def precondition(self, state: State, gradient: Float[Tensor, "out d"]) -> Float[Tensor, "out d"]:
-        """Multiply the gradient by the inverse from the right."""
-        return gradient @ state["inverse"]
+    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+        """Multiply all rows by the block."""
+        return field @ factors["metric"]

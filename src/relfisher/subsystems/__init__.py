@@ -1,18 +1,27 @@
-"""Between torch modules and metrics: which layer feeds which activation, and what its samples are."""
+"""Between torch modules and metrics: which parameters have one, and what the samples of their layer are."""
 
 from relfisher.subsystems.activations import response_of
+from relfisher.subsystems.base import Call, Gathered, Part, Rows, Sampling, Subsystem
 from relfisher.subsystems.capture import Capture, ResponseWarning
-from relfisher.subsystems.discover import ActivationWatch, linear_subsystems
-from relfisher.subsystems.linear import LinearSubsystem
-from relfisher.subsystems.module import module_metric, observe
+from relfisher.subsystems.discover import Discovery, discover, subsystems_of
+from relfisher.subsystems.module import module_metric, observe, survey
+from relfisher.subsystems.watch import ActivationWatch
 
 __all__ = [
     "ActivationWatch",
+    "Call",
     "Capture",
-    "LinearSubsystem",
+    "Discovery",
+    "Gathered",
+    "Part",
     "ResponseWarning",
-    "linear_subsystems",
+    "Rows",
+    "Sampling",
+    "Subsystem",
+    "discover",
     "module_metric",
     "observe",
     "response_of",
+    "subsystems_of",
+    "survey",
 ]

@@ -18,7 +18,7 @@ from relfisher.responses import (
     UnitResponse,
 )
 
-__all__ = ["JOINING", "response_of"]
+__all__ = ["JOINING", "RESHAPING", "canonical_name", "response_of"]
 
 # Element-wise and differentiable, with a Gaussian response: nu = f'(z)^2 / sigma^2.
 _GENERIC = frozenset(
@@ -26,11 +26,25 @@ _GENERIC = frozenset(
     "softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
 )
 
-#: Functions that join, normalise or score pre-activations: after them it is known that no activation follows.
+#: Functions after which the pre-activation is still there, in another shape or in part.
+RESHAPING = frozenset(
+    "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze permute transpose t movedim swapaxes "
+    "contiguous clone chunk split tensor_split unbind select narrow getitem mt to type float double half bfloat16 cpu "
+    "cuda".split()
+)
+
+#: Functions that join, normalise, pool or score pre-activations: after them it is known that no activation follows.
 JOINING = frozenset(
     "add sub mul matmul bmm baddbmm linear bilinear conv1d conv2d conv3d scaled_dot_product_attention softmax "
     "log_softmax cross_entropy nll_loss mse_loss binary_cross_entropy_with_logits layer_norm rms_norm batch_norm "
-    "group_norm instance_norm multi_head_attention_forward dropout".split()
+    "group_norm instance_norm multi_head_attention_forward dropout dropout1d dropout2d dropout3d alpha_dropout "
+    "feature_alpha_dropout max_pool1d max_pool2d max_pool3d boolean_dispatch avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d mean sum max min amax logsumexp div truediv neg pow cat stack einsum where masked_fill "
+    "embedding embedding_bag prelu lstm gru rnn_tanh rnn_relu pad interpolate pixel_shuffle normalize topk "
+    "kl_div smooth_l1_loss l1_loss huber_loss binary_cross_entropy conv_transpose1d conv_transpose2d "
+    "conv_transpose3d local_response_norm cosine_similarity addmm addcmul lerp glu roll flip index_select gather "
+    "pack_padded_sequence scaled_dot_product_attention".split()
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,48 +17,31 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from relfisher.structures import Structure
-from relfisher.subsystems.discover import ActivationWatch
-from relfisher.subsystems.linear import LinearSubsystem
+from relfisher.subsystems.base import Call, Gathered, Rows, Sampling, Subsystem
+from relfisher.subsystems.watch import ActivationWatch
 
-__all__ = ["Capture", "Gathered", "ResponseWarning"]
+__all__ = ["Capture", "ResponseWarning"]
 
 
 class ResponseWarning(UserWarning):
     """The activation that follows a layer could not be told, so that the layer has the linear response."""
 
 
-@dataclass
-class Gathered:
-    """A layer's metric summed over the samples since the last step."""
-
-    total: Tensor
-    samples: int
-
-
 class _Batch:
-    """A layer's samples in one forward pass, and their summed metric once the layer's structure is known."""
+    """A layer's samples in one forward pass, and their statistics once the layer's structure is known."""
 
-    def __init__(self, layer: LinearSubsystem, augmented: Tensor, z: Tensor, *, due: bool) -> None:
+    def __init__(self, layer: Subsystem, *, due: bool) -> None:
         self.layer = layer
         self.due = due
-        self.samples = augmented.shape[0]
-        self.total: Tensor | None = None
-        self._rows: tuple[Tensor, Tensor] | None = (augmented, z)
+        self.gathered: Gathered | None = None
+        self.held: Rows | None = None
 
-    def hold(self) -> None:
-        """Keep the samples until the structure is known; what works in place must not change them."""
-        if self._rows is not None:
-            augmented, z = self._rows
-            self._rows = (augmented.clone(), z.clone())
-
-    def gather(self) -> None:
-        """Make the metric, and let the samples go."""
+    def gather(self, rows: Rows) -> None:
+        """Make the statistics of the samples."""
         structure = self.layer.structure
-        if self.due and structure is not None and self._rows is not None:
-            augmented, z = self._rows
-            with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-                self.total = structure.gather(augmented, z, self.layer.response)
-        self._rows = None
+        self.held = None
+        if self.due and structure is not None and rows.z.shape[-2] > 0:
+            self.gathered = self.layer.gather(rows, structure)
 
 
 class Capture:
@@ -70,38 +52,54 @@ class Capture:
 
     Args:
         model: the module whose forward pass tells the responses.
-        layers: its subsystems; their `response` and `structure` are set here.
         choose: gives layers, in the order of the forward pass, their structures. It must not refer to what refers to
             this object, or the model would keep it alive.
+        limit: at most about so many samples of a call go into its statistics; None for all.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[LinearSubsystem],
-        choose: Callable[[list[LinearSubsystem]], list[Structure]],
+        choose: Callable[[Sequence[Subsystem]], Sequence[Structure]],
+        limit: int | None = None,
     ) -> None:
         self.due = True
+        self.mask: Tensor | None = None
         self._choose = choose
-        self._layers = layers
-        self._missed: set[LinearSubsystem] = set()  # not reached by the last pass that was watched
+        self._limit = limit
+        self._layers: dict[nn.Module, list[Subsystem]] = {}
+        self._missed: set[Subsystem] = set()  # not reached by the last pass that was watched
         self._inside = False
         self._watch: ActivationWatch | None = None
         self._held: list[_Batch] = []
         self._untold: list[_Batch] = []
-        self._pending: dict[LinearSubsystem, Gathered] = {}
+        self._pending: dict[Subsystem, Gathered] = {}
+        self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_Hook(self._enter)),
-            *(layer.module.register_forward_hook(_Hook(self._seer(layer)), with_kwargs=True) for layer in layers),
             model.register_forward_hook(_Hook(self._leave), always_call=True),
         ]
 
-    def take(self) -> dict[LinearSubsystem, Gathered]:
+    def add(self, layers: Sequence[Subsystem]) -> None:
+        """Watch these layers, too."""
+        for layer in layers:
+            module = layer.module
+            if module not in self._layers:
+                self._layers[module] = []
+                see = _Hook(self._seer(module))
+                # Ahead of the hook that ends the watch, where the model itself is the layer.
+                self._handles.append(module.register_forward_hook(see, with_kwargs=True, prepend=True))
+            if layer.random and not any(other.random for other in self._layers[module]):
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._remember)))
+            self._layers[module].append(layer)
+
+    def take(self) -> dict[Subsystem, Gathered]:
         """Return what was gathered since the last call, and start anew."""
         if self._untold:
             untold, self._untold = self._untold[::-1], []  # gradients flow from the last layer to the first
-            named = ", ".join(dict.fromkeys(batch.layer.name for batch in untold))
-            self._warn(f"{named} ran outside the model's own forward pass, so that the activation is not known")
+            named = ", ".join(dict.fromkeys(batch.layer.name for batch in untold if batch.layer.followed))
+            if named:
+                self._warn(f"{named} ran outside the model's own forward pass, so that the activation is not known")
             self._conclude(untold, ActivationWatch())
             for batch in untold:
                 self._add(batch)
@@ -109,8 +107,9 @@ class Capture:
         return pending
 
     def drop(self) -> None:
-        """Forget the samples since the last step."""
+        """Forget the samples whose gradients have flowed back since the last step."""
         self._pending.clear()
+        self._untold.clear()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -121,27 +120,45 @@ class Capture:
         self._untold.clear()
         self.drop()
 
-    def _seer(self, layer: LinearSubsystem) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Any) -> None:
-            if (self.due or layer.structure is None) and torch.is_grad_enabled() and _counts(layer, z):
-                self._see(layer, args[0] if args else kwargs["input"], z)
+    def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the state of the random numbers before a call that needs them once more."""
+        if self._wanted(module) and torch.is_grad_enabled():
+            device = next(module.parameters()).device
+            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            self._random_states[module] = torch.get_rng_state(), cuda
+
+    def _wanted(self, module: nn.Module) -> bool:
+        """Return whether a call of this module has anything to tell."""
+        return self.due or any(layer.structure is None for layer in self._layers[module])
+
+    def _seer(self, module: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._wanted(module) or not torch.is_grad_enabled():
+                return
+            call = Call(args, kwargs, output, self._random_states.pop(module, None))
+            for layer in self._layers[module]:
+                z = layer.output(output)
+                if z is not None and (self.due or layer.structure is None) and _counts(layer, z):
+                    with torch.no_grad(), torch._C.DisableTorchFunction():
+                        self._see(layer, call, z)
 
         return see
 
-    def _see(self, layer: LinearSubsystem, x: Tensor, z: Tensor) -> None:
+    def _see(self, layer: Subsystem, call: Call, z: Tensor) -> None:
         if layer.structure is None and self._inside and self._watch is None:
             self._missed.discard(layer)  # the next pass is watched
             return
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        rows = z.detach().reshape(-1, layer.out).to(dtype)
-        batch = _Batch(layer, layer.samples(x.detach()).to(dtype), rows, due=self.due)
+        batch = _Batch(layer, due=self.due)
+        sampling = Sampling(self._limit, self.mask)
         if layer.structure is not None:
-            batch.gather()
+            batch.gather(layer.rows(call, sampling))
         else:
-            batch.hold()
+            # What works in place must not change what is held.
+            batch.held = layer.hold(call, sampling)
             if self._watch is not None:
                 self._held.append(batch)
-                self._watch.show(layer.name, z)
+                if layer.followed:
+                    self._watch.show(layer.name, z)
         z.register_hook(lambda _: self._count(batch))  # type: ignore[no-untyped-call]  # torch's is not annotated
 
     def _count(self, batch: _Batch) -> None:
@@ -152,15 +169,14 @@ class Capture:
             self._add(batch)
 
     def _add(self, batch: _Batch) -> None:
-        total, batch.total = batch.total, None
-        if total is None or batch.samples == 0:
+        gathered, batch.gathered = batch.gathered, None
+        if gathered is None:
             return
         entry = self._pending.get(batch.layer)
         if entry is None:
-            self._pending[batch.layer] = Gathered(total, batch.samples)
+            self._pending[batch.layer] = gathered
         else:
-            entry.total.add_(total)
-            entry.samples += batch.samples
+            entry.add(gathered)
 
     def _enter(self, *_: object) -> None:
         self._inside = True
@@ -177,9 +193,14 @@ class Capture:
             self._conclude(held, watch)
             self._missed = self._unknown()
 
-    def _unknown(self) -> set[LinearSubsystem]:
+    def _unknown(self) -> set[Subsystem]:
         """Return the layers that are trained, but have no structure yet."""
-        return {layer for layer in self._layers if layer.structure is None and layer.weight.requires_grad}
+        return {
+            layer
+            for layers in self._layers.values()
+            for layer in layers
+            if layer.structure is None and any(parameter.requires_grad for parameter in layer.parameters)
+        }
 
     def _stop_watching(self) -> ActivationWatch | None:
         watch, self._watch = self._watch, None
@@ -192,7 +213,8 @@ class Capture:
         """Fix the responses and structures of layers, say which activations could not be told, gather what was held."""
         layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer.structure is None))
         for layer in layers:
-            layer.response = watch.response(layer.name)
+            if layer.followed:
+                layer.response = watch.response(layer.name)
         for layer, structure in zip(layers, self._choose(layers), strict=True):
             layer.structure = structure
         untold = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
@@ -200,15 +222,16 @@ class Capture:
             named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in untold.items())
             self._warn(f"the activation is not known: {named}")
         for batch in batches:
-            batch.gather()
+            if batch.held is not None:
+                batch.gather(batch.held)
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)
 
 
-def _counts(layer: LinearSubsystem, z: Any) -> bool:
+def _counts(layer: Subsystem, z: Tensor) -> bool:
     """Return whether gradients can flow back through this output, outside torch.func's transforms."""
-    if not isinstance(z, Tensor) or not z.requires_grad or not layer.weight.requires_grad:
+    if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(z)
 

@@ -1,103 +1,133 @@
-"""Which layer feeds which activation: seen once, while the model runs, in modules and in functional code alike."""
+"""Which parameters of a model have a metric of their own, and why the others have none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
-from relfisher.responses import LinearGaussian, UnitResponse
-from relfisher.subsystems.activations import JOINING, canonical_name, response_of
-from relfisher.subsystems.linear import LinearSubsystem
+from relfisher.subsystems.attention import InputProjectionSubsystem, OutputProjectionSubsystem
+from relfisher.subsystems.base import Subsystem
+from relfisher.subsystems.conv import ConvSubsystem, TransposedConvSubsystem
+from relfisher.subsystems.embedding import EmbeddingBagSubsystem, EmbeddingSubsystem
+from relfisher.subsystems.linear import BilinearSubsystem, LinearSubsystem, TransposedLinearSubsystem
+from relfisher.subsystems.norm import (
+    BatchNormSubsystem,
+    GroupNormSubsystem,
+    InstanceNormSubsystem,
+    LayerNormSubsystem,
+    PReLUSubsystem,
+)
 
-__all__ = ["ActivationWatch", "linear_subsystems"]
+__all__ = ["Discovery", "discover", "subsystems_of"]
+
+_KINDS: tuple[type[Subsystem], ...] = (
+    LinearSubsystem,
+    BilinearSubsystem,
+    ConvSubsystem,
+    TransposedConvSubsystem,
+    EmbeddingSubsystem,
+    EmbeddingBagSubsystem,
+    LayerNormSubsystem,
+    GroupNormSubsystem,
+    BatchNormSubsystem,
+    InstanceNormSubsystem,
+    PReLUSubsystem,
+    InputProjectionSubsystem,
+    OutputProjectionSubsystem,
+)
 
 
-def linear_subsystems(model: nn.Module) -> list[LinearSubsystem]:
-    """Return the linear layers of a model that have a metric of their own, in the order of their registration.
+@dataclass
+class Discovery:
+    """What has a metric in a model.
 
-    A layer counts if its weight and bias are real parameters of this layer alone: one that is tied to another module,
-    or computed by a parametrization, answers to more than this layer's samples.
+    Attributes:
+        subsystems: in the order of their modules.
+        refused: the names of all other parameters, and why they have none.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
 
-    def own(parameter: Tensor | None) -> bool:
-        plain = isinstance(parameter, nn.Parameter) and parameter.is_floating_point()
-        return plain and owners.get(id(parameter)) == 1
+    subsystems: list[Subsystem] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
+
+def subsystems_of(name: str, module: nn.Module) -> list[Subsystem]:
+    """Return the subsystems of one module, none if it is of no known kind or does something of its own.
+
+    Args:
+        name: the module's dotted name, for theirs.
+        module: any module.
+
+    Returns:
+        New subsystems. A subclass counts as what it derives from if it has the same `forward`.
+    """
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return TransposedLinearSubsystem.found_in(name, module)
     return [
-        LinearSubsystem(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and own(module.weight) and (module.bias is None or own(module.bias))
+        found
+        for kind in _KINDS
+        if any(isinstance(module, base) and type(module).forward is base.forward for base in kind.kinds)
+        for found in kind.found_in(name, module)
     ]
 
 
-# Reads of an attribute, and what leaves the graph: they take a pre-activation nowhere.
-_LOOKS = frozenset(["get", "detach"])
+def discover(model: nn.Module) -> Discovery:
+    """Return the subsystems of a model.
 
+    A module counts if all of its parameters are real parameters of this module alone: one that is tied to another
+    module, or computed by a parametrization, answers to more than this module's samples.
 
-class ActivationWatch(TorchFunctionMode):
-    """While active, notes which functions take the pre-activations that it was shown.
+    Args:
+        model: any module.
 
-    `show(key, z)` registers a layer's output. A layer's response is then the one activation that takes z; it is
-    linear if z also goes elsewhere, if nothing takes it (the model's output), or if the taker is not known.
+    Returns:
+        Subsystems and reasons: together they cover every parameter.
+
+    Raises:
+        ValueError: if a lazy module has not seen its input yet.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown: dict[int, tuple[str, Tensor]] = {}
-        self._takers: dict[str, list[tuple[str, UnitResponse | None]]] = {}
-
-    def show(self, key: str, z: Tensor) -> None:
-        """Watch what becomes of a layer's output."""
-        self._shown[id(z)] = (key, z)
-        self._takers.setdefault(key, [])
-
-    @_disable_dynamo  # one pass of a compiled model is watched as it is
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        taken = {id(z): self._shown[id(z)] for z in _tensors([*args, *kwargs.values()]) if id(z) in self._shown}
-        versions = {place: z._version for place, (_, z) in taken.items()}
-        result = func(*args, **kwargs)
-        if canonical_name(func) not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
-            for place, (key, z) in taken.items():
-                in_place = z._version != versions[place]
-                if result is z and not in_place:
-                    continue  # a cast to what it was already
-                response = response_of(func, args, kwargs) if args and args[0] is z else None
-                self._takers[key].append((canonical_name(func), response))
-                if in_place:  # an activation stands where there was a pre-activation
-                    del self._shown[place]
-        return result
-
-    def response(self, key: str) -> UnitResponse:
-        """Return the response of a layer that was shown."""
-        found = {response for _, response in self._takers.get(key, [])}
-        only = found.pop() if len(found) == 1 else None
-        return LinearGaussian() if only is None else only
-
-    def untold(self, key: str) -> list[str]:
-        """Return the functions that took a layer's output and are neither activations nor known to join or score."""
-        return sorted({name for name, response in self._takers.get(key, []) if not response and name not in JOINING})
-
-    def forget(self) -> None:
-        """Let the tensors go."""
-        self._shown.clear()
+    names: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{key}" if prefix else key
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"model must be initialised, but {name} has no shape yet: run a forward pass first")
+            names.setdefault(id(parameter), name)
+            owners.setdefault(id(parameter), []).append(name)
+    found = Discovery()
+    covered: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = [parameter for parameter in module.parameters() if id(parameter) not in covered]
+        reason = _reason(module, own, owners) if own else None
+        if reason is None:
+            for subsystem in subsystems_of(prefix, module) if own else []:
+                found.subsystems.append(subsystem)
+                covered.update(id(parameter) for parameter in subsystem.parameters)
+        else:
+            found.refused.update({names[id(parameter)]: reason for parameter in module.parameters(recurse=False)})
+    for identity, name in names.items():
+        if identity not in covered:
+            found.refused.setdefault(name, "its module has no metric of its own")
+        else:
+            found.refused.pop(name, None)
+    return found
 
 
-def _tensors(values: list[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the values, and one level inside lists and tuples."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, torch.Tensor))
+def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, list[str]]) -> str | None:
+    """Return why a module has no subsystem, or None if it has, or holds others that may."""
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+        return "a parametrization computes the weight from it"
+    subsystems = subsystems_of("", module)
+    if not subsystems:
+        return None
+    if not all(isinstance(parameter, nn.Parameter) for found in subsystems for parameter in found.parameters):
+        return "the weight is computed from it"
+    for parameter in parameters:
+        if not parameter.is_floating_point():
+            return f"its dtype is {parameter.dtype}"
+        if len(owners[id(parameter)]) > 1:
+            return f"tied: {' and '.join(owners[id(parameter)])} are one parameter"
+    return None

@@ -1,69 +1,76 @@
-"""A `torch.nn.Linear` as a subsystem: its parameters as one matrix [out, d], bias last, and its samples."""
+"""Linear and bilinear layers: one matrix [out, in + 1], bias last."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from relfisher.moments import augment
-from relfisher.responses import LinearGaussian, UnitResponse
-from relfisher.shapes import Float
-from relfisher.structures import Structure
+from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
 
-__all__ = ["LinearSubsystem"]
+__all__ = ["BilinearSubsystem", "LinearSubsystem", "TransposedLinearSubsystem", "column", "whole"]
 
 
-class LinearSubsystem:
-    """A linear layer inside a model.
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself: a weight that has the subsystem's shape already."""
+    return tensor
 
-    Args:
-        name: the module's dotted name in the model.
-        module: the layer.
 
-    Attributes:
-        response: what its units say; linear until the activation that follows is known.
-        structure: how its running metric is kept; None until it is chosen.
-    """
+def column(tensor: Tensor) -> Tensor:
+    """Return a bias [out] as a column [out, 1]."""
+    return tensor.unsqueeze(-1)
 
-    def __init__(self, name: str, module: nn.Linear) -> None:
-        self.name = name
-        self.module = module
-        self.weight: Tensor = module.weight
-        self.bias: Tensor | None = module.bias
-        self.response: UnitResponse = LinearGaussian()
-        self.structure: Structure | None = None
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The weight, and the bias where there is one."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+class LinearSubsystem(Subsystem):
+    """A linear layer; sequences and positions are samples."""
 
-    @property
-    def out(self) -> int:
-        """The number of units."""
-        return self.weight.shape[0]
+    kinds: ClassVar[Kinds] = (nn.Linear,)
 
-    @property
-    def d(self) -> int:
-        """The number of augmented inputs: parameters of one unit."""
-        return self.weight.shape[1] + (self.bias is not None)
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight and bias as one subsystem; none for the one inside attention, which is never called."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return []
+        biases = [] if module.bias is None else [Part(module.bias, column)]
+        out, inputs = module.weight.shape
+        return [cls(name, module, [Part(module.weight, whole), *biases], (out, inputs + len(biases)))]
 
-    def samples(self, x: Tensor) -> Float[Tensor, "n d"]:
-        """Return x~ for the layer's input [..., in]; sequences and positions are samples."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rows if self.bias is None else augment(rows)
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return inputs and outputs."""
+        x, z = sampling.rows(call.input(), self.said(call))
+        return Rows(augment(x, len(self.parts) - 1), z)
 
-    def gradient(self) -> Float[Tensor, "out d"] | None:
-        """Return the loss gradient as one matrix, or None where the weight has none."""
-        weight = self.weight.grad
-        if weight is None or self.bias is None:
-            return weight
-        bias = torch.zeros_like(self.bias) if self.bias.grad is None else self.bias.grad
-        return torch.cat([weight, bias.unsqueeze(1)], dim=1)
 
-    def move(self, step: Float[Tensor, "out d"], scale: float) -> None:
-        """Add `scale * step` to the parameters that have a gradient, in place."""
-        inputs = self.weight.shape[1]
-        self.weight.add_(step[:, :inputs], alpha=scale)
-        if self.bias is not None and self.bias.grad is not None:
-            self.bias.add_(step[:, inputs], alpha=scale)
+class TransposedLinearSubsystem(LinearSubsystem):
+    """A linear layer whose weight is [in, out], as in the GPT-2 of Hugging Face's transformers."""
+
+    kinds: ClassVar[Kinds] = ()
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight and bias as one subsystem."""
+        inputs, out = module.weight.shape
+        parts = [Part(module.weight, torch.t), Part(module.bias, column)]
+        return [cls(name, module, parts, (out, inputs + 1))]
+
+
+class BilinearSubsystem(Subsystem):
+    """A bilinear layer: z_o = x1' W_o x2 + b_o, so that x~ = (x1 (x) x2, 1)."""
+
+    kinds: ClassVar[Kinds] = (nn.Bilinear,)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight and bias as one subsystem."""
+        biases = [] if module.bias is None else [Part(module.bias, column)]
+        out, first, second = module.weight.shape
+        return [cls(name, module, [Part(module.weight, whole), *biases], (out, first * second + len(biases)))]
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return products of inputs, and outputs."""
+        first, second, z = sampling.rows(call.input(0), call.input(1), self.said(call))
+        products = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+        return Rows(augment(products, len(self.parts) - 1), z)

@@ -3,88 +3,160 @@
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relfisher.evaluation import evaluation_mode
-from relfisher.metric import LayerMetric
-from relfisher.responses import Response
-from relfisher.subsystems.discover import ActivationWatch
+from relfisher.metric import Metric
+from relfisher.responses import Response, UnitResponse
+from relfisher.subsystems.base import Call, Rows, Sampling, Subsystem
+from relfisher.subsystems.discover import subsystems_of
+from relfisher.subsystems.watch import ActivationWatch
 from relfisher.validation import check_finite
 
-__all__ = ["module_metric", "observe"]
+__all__ = ["module_metric", "observe", "survey"]
 
 
-def module_metric(model: nn.Module, name: str, inputs: Any, response: Response | None = None) -> LayerMetric:
-    """Return the relative Fisher information metric of a linear layer inside a model. Equations (22), (23), (25).
+def module_metric(model: nn.Module, name: str, inputs: Any, response: Response | None = None) -> Metric:
+    """Return the relative Fisher information metric of a layer inside a model. Equations (22), (23), (25).
 
     The model runs once, in evaluation mode, and is left as it was. The reference theta_f is everything but the layer's
-    own weight and bias.
+    own parameters.
 
     Args:
         model: the model.
-        name: the layer's dotted name, as in `model.named_modules()`.
-        inputs: what the model is called with: a tensor, or a tuple of arguments.
+        name: the layer's dotted name, as in `model.named_modules()`, or the name of one of its subsystems, such as
+            "attention.out_proj".
+        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
         response: what the layer's units say; None for the response of the activation that follows, or a linear one
             where none is recognised.
 
     Returns:
-        A metric of the layer's parameters [out, in + 1], bias last. Positions and repeated calls are samples.
+        A metric of the layer's parameters [out, d], bias last, or [groups, out, d] where groups of units have inputs of
+        their own (grouped convolutions, the channels of a normalisation). Positions and repeated calls are samples.
 
     Raises:
         ValueError: if there is no such layer, or the forward pass did not reach it.
-        TypeError: if the module is not a linear layer.
+        TypeError: if the module has no metric of its own.
+    """
+    layer = _named(model, name)
+    seen = observe(model, {name: layer}, inputs).get(name)
+    if seen is None:
+        raise ValueError(f"the forward pass did not reach {name!r} with these inputs")
+    rows, found = seen
+    check_finite(f"the input of {name!r}", rows.x)
+    return layer.metric(rows, response or found)
+
+
+def _named(model: nn.Module, name: str) -> Subsystem:
+    """Return the one subsystem with this name, its own or its module's.
+
+    Raises:
+        ValueError: if there is no module with this name, or it has several subsystems.
+        TypeError: if the module has none.
     """
     modules = dict(model.named_modules())
+    parent = modules.get(name.rpartition(".")[0])
+    own = {found.name: found for found in subsystems_of(name.rpartition(".")[0], parent)} if parent is not None else {}
+    if name in own:
+        return own[name]
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [key for key in modules if key]
         raise ValueError(f"name must be a module of the model, such as {', '.join(map(repr, near))}; got {name!r}")
-    module = modules[name]
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"name must be that of a torch.nn.Linear, but {name!r} is a {type(module).__name__}")
-    x, z, found = observe(model, {name: module}, inputs).get(name, (None, None, None))
-    if x is None or z is None or found is None:
-        raise ValueError(f"the forward pass did not reach {name!r} with these inputs")
-    check_finite(f"the input of {name!r}", x)
-    return LayerMetric((response or found).operator(z), x, bias=module.bias is not None)
+    found = subsystems_of(name, modules[name])
+    if not found:
+        raise TypeError(f"name must be that of a layer with a metric, but {name!r} is a {type(modules[name]).__name__}")
+    if len(found) > 1:
+        raise ValueError(f"name must be one of {', '.join(repr(each.name) for each in found)}; got {name!r}")
+    return found[0]
 
 
-@torch.enable_grad()
-def observe(model: nn.Module, layers: dict[str, nn.Linear], inputs: Any) -> dict[str, tuple[Tensor, Tensor, Response]]:
-    """Run a model in evaluation mode and return what some of its linear layers saw and said.
+def observe(model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any) -> dict[str, tuple[Rows, UnitResponse]]:
+    """Run a model in evaluation mode and return what some of its layers saw and said.
 
     Args:
         model: the model, left as it was.
-        layers: linear layers inside it, by name.
-        inputs: what the model is called with: a tensor, or a tuple of arguments.
+        layers: subsystems of it, by name.
+        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
 
     Returns:
-        For each layer that was reached its inputs [n, in], pre-activations [n, out] and response.
+        For each layer that was reached its samples and response, in the order in which they were reached.
     """
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    watch = ActivationWatch()
+    seen: dict[str, list[Rows]] = {}
 
-    def hook_of(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], z: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            # Both may be overwritten by what works in place, later in the forward pass.
-            rows = (x.detach().reshape(-1, x.shape[-1]).clone(), z.detach().reshape(-1, z.shape[-1]).clone())
-            seen.setdefault(name, []).append(rows)
-            watch.show(name, z)
+    def see(name: str, call: Call) -> None:
+        rows = layers[name].rows(call, Sampling())
+        # Both may be overwritten by what works in place, later in the forward pass.
+        seen.setdefault(name, []).append(Rows(rows.x.clone(), rows.z.clone()))
+
+    responses = _run(model, layers, inputs, see)
+    return {
+        name: (
+            Rows(torch.cat([rows.x for rows in calls], dim=-2), torch.cat([rows.z for rows in calls], dim=-2)),
+            responses[name],
+        )
+        for name, calls in seen.items()
+    }
+
+
+def survey(model: nn.Module, layers: Sequence[Subsystem], inputs: Any) -> dict[Subsystem, tuple[int, UnitResponse]]:
+    """Run a model in evaluation mode and return how many samples its layers have and what they say.
+
+    Args:
+        model: the model, left as it was.
+        layers: subsystems of it.
+        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
+
+    Returns:
+        For each layer that was reached the number of its samples and its response.
+    """
+    named = {layer.name: layer for layer in layers}
+    samples: dict[str, int] = {}
+
+    def see(name: str, call: Call) -> None:
+        units = math.prod(named[name].shape[:-1]) if named[name].followed else named[name].out
+        samples[name] = samples.get(name, 0) + named[name].said(call).numel() // units
+
+    responses = _run(model, named, inputs, see)
+    return {named[name]: (count, responses[name]) for name, count in samples.items()}
+
+
+@torch.enable_grad()
+def _run(
+    model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any, see: Callable[[str, Call], None]
+) -> dict[str, UnitResponse]:
+    """Run a model, show each call of a layer, and return the responses of those that were reached."""
+    watch = ActivationWatch()
+    reached: dict[str, None] = {}
+
+    def hook_of(name: str, layer: Subsystem) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            z = layer.output(output)
+            if z is None:
+                return
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                see(name, Call(args, kwargs, output))
+            reached[name] = None
+            if layer.followed:
+                watch.show(name, z)
 
         return hook
 
-    handles = [layer.register_forward_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [
+        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         with evaluation_mode(model), watch:
-            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     finally:
         for handle in handles:
             handle.remove()
         watch.forget()
-    return {
-        name: (torch.cat([x for x, _ in calls]), torch.cat([z for _, z in calls]), watch.response(name))
-        for name, calls in seen.items()
-    }
+    return {name: watch.response(name) if layers[name].followed else layers[name].response for name in reached}

@@ -1,0 +1,175 @@
+"""The running metrics of a model's layers: gathered as forward passes go by, refreshed when that is due."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relfisher.optim.assignment import assign
+from relfisher.optim.health import Health
+from relfisher.optim.schedule import Schedule
+from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
+from relfisher.structures import Damping, Form, State, Structure
+from relfisher.subsystems import Capture, Subsystem
+
+__all__ = ["Curvature"]
+
+
+class Curvature:
+    """The metrics of some layers.
+
+    Args:
+        model: the module whose forward passes tell the metrics.
+        health: where failures are counted.
+        schedule: when what is due.
+        decay: the share of the moving average that is kept an iteration.
+        unbiased: True starts the average empty, False at the identity.
+        form: how inverses are kept.
+        budget: bytes for the metric and inverse of a layer that chooses its structure itself.
+        relu_omega: the width of the smoothed ReLU that stands for a ReLU; None for the hard one.
+        limit: at most about so many samples of a call go into its statistics; None for all.
+
+    Attributes:
+        layers: whose metrics are kept.
+        states: one state a parameter; a layer's is that of its weight. Whoever saves and loads them may put another
+            mapping here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        health: Health,
+        schedule: Schedule,
+        *,
+        decay: float,
+        unbiased: bool,
+        form: Form,
+        budget: int,
+        relu_omega: float | None,
+        limit: int | None,
+    ) -> None:
+        self.layers: list[Subsystem] = []
+        self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
+        self.model = weakref.ref(model)
+        self._limit = limit
+        self._health = health
+        self._schedule = schedule
+        self._decay = decay**schedule.stats_interval
+        self._unbiased = unbiased
+        self._form: Form = form
+        self._choose = partial(_choose, budget, relu_omega)
+        self._moving: dict[Subsystem, list[bool]] = {}
+        self.capture = Capture(model, self._choose, limit)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
+        """Return the same for a copy of the model, with states that are still to be put there."""
+        model = self.model()
+        if model is None:
+            raise TypeError("the model is gone, so that what watches it cannot be copied")
+        twin = copy.copy(self)
+        twin_model = copy.deepcopy(model, memo)
+        twin.model = weakref.ref(twin_model)
+        twin._health = copy.deepcopy(self._health, memo)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        twin.states = defaultdict(dict)
+        twin._moving = {}
+        twin.capture = Capture(twin_model, self._choose, self._limit)
+        twin.capture.due = self.capture.due
+        twin.capture.add(twin.layers)
+        return twin
+
+    def add(self, layers: Sequence[Subsystem]) -> None:
+        """Keep the metrics of these layers, too; those that are trained have their state from now on."""
+        self.layers.extend(layers)
+        self.capture.add(layers)
+        for layer, structure in zip(layers, self._choose(layers), strict=True):
+            if any(parameter.requires_grad for parameter in layer.parameters):
+                self.states[layer.weight].update(self._create(layer, structure))
+
+    def state(self, layer: Subsystem, structure: Structure) -> State:
+        """Return a layer's state: made anew if it is for another structure or dtype and holds nothing yet.
+
+        Args:
+            layer: one of the layers.
+            structure: its own.
+
+        Returns:
+            The state, on the device of the layer's weight.
+
+        Raises:
+            ValueError: if the state is that of another structure, and not empty.
+        """
+        state = self.states[layer.weight]
+        metric = state.get("metric")
+        if metric is None:
+            state.update(self._create(layer, structure))
+        elif not self._fits(layer, structure, state):
+            if float(state["mass"]) > float(not self._unbiased):
+                raise ValueError(
+                    f"the loaded metric of {layer.name!r} has shape {list(metric.shape)}, but the structure "
+                    f"{type(structure).__name__} needs {list(structure.shapes(layer.shape)['metric'])}: load it into "
+                    "an optimizer with the same structure"
+                )
+            for key in [key for key in state if key not in _ADAMW_KEYS]:
+                del state[key]
+            state.update(self._create(layer, structure))
+        elif metric.device != layer.weight.device:
+            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key != "mass"})
+        return state
+
+    def update(self, iteration: int, damping: Callable[[Subsystem], Damping]) -> None:
+        """Fold what was gathered into the averages, and refresh the inverses that are due or have none yet.
+
+        Args:
+            iteration: counted from 0.
+            damping: of each layer.
+        """
+        pending = self.capture.take()
+        due = self._schedule.refresh_due(iteration)
+        for layer in self.layers:
+            batch, structure = pending.get(layer), layer.structure
+            moving = layer.moving()
+            changed = moving != self._moving.get(layer, moving)
+            if structure is None or not (batch or due or changed):
+                continue
+            self._moving[layer] = moving
+            state = self.state(layer, structure)
+            first = batch is not None and float(state["mass"]) == 0
+            if batch is not None and not structure.update(state, batch.totals, batch.samples, self._decay):
+                self._health.dropped(iteration, layer.name)
+            if (due or first or changed) and not structure.refresh(state, damping(layer), layer.frozen()):
+                self._health.failed(iteration, layer.name)
+
+    def advance(self, iteration: int) -> None:
+        """Say which iteration is next."""
+        self.capture.due = self._schedule.statistics_due(iteration)
+
+    def _create(self, layer: Subsystem, structure: Structure) -> State:
+        return structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
+
+    def _fits(self, layer: Subsystem, structure: Structure, state: State) -> bool:
+        shapes = structure.shapes(layer.shape)
+        wanted = torch.promote_types(layer.weight.dtype, torch.float32)
+        return all(
+            name in state and tuple(state[name].shape) == shape and state[name].dtype == wanted
+            for name, shape in shapes.items()
+        )
+
+
+#: What the state of a weight holds besides, where AdamW trained it.
+_ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
+
+
+def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:
+    """Return the structures of layers; a ReLU's information is smoothed where that is asked for."""
+    for layer in layers:
+        if relu_omega is not None and isinstance(layer.response, ReLUGaussian):
+            layer.response = SmoothReLUGaussian(relu_omega, layer.response.iota, layer.response.sigma)
+    return assign(layers, budget)

@@ -1,0 +1,6 @@
+"""How long a step is, and in which geometry: each rule turns gradients and metrics into steps."""
+
+from relfisher.optim.rules.base import Move, Step, StepRule
+from relfisher.optim.rules.trust_region import TrustRegion
+
+__all__ = ["Move", "Step", "StepRule", "TrustRegion"]

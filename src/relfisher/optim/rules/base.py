@@ -1,0 +1,59 @@
+"""What a step rule is given, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from relfisher.structures import Form, State, Structure
+from relfisher.subsystems import Subsystem
+
+__all__ = ["Move", "Step", "StepRule"]
+
+
+class Move(NamedTuple):
+    """What a layer's step is made of.
+
+    Args:
+        layer: what moves.
+        structure: how its metric is kept.
+        state: where.
+        gradient: with its momentum, [*g, out, d].
+        velocity: the momentum that is kept if the step is taken.
+        lr: the learning rate.
+    """
+
+    layer: Subsystem
+    structure: Structure
+    state: State
+    gradient: Tensor
+    velocity: Tensor
+    lr: float
+
+
+class Step(NamedTuple):
+    """A layer moves by `-scale * direction`, [*g, out, d]."""
+
+    direction: Tensor
+    scale: float
+
+
+class StepRule(ABC):
+    """A way to step."""
+
+    #: What it is called in `step_rule=`.
+    name: ClassVar[str]
+    #: What of the metric it needs.
+    form: ClassVar[Form] = "inverse"
+    #: The learning rate and momentum that it takes unless others are given.
+    default_lr: ClassVar[float]
+    default_momentum: ClassVar[float] = 0.0
+    #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
+    nesterov: ClassVar[bool] = False
+
+    @abstractmethod
+    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
+        """Return a step for each move, or None if one is not finite."""

@@ -1,0 +1,69 @@
+"""Kronecker factors: G is taken as mean_n F_n (x) mean_n x~_n x~_n', for units that do not respond independently.
+
+The factor of the outputs is exact: the response's own information, equation (25) for a softmax layer, or the next
+layer's pulled back through it, equation (26). Only the mean of the product is replaced by the product of the means, as
+K-FAC does (Martens & Grosse 2015); K-FAC samples its factor of the outputs from back-propagated gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from relfisher.information import Information, Isotropic, PulledBack
+from relfisher.responses import Response, UnitResponse
+from relfisher.shapes import Float
+from relfisher.structures.base import Cost, State, Structure
+
+__all__ = ["KroneckerFactors"]
+
+
+class KroneckerFactors(Structure):
+    """A factor of d^2 numbers for the inputs and one of out^2 for the outputs.
+
+    Args:
+        response: what the layer says, such as `Categorical()` for a softmax head; None for its units' own response.
+        through: the next layer, of which this layer's units are the inputs: the response is then the next layer's,
+            linear, and this layer's activation is on the way. Equation (26).
+
+    Raises:
+        ValueError: if both are given.
+    """
+
+    name = "kronecker"
+
+    def __init__(self, response: Response | None = None, through: nn.Linear | None = None) -> None:
+        if response is not None and through is not None:
+            raise ValueError("give response or through, not both: through says whose response it is")
+        self._response = response
+        self._through = through
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return [*g, d, d] for the inputs and [*g, out, out] for the outputs."""
+        *groups, out, d = shape
+        return {"metric": (*groups, d, d), "output": (*groups, out, out)}
+
+    def cost(self, shape: tuple[int, ...]) -> Cost:
+        """Return 2 (d + out) a parameter, d^3 + out^3 and 2 (d^2 + out^2) a group."""
+        *groups, out, d = shape
+        count = math.prod(groups)
+        return Cost(2 * count * out * d * (d + out), count * (d**3 + out**3), 2 * count * (d**2 + out**2))
+
+    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
+        """Return the two sums, over inputs and over what the outputs say."""
+        groups = z.reshape(-1, *z.shape[-2:])
+        outputs = [self._information(group, response).total() for group in groups]
+        return {"metric": x.mT @ x, "output": torch.stack(outputs).view(*z.shape[:-2], z.shape[-1], z.shape[-1])}
+
+    def _information(self, z: Float[Tensor, "n out"], response: UnitResponse) -> Information:
+        if self._through is None:
+            return (self._response or response).operator(z)
+        weight = self._through.weight.detach().to(z.dtype)
+        after = Isotropic(1.0, z.new_empty(z.shape[0], weight.shape[0]))
+        return PulledBack(after, weight, response.slope(z))
+
+    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+        """Multiply by the input block from the right, and by the output block's transpose from the left."""
+        return factors["output"].mT @ (field @ factors["metric"])

@@ -1,0 +1,137 @@
+"""Convolutions: the linear layer on their patches; samples run over images and positions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from relfisher.moments import augment
+from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+
+__all__ = ["ConvSubsystem", "TransposedConvSubsystem"]
+
+
+def _grouped(groups: int, tensor: Tensor) -> Tensor:
+    """Return [g * out, ...] as [g, out, ...], or as it is for one group."""
+    return tensor if groups == 1 else torch.unflatten(tensor, 0, (groups, -1))
+
+
+def _grouped_column(groups: int, tensor: Tensor) -> Tensor:
+    return _grouped(groups, tensor).unsqueeze(-1)
+
+
+def _transposed(groups: int, tensor: Tensor) -> Tensor:
+    """Return the weight [g * in, out, k...] of a transposed convolution as [g, out, in, k...]."""
+    return _grouped(groups, tensor).transpose(int(groups > 1), int(groups > 1) + 1)
+
+
+class ConvSubsystem(Subsystem):
+    """A convolution of 1 to 3 dimensions, with its stride, padding, dilation and groups."""
+
+    kinds: ClassVar[Kinds] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight and bias as one subsystem."""
+        groups, weight = module.groups, module.weight
+        parts = [Part(weight, partial(_grouped, groups))]
+        patch = weight[0].numel()
+        out = weight.shape[0] // groups
+        return [cls._of(name, module, parts, out, patch)]
+
+    @classmethod
+    def _of(cls, name: str, module: Any, parts: list[Part], out: int, patch: int) -> Subsystem:
+        if module.bias is not None:
+            parts.append(Part(module.bias, partial(_grouped_column, module.groups)))
+        shape = (out, patch + len(parts) - 1)
+        return cls(name, module, parts, shape if module.groups == 1 else (module.groups, *shape))
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return patches and outputs; a mask covers whole images."""
+        dimensions = len(self.kernel)
+        x, z = call.input(), self.said(call)
+        if x.ndim == dimensions + 1:  # without a batch dimension
+            x, z = x.unsqueeze(0), z.unsqueeze(0)
+        positions = z[0, 0].numel()
+        if sampling.mask is not None and sampling.mask.shape == x.shape[:1]:
+            x, z = x[sampling.mask], z[sampling.mask]
+        stride = min(sampling.stride(x.shape[0] * positions), max(x.shape[0], 1))
+        x, z = x[::stride], z[::stride]
+        patches = self.patches(x)  # [b, in, *positions, *kernel]
+        order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
+        channels_last = z.movedim(1, -1)
+        groups = self.module.groups
+        x_rows = patches.permute(order).reshape(-1, groups, self.patch)
+        z_rows = channels_last.reshape(-1, groups, z.shape[1] // groups)
+        rest = Sampling(sampling.limit).stride(x_rows.shape[0])
+        x_rows, z_rows = x_rows[::rest], z_rows[::rest]
+        if groups == 1:
+            x_rows, z_rows = x_rows.squeeze(1), z_rows.squeeze(1)
+        else:
+            x_rows, z_rows = x_rows.transpose(0, 1), z_rows.transpose(0, 1)
+        return Rows(augment(x_rows, len(self.parts) - 1), z_rows)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel's size in each dimension."""
+        size: tuple[int, ...] = self.module.kernel_size
+        return size
+
+    @property
+    def patch(self) -> int:
+        """The number of inputs of one unit at one position."""
+        return self.d - (len(self.parts) - 1)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return the patches [b, in, *positions, *kernel] of images [b, in, *size], as views where it can be."""
+        module = self.module
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        return self.windows(x, module.stride)
+
+    def windows(self, x: Tensor, stride: tuple[int, ...]) -> Tensor:
+        """Return all windows of the kernel's size and dilation."""
+        for place, (size, dilation, step) in enumerate(zip(self.kernel, self.module.dilation, stride, strict=True)):
+            x = x.unfold(2 + place, dilation * (size - 1) + 1, step)[..., ::dilation]
+        return x
+
+
+class TransposedConvSubsystem(ConvSubsystem):
+    """A transposed convolution: a convolution with the flipped kernel, over inputs with zeros between them."""
+
+    kinds: ClassVar[Kinds] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight and bias as one subsystem."""
+        groups, weight = module.groups, module.weight
+        parts = [Part(weight, partial(_transposed, groups))]
+        patch = weight[:, 0].numel() // groups
+        return [cls._of(name, module, parts, weight.shape[1], patch)]
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return what each output position sees, with the kernel's axes flipped back to the weight's order."""
+        module = self.module
+        spread = x.new_zeros(*x.shape[:2], *(step * (size - 1) + 1 for step, size in self._along(x)))
+        every: Any = (..., *(slice(None, None, step) for step in module.stride))
+        spread[every] = x
+        wanted = self._positions
+        pads: list[int] = []
+        for place in reversed(range(len(self.kernel))):
+            reach = module.dilation[place] * (self.kernel[place] - 1)
+            before = reach - module.padding[place]
+            pads += [before, wanted[place] + reach - before - spread.shape[2 + place]]
+        windows = self.windows(functional.pad(spread, pads), (1,) * len(self.kernel))
+        return windows.flip(tuple(range(-len(self.kernel), 0)))
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return patches and outputs; a mask covers whole images."""
+        self._positions = tuple(self.said(call).shape[-len(self.kernel) :])
+        return super().rows(call, sampling)
+
+    def _along(self, x: Tensor) -> zip[tuple[int, int]]:
+        return zip(self.module.stride, x.shape[2:], strict=True)

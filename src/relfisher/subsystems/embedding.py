@@ -1,0 +1,84 @@
+"""Embeddings: linear layers with one-hot inputs, so that the metric is the diagonal of token frequencies."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+
+__all__ = ["EmbeddingBagSubsystem", "EmbeddingSubsystem"]
+
+
+class EmbeddingSubsystem(Subsystem):
+    """An embedding: G = I (x) diag(frequencies), exactly; positions that hold `padding_idx` are left out."""
+
+    kinds: ClassVar[Kinds] = (nn.Embedding,)
+    structures = ("diagonal", "shared")
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight as one subsystem; none with a norm that the forward pass enforces."""
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            return []
+        tokens, out = module.weight.shape
+        return [cls(name, module, [Part(module.weight, torch.t)], (out, tokens))]
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return sparse one-hot inputs, and outputs."""
+        tokens, z = call.input().reshape(-1), self.said(call).reshape(-1, self.out)
+        if sampling.mask is not None and sampling.mask.shape == call.input().shape:
+            tokens, z = tokens[sampling.mask.reshape(-1)], z[sampling.mask.reshape(-1)]
+        if self.module.padding_idx is not None:
+            real = tokens != self.module.padding_idx
+            tokens, z = tokens[real], z[real]
+        return Rows(self._sparse(torch.arange(len(tokens), device=tokens.device), tokens, len(tokens)), z)
+
+    def _sparse(self, rows: Tensor, tokens: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+        """Return the inputs [n, tokens] with a weight, or 1, at each (row, token)."""
+        values = torch.ones(len(tokens), device=tokens.device) if weights is None else weights
+        return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
+
+
+class EmbeddingBagSubsystem(EmbeddingSubsystem):
+    """A bag of embeddings: each bag is a sample, and its input counts the tokens.
+
+    The diagonal leaves out which tokens occur together; the shared block does not.
+    Bags of the mode "max" have none: they are not linear in their inputs.
+    """
+
+    kinds: ClassVar[Kinds] = (nn.EmbeddingBag,)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return the weight as one subsystem."""
+        return [] if module.mode == "max" else super().found_in(name, module)
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return sparse counts (or sums of weights, or means), and outputs; a mask covers whole bags."""
+        names = ("input", "offsets", "per_sample_weights")
+        given: dict[str, Any] = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+        tokens, weights = given["input"], given.get("per_sample_weights")
+        z = self.said(call)
+        count, device = z.shape[0], z.device
+        if tokens.ndim == 2:
+            bags = torch.arange(count, device=device).repeat_interleave(tokens.shape[1])
+        else:
+            places = torch.arange(len(tokens), device=device)
+            starts = given["offsets"][:count]
+            bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+        tokens = tokens.reshape(-1)
+        values = torch.ones(len(tokens), device=device) if weights is None else weights.detach().reshape(-1)
+        if self.module.padding_idx is not None:
+            real = tokens != self.module.padding_idx
+            bags, tokens, values = bags[real], tokens[real], values[real]
+        if self.module.mode == "mean":
+            sizes = torch.bincount(bags, minlength=count).clamp(min=1)
+            values = values / sizes[bags]
+        x = self._sparse(bags, tokens, count, values)
+        if sampling.mask is not None and sampling.mask.shape == (count,):
+            keep = sampling.mask.nonzero().squeeze(1)
+            return Rows(x.index_select(0, keep), z[keep])
+        return Rows(x, z)
