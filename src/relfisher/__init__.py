@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         softmax_metric,
         two_layer_metric,
     )
-    from relfisher.optim import RNGD
+    from relfisher.optim import RNGD, Preconditioner, coverage, plan
     from relfisher.structures import Damping
     from relfisher.subsystems import module_metric
 
@@ -36,15 +36,18 @@ __all__ = [
     "Damping",
     "LogisticRegression",
     "Metric",
+    "Preconditioner",
     "TransformedMetric",
     "as_function",
     "balance",
     "compare",
+    "coverage",
     "fisher",
     "layer_metric",
     "module_metric",
     "neuron_metric",
     "observed_fisher",
+    "plan",
     "relative_fisher",
     "responses",
     "softmax_metric",
@@ -66,7 +69,7 @@ _NAMES = {
         "softmax_metric",
         "two_layer_metric",
     ),
-    "optim": ("RNGD",),
+    "optim": ("RNGD", "Preconditioner", "coverage", "plan"),
     "structures": ("Damping",),
     "subsystems": ("module_metric",),
 }

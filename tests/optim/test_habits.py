@@ -35,7 +35,7 @@ def step(model, optimizer, x):
 
 
 def responses(optimizer):
-    return {layer.name: layer.response for layer in optimizer._layers}
+    return {layer.name: layer.response for layer in optimizer._place}
 
 
 def metric(optimizer, layer):
@@ -57,7 +57,7 @@ def test_what_is_frozen_later_stays_and_what_is_unfrozen_later_moves():
     model[2].bias.requires_grad_(False)
     model[4].weight.requires_grad_(False)
     assert moved(model, optimizer) == {"0.weight", "0.bias", "2.weight", "4.bias"}
-    assert optimizer._layers[0].structure is not None
+    assert next(iter(optimizer._place)).structure is not None
 
 
 def test_a_copy_of_the_model_is_not_watched():
@@ -67,7 +67,7 @@ def test_a_copy_of_the_model_is_not_watched():
     twin = copy.deepcopy(model)
     kept = metric(optimizer, model[0]).clone()
     (twin(100 * inputs())).sum().backward()
-    assert optimizer._capture.take() == {}
+    assert optimizer._curvature.capture.take() == {}
     assert torch.equal(metric(optimizer, model[0]), kept)
     step(twin, RNGD(twin), inputs())  # and it can be watched by an optimizer of its own
 
@@ -83,10 +83,34 @@ def test_a_watched_model_can_be_saved_whole():
     torch.testing.assert_close(loaded(inputs()), model(inputs()))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_copying_the_optimizer_says_what_to_do_instead(copied):
-    with pytest.raises(TypeError, match=r"load this one's state_dict\(\)"):
-        copied(RNGD(network()))
+def test_pickling_the_optimizer_says_what_to_do_instead():
+    with pytest.raises(TypeError, match=r"save its state_dict\(\)"):
+        pickle.dumps(RNGD(network()))
+
+
+def test_a_copy_of_model_and_optimizer_goes_on_as_the_original_does():
+    model = network()
+    optimizer = RNGD(model, momentum=0.5, refresh_interval=4)
+    for seed in range(3):
+        step(model, optimizer, inputs(seed))
+    twin, other = copy.deepcopy((model, optimizer))
+    for seed in range(3, 12):
+        assert step(model, optimizer, inputs(seed)) == step(twin, other, inputs(seed))
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    step(twin, other, inputs())
+    assert all(torch.equal(one, other) for one, other in zip(kept, model.parameters(), strict=True))
+
+
+def test_a_copy_of_the_optimizer_alone_has_a_model_of_its_own():
+    model = network()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    twin = copy.deepcopy(optimizer)
+    assert twin.param_groups[0]["params"][0] is not model[0].weight
+    del model
+    optimizer = optimizer.state_dict()
+    with pytest.raises(TypeError, match="the model is gone"):
+        copy.deepcopy(copy.deepcopy(twin))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -154,7 +178,7 @@ def test_a_pass_without_a_backward_pass_does_not_count():
     step(model, optimizer, inputs())
     kept = metric(optimizer, model[0]).clone()
     model(inputs() * float("nan"))  # the user saw the NaN and left the batch out
-    assert optimizer._capture.take() == {}
+    assert optimizer._curvature.capture.take() == {}
     assert torch.equal(metric(optimizer, model[0]), kept)
 
 
@@ -227,7 +251,7 @@ def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
     model = network()
     optimizer = RNGD(model, stats_interval=1, refresh_interval=4, early_refreshes=())
     step(model, optimizer, inputs())
-    for layer in optimizer._layers:
+    for layer in optimizer._place:
         optimizer.state[layer.weight]["inverse"].neg_()
     with pytest.warns(HealthWarning, match="preconditioned step is not finite"):
         step(model, optimizer, inputs())
@@ -313,12 +337,19 @@ def test_a_group_added_later_is_trained():
     assert not torch.equal(extra, torch.ones(3, dtype=torch.float64))
 
 
-def test_sparse_gradients_are_explained():
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
-    optimizer = RNGD(model)
-    model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match="sparse=False"):
-        optimizer.step()
+@pytest.mark.parametrize("structure", ["auto", {"Embedding": "fallback"}])
+def test_sparse_gradients_move_as_dense_ones_do(structure):
+    ends = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 2)).double()
+        optimizer = RNGD(model, structure=structure)
+        for tokens in ([1, 2], [2, 2], [4, 1]):
+            optimizer.zero_grad()
+            (model(torch.tensor(tokens)) - 1).square().sum().backward()
+            optimizer.step()
+        ends.append(model[0].weight.detach())
+    torch.testing.assert_close(*ends)
 
 
 def test_per_sample_gradients_by_torch_func_leave_the_optimizer_alone():

@@ -6,11 +6,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from relfisher.responses import ActivationGaussian, LinearGaussian, ReLUGaussian, TanhBernoulli
-from relfisher.subsystems import ActivationWatch, linear_subsystems
+from relfisher.subsystems import ActivationWatch, discover
 
 
 def names(model: nn.Module) -> list[str]:
-    return [layer.name for layer in linear_subsystems(model)]
+    return [layer.name for layer in discover(model).subsystems]
 
 
 def test_all_linear_layers_in_the_order_of_registration() -> None:

@@ -37,7 +37,7 @@ def check_rules(rules: object, layers: Sequence[Subsystem]) -> None:
                 hint = f"; close to it are {', '.join(map(repr, near))}" if near else ""
                 raise ValueError(f"structure names {key!r}, which is no layer, pattern or class with a metric{hint}")
     elif not isinstance(rules, Structure) and rules not in _RULES:
-        raise ValueError(f"structure must be one of {', '.join(_RULES)}, or a Structure; got {rules!r}")
+        raise ValueError(f"structure must be one of {', '.join(_RULES)}, or a Structure, got {rules!r}")
 
 
 def rule_for(layer: Subsystem, rules: Rule | Mapping[str, Rule], default: Rule = "auto") -> Rule:

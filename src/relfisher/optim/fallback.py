@@ -42,7 +42,7 @@ def adamw_step(
     beta1, beta2 = group["fallback_betas"]
     adamw(
         list(parameters),
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
@@ -55,3 +55,7 @@ def adamw_step(
         eps=1e-8,
         maximize=False,
     )
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient

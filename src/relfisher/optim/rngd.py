@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import adamw_state, adamw_step
 from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, names_of, split
 from relfisher.optim.health import Health, HealthWarning
-from relfisher.optim.rules import Move, StepRule, TrustRegion
+from relfisher.optim.rules import Move, Normalized, Spectral, StepRule, TrustRegion
 from relfisher.optim.schedule import Schedule
 from relfisher.structures import Damping
 from relfisher.subsystems import Subsystem, discover
@@ -52,8 +52,9 @@ class RNGD(torch.optim.Optimizer):
         weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
         damping: the multiple of the metric's mean eigenvalue (the mean trace over a layer's units) that is added to
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
-        step_rule: "trust-region", or an object of a class in `relfisher.optim.rules`.
-        trust_region: the bound on the squared metric length of a step; None for no bound.
+        step_rule: "trust-region" (the natural gradient, of bounded length), "normalized" (of fixed length) or
+            "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
+        trust_region: the bound on the squared metric length of a step by the trust region; None for no bound.
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
@@ -288,18 +289,9 @@ class RNGD(torch.optim.Optimizer):
 
         Yields:
             Nothing.
-
-        Raises:
-            TypeError: if the mask is not boolean.
         """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, got {mask.dtype}: write mask.bool()")
-        capture = self._curvature.capture
-        before, capture.mask = capture.mask, mask
-        try:
+        with self._curvature.capture.masked(mask):
             yield
-        finally:
-            capture.mask = before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state and go on where it was saved.
@@ -331,7 +323,7 @@ class RNGD(torch.optim.Optimizer):
         """Take the hooks off the model; the optimizer cannot gather statistics any more."""
         self._curvature.capture.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RNGD:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -438,11 +430,17 @@ _COPIED = (
 
 
 def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
-    if isinstance(rule, StepRule):
-        return rule
-    if rule == TrustRegion.name:
-        return TrustRegion(bound)
-    raise ValueError(f"step_rule must be {TrustRegion.name!r} or a StepRule, got {rule!r}")
+    match rule:
+        case StepRule():
+            return rule
+        case TrustRegion.name:
+            return TrustRegion(bound)
+        case Normalized.name:
+            return Normalized()
+        case Spectral.name:
+            return Spectral()
+    names = ", ".join(kind.name for kind in (TrustRegion, Normalized, Spectral))
+    raise ValueError(f"step_rule must be one of {names}, or a StepRule, got {rule!r}")
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:

@@ -52,9 +52,10 @@ class Diagonal(Structure):
         return blocks.masked_fill(columns, 1.0)
 
     def inverted(self, blocks: Tensor, damping: Tensor, form: Form) -> tuple[Tensor, bool]:
-        """Return the reciprocals, or their square roots, and whether all of them are finite."""
-        inverse = (blocks + damping.unsqueeze(-1)).pow(-1.0 if form == "inverse" else -0.5)
-        return inverse, bool(torch.isfinite(inverse).all())
+        """Return the reciprocals, or their square roots, and whether all of them are finite and positive."""
+        damped = blocks + damping.unsqueeze(-1)
+        inverse = damped.reciprocal() if form == "inverse" else damped.rsqrt()
+        return inverse, bool(((damped > 0) & torch.isfinite(inverse)).all())
 
     def transposed(self, blocks: Tensor) -> Tensor:
         """Return the blocks, which are symmetric."""

@@ -280,6 +280,14 @@ class Subsystem(ABC):
             if part.parameter.grad is not None and part.parameter not in self.held:
                 part.view(part.parameter).add_(columns, alpha=scale)
 
+    def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
+        """Write a matrix over the gradients of the parts that have one and are to move."""
+        for part, columns in zip(self.parts, self.split(gradient), strict=True):
+            if part.parameter.grad is not None and part.parameter not in self.held:
+                if part.parameter.grad.is_sparse:
+                    part.parameter.grad = part.parameter.grad.to_dense()
+                part.view(part.parameter.grad).copy_(columns)
+
     def split(self, step: Float[Tensor, "*g out d"]) -> list[Tensor]:
         """Return a matrix of the subsystem's shape as one tensor a part, in the shape of the part's view."""
         views = [part.view(part.parameter) for part in self.parts]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Capture:
         limit: int | None = None,
     ) -> None:
         self.due = True
-        self.mask: Tensor | None = None
+        self._mask: Tensor | None = None
         self._choose = choose
         self._limit = limit
         self._layers: dict[nn.Module, list[Subsystem]] = {}
@@ -111,6 +112,27 @@ class Capture:
         self._pending.clear()
         self._untold.clear()
 
+    @contextmanager
+    def masked(self, mask: Tensor) -> Iterator[None]:
+        """Leave positions out of the statistics in forward passes inside this context.
+
+        Args:
+            mask: True for what counts.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            TypeError: if the mask is not boolean.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, got {mask.dtype}: write mask.bool()")
+        before, self._mask = self._mask, mask
+        try:
+            yield
+        finally:
+            self._mask = before
+
     def close(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:
@@ -149,7 +171,7 @@ class Capture:
             self._missed.discard(layer)  # the next pass is watched
             return
         batch = _Batch(layer, due=self.due)
-        sampling = Sampling(self._limit, self.mask)
+        sampling = Sampling(self._limit, self._mask)
         if layer.structure is not None:
             batch.gather(layer.rows(call, sampling))
         else:

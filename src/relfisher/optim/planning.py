@@ -1,0 +1,277 @@
+"""What a run will cost, before it costs anything; and which parameter is trained in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from relfisher.optim.assignment import FALLBACK, Rule, assign, candidates, check_rules, rule_for, state_bytes
+from relfisher.optim.groups import names_of
+from relfisher.responses import Response
+from relfisher.structures import Structure
+from relfisher.subsystems import Subsystem, discover, survey
+
+__all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A structure and what it costs for one layer.
+
+    Attributes:
+        structure: its name.
+        bytes: of the metric and the inverse.
+        step: floating-point operations of a step.
+        refresh: those of a refresh of the inverse.
+        statistics: those of one batch's statistics.
+    """
+
+    structure: str
+    bytes: int
+    step: int
+    refresh: int
+    statistics: int
+
+    @classmethod
+    def of(cls, layer: Subsystem, structure: Structure, samples: int) -> Choice:
+        """Return what a structure costs a layer with so many samples a batch."""
+        cost = structure.cost(layer.shape)
+        return cls(structure.name, state_bytes(layer, structure), cost.step, cost.refresh, cost.sample * samples)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer, the structure that it will keep, and what others would cost.
+
+    Attributes:
+        name: of the layer.
+        shape: [*groups, out, d] of its parameters.
+        response: what its units say.
+        samples: of one batch: samples and positions.
+        chosen: its structure.
+        others: the other structures that it could keep.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    response: Response
+    samples: int
+    chosen: Choice
+    others: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One `LayerPlan` a layer in the order of the forward pass, and the bytes that AdamW takes; prints as a table.
+
+    Attributes:
+        layers: those with a metric.
+        fallback_bytes: of the two moments of all parameters without one.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    fallback_bytes: int
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """What the optimizer's state will take without momentum, but for a few scalars."""
+        return sum(layer.chosen.bytes for layer in self.layers) + self.fallback_bytes
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "response", "structure", "state", "step", "refresh", "statistics", "instead")]
+        rows.extend(
+            (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                type(layer.response).__name__,
+                layer.chosen.structure,
+                _size(layer.chosen.bytes, "B", 1024),
+                _size(layer.chosen.step, "FLOP"),
+                _size(layer.chosen.refresh, "FLOP"),
+                _size(layer.chosen.statistics, "FLOP"),
+                ", ".join(f"{other.structure} {_size(other.bytes, 'B', 1024)}" for other in layer.others),
+            )
+            for layer in self.layers
+        )
+        total = f"state without momentum: {_size(self.bytes, 'B', 1024)}, {_size(self.fallback_bytes, 'B', 1024)} of it"
+        return f"{_table(rows)}\n{total} for AdamW on parameters without a metric"
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    structure: Rule | Mapping[str, Rule] = "auto",
+    structure_bytes: int = 256 << 20,
+) -> Plan:
+    """Return what `RNGD(model, structure=..., structure_bytes=...)` will keep and compute, before it is made.
+
+    Args:
+        model: the model; it runs once, in evaluation mode, and is left as it was.
+        inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments; one batch.
+        structure: as for `RNGD`.
+        structure_bytes: as for `RNGD`.
+
+    Returns:
+        A row a layer that has trained parameters and was reached.
+
+    Raises:
+        ValueError: if the structure is none, or names no layer.
+    """
+    layers, samples, _ = _surveyed(model, inputs, structure, structure_bytes)
+    reached = [layer for layer in layers if layer in samples]
+    rows = []
+    for layer in reached:
+        chosen = _structure(layer)
+        others = [other for other in candidates(layer) if other.name != chosen.name]
+        rows.append(
+            LayerPlan(
+                layer.name,
+                layer.shape,
+                layer.response,
+                samples[layer],
+                Choice.of(layer, chosen, samples[layer]),
+                tuple(Choice.of(layer, other, samples[layer]) for other in others),
+            )
+        )
+    covered = {id(parameter) for layer in layers for parameter in layer.parameters}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
+    return Plan(tuple(rows), sum(2 * parameter.numel() * parameter.element_size() for parameter in rest))
+
+
+@dataclass(frozen=True)
+class ParameterCoverage:
+    """How one parameter is trained.
+
+    Attributes:
+        name: of the parameter.
+        shape: its own.
+        by: "metric", "adamw" or "frozen".
+        subsystem: the layer whose metric it moves in, "" without.
+        response: what the layer's units say, "" without.
+        structure: how the metric is kept, "" without.
+        reason: why it has no metric, "" with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    by: str
+    subsystem: str = ""
+    response: str = ""
+    structure: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One `ParameterCoverage` a parameter, in the order of the model; prints as a table."""
+
+    parameters: tuple[ParameterCoverage, ...]
+
+    def __iter__(self) -> Iterator[ParameterCoverage]:
+        return iter(self.parameters)
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "by", "subsystem", "response", "structure", "reason")]
+        rows.extend(
+            (
+                each.name,
+                "x".join(map(str, each.shape)),
+                each.by,
+                each.subsystem,
+                each.response,
+                each.structure,
+                each.reason,
+            )
+            for each in self.parameters
+        )
+        return _table(rows)
+
+
+def coverage(
+    model: nn.Module,
+    inputs: Any,
+    structure: Rule | Mapping[str, Rule] = "auto",
+    structure_bytes: int = 256 << 20,
+) -> Coverage:
+    """Return how `RNGD(model, structure=..., structure_bytes=...)` will train each parameter.
+
+    Args:
+        model: the model; it runs once, in evaluation mode, and is left as it was.
+        inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments.
+        structure: as for `RNGD`.
+        structure_bytes: as for `RNGD`.
+
+    Returns:
+        A row a parameter. One whose layer is not reached by these inputs is trained by AdamW until it is.
+
+    Raises:
+        ValueError: if the structure is none, or names no layer.
+    """
+    layers, samples, refused = _surveyed(model, inputs, structure, structure_bytes)
+    home = {id(parameter): layer for layer in layers for parameter in layer.parameters}
+    own_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = names_of(model)
+    rows = []
+    for parameter in model.parameters():
+        name, shape, layer = names[id(parameter)], tuple(parameter.shape), home.get(id(parameter))
+        if not parameter.requires_grad:
+            rows.append(ParameterCoverage(name, shape, "frozen"))
+        elif layer is None:
+            reason = refused.get(own_names[id(parameter)], "left to AdamW by the structure that was asked for")
+            rows.append(ParameterCoverage(name, shape, "adamw", reason=reason))
+        elif layer not in samples:
+            rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
+        else:
+            response = type(layer.response).__name__
+            rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, _structure(layer).name))
+    return Coverage(tuple(rows))
+
+
+def _surveyed(
+    model: nn.Module, inputs: Any, structure: Rule | Mapping[str, Rule], budget: int
+) -> tuple[list[Subsystem], dict[Subsystem, int], dict[str, str]]:
+    """Return layers in the order of the forward pass with their structures, their samples, and what was refused."""
+    found = discover(model)
+    check_rules(structure, found.subsystems)
+    for layer in found.subsystems:
+        layer.rule = rule_for(layer, structure)
+    layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
+    seen = survey(model, layers, inputs)
+    for layer, (_, response) in seen.items():
+        layer.response = response
+    trained = [layer for layer in seen if any(parameter.requires_grad for parameter in layer.parameters)]
+    for layer, chosen in zip(trained, assign(trained, budget), strict=True):
+        layer.structure = chosen
+    unseen = [layer for layer in layers if layer not in seen]
+    return [*trained, *unseen], {layer: seen[layer][0] for layer in trained}, found.refused
+
+
+def _structure(layer: Subsystem) -> Structure:
+    if layer.structure is None:
+        raise ValueError(f"{layer.name!r} was not reached, so that its structure is not known")
+    return layer.structure
+
+
+def _size(value: float, unit: str, base: int = 1000) -> str:
+    """Return a number of bytes or operations in short form."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < base or prefix == "T":
+            middle = "i" if prefix and base == 1024 else ""
+            return f"{value:.3g} {prefix.upper() if middle else prefix}{middle}{unit}"
+        value /= base
+    raise AssertionError("unreachable")
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells as lines of aligned columns."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

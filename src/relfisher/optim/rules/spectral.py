@@ -1,0 +1,81 @@
+"""The spectral step: the steepest descent under a bound on how far any whitened input moves the layer's response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relfisher.optim.rules.base import Move, Step, StepRule
+from relfisher.optim.rules.normalized import scaled
+from relfisher.shapes import Float
+from relfisher.validation import check_positive
+
+__all__ = ["Spectral", "polar_factor"]
+
+# The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps take singular values between
+# 0.01 and 1 to between 0.7 and 1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class Spectral(StepRule):
+    """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
+
+    The layer's response to the input x~ changes by D x~. In coordinates u = R'^-1 x~ in which the inputs have the unit
+    second moment, that is orth(M R') u up to the damping: all singular values are 1, so that no direction of the inputs
+    moves the response further than another. Among all D whose response change has a spectral norm of at most 1 over
+    such inputs, this one decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R, with Q
+    orthogonal, gives the same D, so that a Cholesky factor serves.
+
+    Units that have one row of parameters each, such as the channels of a normalisation, take the normalised step.
+
+    Args:
+        rms: of a layer's step, over the learning rate.
+        iterations: of Newton and Schulz, towards the polar factor.
+
+    Raises:
+        ValueError: if one of them is not positive.
+    """
+
+    name = "spectral"
+    form = "root"
+    default_lr = 1e-2
+    default_momentum = 0.9
+    nesterov = True
+
+    def __init__(self, rms: float = 0.2, iterations: int = 5) -> None:
+        check_positive("rms", rms)
+        check_positive("iterations", iterations)
+        self.rms = rms
+        self.iterations = iterations
+
+    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
+        """Return the steps, unless a direction is not finite."""
+        return scaled(moves, [self._direction(move) for move in moves], self.rms)
+
+    def _direction(self, move: Move) -> Tensor:
+        whitened = move.structure.whiten(move.state, move.gradient)
+        if whitened.shape[-2] > 1:
+            whitened = polar_factor(whitened, self.iterations)
+        return move.structure.unwhiten(move.state, whitened)
+
+
+def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
+    """Return about the nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations.
+
+    Args:
+        matrix: one, or a batch of them.
+        iterations: five take singular values above 1 % of the norm to between 0.7 and 1.2.
+
+    Returns:
+        U V' of the singular value decomposition U S V', about; zeros for zeros.
+    """
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x: Tensor = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

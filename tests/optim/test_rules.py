@@ -1,0 +1,156 @@
+"""The step rules: what each one bounds, and what it does not depend on."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from relfisher import RNGD
+from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor
+from relfisher.responses import LinearGaussian
+from relfisher.structures import Damping, Diagonal, NeuronBlocks, SharedBlock
+from relfisher.subsystems import discover
+
+sizes = st.tuples(st.integers(4, 12), st.integers(2, 6), st.integers(2, 5))
+STRUCTURES = {"shared": SharedBlock(), "neuron": NeuronBlocks(), "diagonal": Diagonal()}
+
+
+def draw(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def move(size, structure=None, lr=0.1, scale=1.0, form="root"):
+    """Return the move of a linear layer whose metric was gathered from random inputs."""
+    n, out, d = size
+    structure = structure or SharedBlock()
+    model = nn.Sequential(nn.Linear(d, out, bias=False)).double()
+    (layer,) = discover(model).subsystems
+    state = structure.create(layer.weight, (out, d), form=form)
+    structure.update(state, structure.gather(draw(n, d), draw(n, out, 1), LinearGaussian()), n, 0.9)
+    structure.refresh(state, Damping(0.1))
+    gradient = scale * draw(out, d, 2)
+    return Move(layer, structure, state, gradient, gradient, lr)
+
+
+def taken(step):
+    return step.scale * step.direction
+
+
+@given(size=sizes, scale=st.floats(1e-6, 1e6), kind=st.sampled_from(sorted(STRUCTURES)))
+def test_normalised_and_spectral_steps_do_not_depend_on_the_losss_scale(size, scale, kind):
+    for rule in (Normalized(), Spectral()):
+        (one,) = rule.steps([move(size, STRUCTURES[kind])])
+        (other,) = rule.steps([move(size, STRUCTURES[kind], scale=scale)])
+        torch.testing.assert_close(taken(one), taken(other), rtol=1e-6, atol=1e-9)
+        rms = float(taken(one).square().mean().sqrt())
+        assert rms == pytest.approx(0.2 * 0.1)
+
+
+@given(size=sizes, scale=st.floats(1e3, 1e9))
+def test_a_bounded_step_does_not_depend_on_the_losss_scale(size, scale):
+    rule = TrustRegion(1e-6)
+    (one,) = rule.steps([move(size, scale=1e3)])
+    (other,) = rule.steps([move(size, scale=scale)])
+    torch.testing.assert_close(taken(one), taken(other), rtol=1e-6, atol=1e-12)
+
+
+@given(size=sizes, seed=st.integers(0, 99))
+def test_the_spectral_step_does_not_depend_on_the_root(size, seed):
+    """Any orthogonal factor before the root cancels."""
+    first = move(size)
+    turn = torch.linalg.qr(draw(size[2], size[2], seed))[0]
+    state = {**first.state, "root": turn @ first.state["root"]}
+    (one,) = Spectral().steps([first])
+    (other,) = Spectral().steps([first._replace(state=state)])
+    torch.testing.assert_close(taken(one), taken(other))
+
+
+@given(size=sizes)
+def test_the_spectral_direction_moves_every_whitened_input_alike(size):
+    """D R^-1 has singular values near 1: the response changes by as much as a whitened input is long, or less."""
+    given_move = move(size)
+    direction = Spectral()._direction(given_move)
+    values = torch.linalg.svdvals(direction @ torch.linalg.inv(given_move.state["root"]))
+    assert float(values.max()) < 1.3
+    exact = torch.linalg.svdvals(given_move.gradient @ given_move.state["root"].mT)
+    large = int((exact > 0.05 * exact.norm()).sum())
+    assert float(values[:large].min()) > 0.5
+
+
+@given(size=sizes, seed=st.integers(0, 99))
+def test_the_spectral_direction_is_the_steepest_of_its_bound(size, seed):
+    """No other D with ||D R^-1|| <= 1 has a larger <D, M>, for the exact polar factor, which the iteration nears."""
+    given_move = move(size)
+    root, gradient = given_move.state["root"], given_move.gradient
+    u, s, v = torch.linalg.svd(gradient @ root.mT, full_matrices=False)
+    steepest = torch.sum((u @ v) @ root * gradient)
+    torch.testing.assert_close(steepest, s.sum())
+    other = draw(*gradient.shape, seed)
+    other = other / torch.linalg.matrix_norm(other, 2)
+    assert float(torch.sum(other @ root * gradient)) <= float(steepest) * (1 + 1e-9)
+    near = Spectral(iterations=5)._direction(given_move)
+    assert float(torch.sum(near * gradient)) > 0.6 * float(steepest)
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), groups=st.sampled_from([(), (2,)]))
+def test_polar_factors_share_the_singular_vectors(rows, columns, groups):
+    generator = torch.Generator().manual_seed(rows + 7 * columns)
+    matrix = torch.randn(*groups, rows, columns, generator=generator, dtype=torch.float64)
+    factor = polar_factor(matrix)
+    product = factor @ matrix.mT
+    torch.testing.assert_close(product, product.mT)
+    assert float(torch.linalg.eigvalsh(product).min()) > -1e-9
+    assert not polar_factor(torch.zeros_like(matrix)).any()
+
+
+@pytest.mark.parametrize("rule", [TrustRegion(), Normalized(), Spectral()])
+def test_a_direction_that_is_not_finite_is_no_step(rule):
+    bad = move((5, 3, 2), form=rule.form)
+    assert rule.steps([bad._replace(gradient=bad.gradient * float("nan"))]) is None
+    assert rule.steps([]) == []
+
+
+@pytest.mark.parametrize("rule", ["normalized", "spectral"])
+@pytest.mark.parametrize("structure", ["shared", "neuron", "diagonal"])
+def test_learns(rule, structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+    optimizer = RNGD(model, lr=0.05, step_rule=rule, structure=structure)
+    losses = []
+    for seed in range(80):
+        x = draw(32, 6, seed)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_rules_bring_their_own_learning_rate_and_momentum():
+    model = nn.Sequential(nn.Linear(3, 2))
+    options = [
+        {key: RNGD(model, step_rule=rule).param_groups[0][key] for key in ("lr", "momentum")}
+        for rule in ("trust-region", "normalized", "spectral")
+    ]
+    assert options == [{"lr": 0.3, "momentum": 0.0}, *[{"lr": 0.01, "momentum": 0.9}] * 2]
+    assert RNGD(model, 0.5, step_rule=Spectral(rms=1.0), momentum=0.0).param_groups[0]["momentum"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_rule": "newton"}, "step_rule must be one of trust-region, normalized, spectral, .*, got 'newton'"),
+        ({"trust_region": 0.0}, "trust_region must be a finite number > 0, got 0.0"),
+    ],
+)
+def test_wrong_rules_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        RNGD(nn.Linear(3, 2), **options)
+
+
+@pytest.mark.parametrize("kind", [Normalized, Spectral])
+def test_lengths_must_be_positive(kind):
+    with pytest.raises(ValueError, match="rms must be a finite number > 0"):
+        kind(rms=-1.0)
