@@ -55,7 +55,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"relfisher {relfisher.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["reproduce"], ["reproduce", "mlp"], ["data"], ["data", "fetch"]])
+@pytest.mark.parametrize("command", [[], ["reproduce"], ["reproduce", "mlp"], ["data"], ["data", "fetch"], ["plan"]])
 def test_every_command_has_help(capsys, command):
     assert call([*command, "--help"]) == 0
     assert "Usage: relfisher" in capsys.readouterr().out
@@ -253,3 +253,49 @@ def test_the_installed_program_has_the_same_errors():
     assert done.stdout == ""
     assert done.stderr.startswith("relfisher: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A module of the working directory that makes models."""
+    lines = [
+        "import torch",
+        "def bare(): return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))",
+        "def with_inputs(): return torch.nn.Embedding(9, 3), torch.tensor([1, 2])",
+        "def nothing(): return 3",
+    ]
+    (tmp_path / "factories.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("factories", None)
+
+
+@pytest.mark.usefixtures("factories")
+def test_plan_prints_a_row_a_layer(capsys):
+    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "neuron"]
+    assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "shared"]
+    assert call(["plan", "--model", "factories:with_inputs"]) == 0
+    assert "diagonal" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "factories"], "'factories' is not of the form MODULE:FACTORY"),
+        (["--model", "absent:bare"], "No module named 'absent'"),
+        (["--model", "factories:absent"], "has no attribute 'absent'"),
+        (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),
+        (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
+        (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
+        (["--model", "factories:bare", "--inputs", "5x7"], "the model cannot be called with them"),
+        (["--model", "factories:bare", "--inputs", "5x6", "--structure", "kron"], "structure must be one of"),
+    ],
+)
+def test_plan_explains_wrong_arguments(capsys, arguments, message):
+    assert call(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

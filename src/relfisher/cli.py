@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -68,6 +70,59 @@ def _relfisher(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command("plan")
+def _plan(
+    model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Called without arguments, it returns a model.")],
+    inputs: Annotated[
+        str | None,
+        typer.Option(metavar="AxBx...", help="Shape of a batch; not needed if the factory returns (model, inputs)."),
+    ] = None,
+    structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
+    mebibytes: Annotated[int, typer.Option(min=1, help="What auto may keep of one layer, in MiB.")] = 256,
+) -> None:
+    """Print what RNGD will keep and compute for each layer of a model, and what other structures would."""
+    made = _made(model)
+    network, batch = made if isinstance(made, tuple) else (made, None)
+    import torch
+
+    if not isinstance(network, torch.nn.Module):
+        raise _wrong(
+            "--model", f"{model} must return a torch.nn.Module or (model, inputs), got {type(network).__name__}"
+        )
+    if inputs is not None:
+        batch = torch.randn(_shape(inputs))
+    if batch is None:
+        raise _wrong("--inputs", f"{model} returns no inputs: give the shape of a batch, such as 50x784")
+    try:
+        print(relfisher.plan(network, batch, structure, mebibytes << 20))
+    except ValueError as error:
+        raise _wrong("--structure", str(error)) from error
+    except (RuntimeError, TypeError) as error:
+        raise _wrong("--inputs", f"the model cannot be called with them: {error}") from error
+
+
+def _made(spec: str) -> object:
+    """Return what a factory, given as MODULE:NAME, returns; modules of the working directory count."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise _wrong("--model", f"{spec!r} is not of the form MODULE:FACTORY")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _wrong("--model", str(error)) from error
+    finally:
+        sys.path.pop(0)
+    return factory()
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise _wrong("--inputs", f"{text!r} is not a shape, allowed are whole numbers joined by x, such as 50x784")
+    return tuple(map(int, parts))
 
 
 @reproduce_app.callback()

@@ -1,0 +1,143 @@
+"""plan and coverage: what they say before a run is what a run then does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from relfisher import RNGD, coverage, plan
+
+
+class Net(nn.Module):
+    """One of many kinds of layers, one of them frozen, one tied, one parametrized, one never reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3, groups=2)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.hidden = nn.Linear(8, 6)
+        self.frozen = nn.Linear(6, 6)
+        self.frozen.requires_grad_(False)
+        self.spare = nn.Linear(3, 3)
+        self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
+        self.scale = nn.Parameter(torch.ones(6))
+        self.head = nn.Linear(6, 11)
+        self.twin = nn.Linear(6, 11)
+        self.twin.weight = self.head.weight
+
+    def forward(self, tokens):
+        h = self.norm(self.conv(self.embed(tokens).mT).mT)
+        h = torch.tanh(self.hidden(h + self.attention(h, h, h)[0]))
+        h = self.normed(self.frozen(h)) * self.scale
+        return self.head(h) + self.twin(h)
+
+
+def net():
+    torch.manual_seed(0)
+    return Net(), torch.randint(11, (4, 9))
+
+
+def train(model, optimizer, tokens, steps=2):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(tokens) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def test_coverage_says_how_each_parameter_is_trained():
+    model, tokens = net()
+    found = {row.name: row for row in coverage(model, tokens)}
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    by = {name: row.by for name, row in found.items()}
+    assert {name for name, kind in by.items() if kind == "frozen"} == {"frozen.weight", "frozen.bias"}
+    for name in ("embed.weight", "conv.bias", "norm.weight", "attention.in_proj_weight", "attention.out_proj.bias"):
+        assert by[name] == "metric"
+    assert found["hidden.weight"].response == "TanhBernoulli"
+    assert found["hidden.weight"].structure == "neuron"
+    assert found["embed.weight"].structure == "diagonal"
+    assert "tied" in found["head.weight"].reason
+    assert "parametrization" in found["normed.parametrizations.weight.original1"].reason
+    assert "no metric" in found["scale"].reason
+    assert found["spare.weight"].reason == "not reached by these inputs"
+
+
+@pytest.mark.parametrize("structure", ["auto", {"Linear": "neuron", "attention*": "diagonal", "conv": "fallback"}])
+def test_training_does_what_coverage_and_plan_said(structure):
+    model, tokens = net()
+    said = coverage(model, tokens, structure)
+    planned = plan(model, tokens, structure)
+    optimizer = RNGD(model, structure=structure)
+    train(model, optimizer, tokens)
+    kept = {layer.name: layer.structure.name for layer in optimizer._place if layer.structure is not None}
+    assert {row.subsystem: row.structure for row in said if row.by == "metric"} == kept
+    assert {layer.name: layer.chosen.structure for layer in planned} == kept
+    by = {name: group["kind"] for group in optimizer.param_groups for name in group["param_names"]}
+    for row in said:
+        if row.by != "frozen" and row.name not in ("spare.weight", "spare.bias"):
+            assert by[row.name] == row.by
+
+
+@pytest.mark.parametrize("structure", ["auto", "neuron", "shared", "kronecker", "diagonal"])
+def test_the_state_takes_the_bytes_that_were_planned(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 64), nn.Tanh(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+    x = torch.randn(8, 3, 8, 8)
+    planned = plan(model, x, structure)
+    optimizer = RNGD(model, structure=structure)
+    train(model, optimizer, x)
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert measured == pytest.approx(planned.bytes, rel=0.05)
+
+
+def test_auto_keeps_to_its_bytes():
+    model = nn.Sequential(nn.Linear(600, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 5))
+    x = torch.randn(4, 600)
+
+    def chosen(bytes_):
+        return [layer.chosen.structure for layer in plan(model, x, structure_bytes=bytes_)]
+
+    assert chosen(1 << 30) == ["neuron", "neuron", "shared"]
+    assert chosen(4 << 20) == ["shared", "neuron", "shared"]
+    assert chosen(1 << 20) == ["diagonal", "shared", "shared"]
+    for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):
+        assert all(layer.chosen.bytes <= budget for layer in plan(model, x, structure_bytes=budget))
+
+
+def test_a_plan_counts_samples_and_positions_and_offers_others():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
+    (layer,) = plan(model, torch.randn(2, 3, 8, 8))
+    assert layer.samples == 2 * 8 * 8
+    assert layer.shape == (16, 28)
+    assert layer.chosen.bytes == 2 * 4 * 28**2
+    assert layer.chosen.step == 2 * 16 * 28**2
+    assert layer.chosen.statistics == 2 * 28**2 * 128
+    assert {other.structure for other in layer.others} == {"neuron", "kronecker", "diagonal"}
+
+
+def test_tables_have_a_line_a_row():
+    model, tokens = net()
+    said, planned = coverage(model, tokens), plan(model, tokens)
+    assert len(str(said).splitlines()) == 1 + len(list(model.parameters()))
+    assert "attention.in_proj" in str(said)
+    assert len(str(planned).splitlines()) == 2 + len(list(planned))
+    assert "KiB" in str(planned)
+
+
+def test_models_are_called_with_keywords_too():
+    model, tokens = net()
+    assert len(list(plan(model, {"tokens": tokens}))) == len(list(plan(model, (tokens,))))
+
+
+def test_the_model_is_left_as_it_was():
+    model, tokens = net()
+    plan(model, tokens)
+    coverage(model, tokens)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())

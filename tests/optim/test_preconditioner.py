@@ -1,0 +1,122 @@
+"""The preconditioner before optimizers of torch: the same direction as RNGD, and nothing else touched."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from relfisher import RNGD, Preconditioner
+from relfisher.optim import HealthWarning
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def batch(seed=0):
+    return torch.randn(16, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def backward(model, seed=0):
+    model.zero_grad()
+    loss = (model(batch(seed)) - 1).square().mean()
+    loss.backward()
+    return loss.item()
+
+
+def test_before_plain_gradient_descent_it_is_rngd_without_a_bound():
+    one, two = network(), network()
+    preconditioner, sgd = Preconditioner(one), torch.optim.SGD(one.parameters(), lr=0.1)
+    optimizer = RNGD(two, lr=0.1, trust_region=None)
+    for seed in range(12):
+        backward(one, seed)
+        preconditioner.step()
+        sgd.step()
+        backward(two, seed)
+        optimizer.step()
+        for mine, theirs in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_learns_before_any_optimizer(kind):
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.01)
+    with Preconditioner(model, grafted=True) as preconditioner:
+        losses = []
+        for seed in range(200):
+            losses.append(backward(model, seed))
+            preconditioner.step()
+            optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+    assert not model[0]._forward_hooks
+
+
+def test_grafted_gradients_keep_their_norm():
+    model = network()
+    preconditioner = Preconditioner(model, grafted=True)
+    backward(model)
+    before = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+    preconditioner.step()
+    after = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+    torch.testing.assert_close(after.norm(), before.norm())
+    assert not torch.allclose(after, before)
+
+
+def test_what_has_no_metric_keeps_its_gradient():
+    model = network()
+    preconditioner = Preconditioner(model, structure={"0": "fallback"})
+    backward(model)
+    kept, changed = model[0].weight.grad.clone(), model[2].weight.grad.clone()
+    preconditioner.step()
+    assert torch.equal(model[0].weight.grad, kept)
+    assert not torch.equal(model[2].weight.grad, changed)
+
+
+def test_resumes_bitwise():
+    model, twin = network(), network()
+    one, two = Preconditioner(model, refresh_interval=4), Preconditioner(twin, refresh_interval=4)
+    for seed in range(6):
+        backward(model, seed)
+        one.step()
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    two.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(6, 14):
+        for each, preconditioner in ((model, one), (twin, two)):
+            backward(each, seed)
+            preconditioner.step()
+        assert torch.equal(model[0].weight.grad, twin[0].weight.grad)
+
+
+def test_a_state_of_other_layers_is_refused():
+    other = Preconditioner(nn.Sequential(nn.Linear(6, 5)))
+    with pytest.raises(ValueError, match="of other layers"):
+        other.load_state_dict(Preconditioner(network()).state_dict())
+
+
+def test_a_gradient_that_is_not_finite_stays_as_it_is():
+    model = network()
+    preconditioner = Preconditioner(model)
+    backward(model)
+    model[0].weight.grad[0, 0] = float("inf")
+    with pytest.warns(HealthWarning, match="gradient of 0 is not finite"):
+        preconditioner.step()
+    assert torch.isinf(model[0].weight.grad).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": -1.0}, "damping must lie"),
+        ({"decay": 1.0}, "decay must lie"),
+        ({"structure": "kron"}, "structure must be one of"),
+        ({"stats_samples": 0}, "stats_samples must be"),
+    ],
+)
+def test_arguments_outside_what_is_allowed_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preconditioner(network(), **options)
