@@ -22,8 +22,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Spectral(StepRule):
     """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
 
-    The layer's response to the input x~ changes by D x~. In coordinates u = R'^-1 x~ in which the inputs have the unit
-    second moment, that is orth(M R') u up to the damping: all singular values are 1, so that no direction of the inputs
+    The layer's response to the input x~ changes by D x~. In coordinates u = R x~, in which the inputs have the unit
+    second moment up to the damping, that is orth(M R') u: all singular values are 1, so that no direction of the inputs
     moves the response further than another. Among all D whose response change has a spectral norm of at most 1 over
     such inputs, this one decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R, with Q
     orthogonal, gives the same D, so that a Cholesky factor serves.
