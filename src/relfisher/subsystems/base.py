@@ -10,11 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.responses import LinearGaussian, Response, UnitResponse
@@ -43,17 +44,19 @@ class Call:
         kwargs: its keyword arguments.
         output: what it returned.
         random_state: of the CPU's and the device's generator before the call, where a subsystem asked for them.
+        shared: what the subsystems of a module find out once for all of them.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
     random_state: tuple[Tensor, Tensor | None] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def input(self, place: int = 0) -> Tensor:
         """Return an argument by its place in the call, whether or not it was given by name."""
-        found: Tensor = [*self.args, *self.kwargs.values()][place]
-        return found.detach()
+        found: Any = [*self.args, *self.kwargs.values()][place]
+        return (found.data if isinstance(found, PackedSequence) else found).detach()
 
     @contextmanager
     def random_numbers(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from relfisher.subsystems.norm import (
     LayerNormSubsystem,
     PReLUSubsystem,
 )
+from relfisher.subsystems.recurrent import RecurrentSubsystem
 
 __all__ = ["Discovery", "discover", "subsystems_of"]
 
@@ -37,6 +38,7 @@ _KINDS: tuple[type[Subsystem], ...] = (
     PReLUSubsystem,
     InputProjectionSubsystem,
     OutputProjectionSubsystem,
+    RecurrentSubsystem,
 )
 
 

@@ -1,0 +1,234 @@
+"""Recurrent layers: input weights and recurrent weights are linear layers whose units are gates, shared over time.
+
+Each layer and direction has two subsystems, of which the other is the reference: the input weights with x~ = (x_t, 1)
+and the recurrent weights with x~ = (h_(t-1), 1). Samples run over sequences and time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from relfisher.moments import augment
+from relfisher.responses import ReLUGaussian, SigmoidBernoulli, TanhBernoulli, UnitResponse
+from relfisher.shapes import Float, Num
+from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.linear import column, whole
+
+__all__ = ["Gates", "RecurrentSubsystem"]
+
+_SIGMOID, _TANH = SigmoidBernoulli(), TanhBernoulli()
+_UNITS: dict[str, tuple[UnitResponse, ...]] = {
+    "LSTM": (_SIGMOID, _SIGMOID, _TANH, _SIGMOID),
+    "GRU": (_SIGMOID, _SIGMOID, _TANH),
+    "RNN_TANH": (_TANH,),
+    "RNN_RELU": (ReLUGaussian(),),
+}
+
+
+@dataclass(frozen=True)
+class Gates(UnitResponse):
+    """Units of several kinds, as many of each, one kind after another along the last axis of z.
+
+    Args:
+        units: the kinds.
+        reset: True if z holds the gates (r, z, n) of a GRU and the parameters are its recurrent weights: the new
+            state's pre-activation takes these only times r, so that its information, with r as given, is nu r^2.
+    """
+
+    units: tuple[UnitResponse, ...]
+    reset: bool = False
+
+    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return the gates."""
+        return torch.cat([unit.activation(part) for unit, part in self._parts(z)], dim=-1)
+
+    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return their derivatives."""
+        return torch.cat([unit.slope(part) for unit, part in self._parts(z)], dim=-1)
+
+    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return what each gate says about the pre-activation, or about the recurrent part of it."""
+        parts = [unit.information(part) for unit, part in self._parts(z)]
+        if self.reset:
+            parts[-1] = parts[-1] * torch.sigmoid(z.chunk(len(self.units), dim=-1)[0]).square()
+        return torch.cat(parts, dim=-1)
+
+    def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return ln p(y | z) of each gate."""
+        responses = y.chunk(len(self.units), dim=-1)
+        pairs = zip(self._parts(z), responses, strict=True)
+        return torch.cat([unit.log_prob(part, response) for (unit, part), response in pairs], dim=-1)
+
+    def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
+        """Draw the gates' responses."""
+        return torch.cat([unit.sample(part, generator) for unit, part in self._parts(z)], dim=-1)
+
+    def outcomes(self, out: int) -> None:
+        """Return None: they differ from gate to gate."""
+        return
+
+    def _parts(self, z: Tensor) -> list[tuple[UnitResponse, Tensor]]:
+        return list(zip(self.units, z.chunk(len(self.units), dim=-1), strict=True))
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """The inputs [length, batch, in] and outputs of one layer, both directions side by side, and its initial states."""
+
+    inputs: Tensor
+    outputs: Tensor
+    initial: Tensor
+
+
+class RecurrentSubsystem(Subsystem):
+    """The input weights or the recurrent weights of one layer and direction of RNN, LSTM or GRU.
+
+    What lower layers say is inside the module's call, so that those run once more, with the same random numbers for the
+    dropout between layers, when statistics are due.
+    """
+
+    kinds: ClassVar[Kinds] = (nn.RNN, nn.LSTM, nn.GRU)
+    followed = False
+    random = True
+
+    def __init__(
+        self, name: str, module: Any, parts: list[Part], layer: int, *, reverse: bool, recurrent: bool
+    ) -> None:
+        out, inputs = parts[0].parameter.shape
+        super().__init__(name, module, parts, (out, inputs + len(parts) - 1))
+        self.suffix = f".{name.rpartition('.')[2]}"
+        self.response = Gates(_UNITS[module.mode], reset=recurrent and module.mode == "GRU")
+        self._layer = layer
+        self._reverse = reverse
+        self._recurrent = recurrent
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
+        """Return two subsystems a layer and direction; none with projections, which have weights of a third kind."""
+        if module.proj_size:
+            return []
+        found: list[Subsystem] = []
+        for layer in range(module.num_layers):
+            for reverse in range(1 + module.bidirectional):
+                place = f"l{layer}" + "_reverse" * reverse
+                for side in ("ih", "hh"):
+                    parts = [Part(getattr(module, f"weight_{side}_{place}"), whole)]
+                    if module.bias:
+                        parts.append(Part(getattr(module, f"bias_{side}_{place}"), column))
+                    label = f"{name}.{side}_{place}"
+                    found.append(cls(label, module, parts, layer, reverse=bool(reverse), recurrent=side == "hh"))
+        return found
+
+    def output(self, output: Any) -> Tensor | None:
+        """Return the sequence of outputs."""
+        sequence = output[0]
+        return super().output(sequence.data if isinstance(sequence, PackedSequence) else sequence)
+
+    @torch.no_grad()
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return inputs or the states before, and the gates' pre-activations; padding of packed sequences is no sample."""
+        if "layers" not in call.shared:
+            call.shared["layers"], call.shared["lengths"] = self._run(call)
+        sequences: _Sequences = call.shared["layers"][self._layer]
+        lengths: Tensor | None = call.shared["lengths"]
+        before = self._before(sequences, lengths)
+        x, z = before if self._recurrent else sequences.inputs, self._gates(sequences.inputs, before)
+        if lengths is not None:
+            real = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
+            x, z = Sampling(sampling.limit).rows(x[real], z[real])
+        elif self.module.batch_first and call.input().ndim == 3:
+            x, z = sampling.rows(x.transpose(0, 1), z.transpose(0, 1))
+        else:
+            x, z = sampling.rows(*((x, z) if call.input().ndim == 3 else (x.squeeze(1), z.squeeze(1))))
+        return Rows(augment(x, len(self.parts) - 1), z)
+
+    def _before(self, sequences: _Sequences, lengths: Tensor | None) -> Tensor:
+        """Return the state before each step, [length, batch, hidden], in this subsystem's direction."""
+        size, start = self.module.hidden_size, sequences.initial[int(self._reverse)].unsqueeze(0)
+        outputs = sequences.outputs[..., size * self._reverse : size * (self._reverse + 1)]
+        if not self._reverse:
+            return torch.cat([start, outputs[:-1]])
+        after = torch.cat([outputs[1:], start])
+        if lengths is None:
+            return after
+        ends = torch.arange(len(after), device=after.device)[:, None] + 1 >= lengths
+        return torch.where(ends.unsqueeze(-1), start, after)
+
+    def _gates(self, inputs: Tensor, before: Tensor) -> Tensor:
+        """Return the pre-activations of all gates."""
+        weights = [weight.detach() for weight in self._weights(self._layer)[int(self._reverse)]]
+        biases = weights[2:] if self.module.bias else [None, None]
+        said = functional.linear(inputs, weights[0], biases[0])
+        kept = functional.linear(before, weights[1], biases[1])
+        if self.module.mode != "GRU":
+            return said + kept
+        size = self.module.hidden_size
+        gates = said[..., : 2 * size] + kept[..., : 2 * size]
+        new = said[..., 2 * size :] + torch.sigmoid(gates[..., :size]) * kept[..., 2 * size :]
+        return torch.cat([gates, new], dim=-1)
+
+    def _weights(self, layer: int) -> list[list[nn.Parameter]]:
+        """Return the weights of a layer, a list a direction."""
+        directions = 1 + self.module.bidirectional
+        weights: list[list[nn.Parameter]] = self.module.all_weights
+        return weights[layer * directions : (layer + 1) * directions]
+
+    def _run(self, call: Call) -> tuple[list[_Sequences], Tensor | None]:
+        """Run the layers one by one, and return what each one saw and said, and the lengths of packed sequences."""
+        module, given = self.module, [*call.args, *call.kwargs.values()]
+        sequence, states = given[0], given[1] if len(given) > 1 else None
+        packed = sequence if isinstance(sequence, PackedSequence) else None
+        lengths = None
+        if packed is not None:
+            padded, lengths = pad_packed_sequence(packed)
+            lengths = lengths.to(padded.device)
+            current, inputs = packed.data.detach(), padded.detach()
+        else:
+            inputs = sequence.detach()
+            inputs = (
+                inputs.unsqueeze(1) if inputs.ndim == 2 else inputs.transpose(0, 1) if module.batch_first else inputs
+            )
+            inputs = inputs.to(self.weight.dtype)
+            current = inputs
+        initial = self._initial(states, inputs)
+        found = []
+        with call.random_numbers():
+            for layer in range(module.num_layers):
+                output = self._one(current, [state[layer] for state in initial], layer, packed)
+                outputs = output if packed is None else pad_packed_sequence(packed._replace(data=output))[0]
+                found.append(_Sequences(inputs, outputs, initial[0][layer]))
+                if layer + 1 < module.num_layers:
+                    current = functional.dropout(output, module.dropout, module.training)
+                    inputs = current if packed is None else pad_packed_sequence(packed._replace(data=current))[0]
+        return found, lengths
+
+    def _initial(self, states: Any, inputs: Tensor) -> list[Tensor]:
+        """Return the initial states (and cells), each [layers, directions, batch, hidden]."""
+        module = self.module
+        shape = (module.num_layers, 1 + module.bidirectional, inputs.shape[1], module.hidden_size)
+        count = 2 if module.mode == "LSTM" else 1
+        if states is None:
+            return [inputs.new_zeros(shape)] * count
+        given = states if isinstance(states, tuple) else (states,)
+        return [state.detach().to(inputs.dtype).reshape(shape) for state in given]
+
+    def _one(self, current: Tensor, initial: list[Tensor], layer: int, packed: PackedSequence | None) -> Tensor:
+        """Run one layer on sequences, or on the data of packed ones."""
+        module = self.module
+        run = getattr(torch._VF, module.mode.lower())
+        weights = [weight.detach() for direction in self._weights(layer) for weight in direction]
+        if packed is not None and packed.sorted_indices is not None:
+            initial = [state.index_select(1, packed.sorted_indices) for state in initial]
+        states = initial if module.mode == "LSTM" else initial[0]
+        options = (weights, module.bias, 1, 0.0, False, module.bidirectional)
+        if packed is None:
+            output: Tensor = run(current, states, *options, False)[0]
+        else:
+            output = run(current, packed.batch_sizes, states, *options)[0]
+        return output

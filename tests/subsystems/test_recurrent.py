@@ -1,0 +1,209 @@
+"""Recurrent layers: their metrics against steps that are written out and differentiated, module by module."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import jacrev
+from torch.nn.utils.rnn import pack_sequence
+
+from relfisher import RNGD
+from relfisher.subsystems import Call, Sampling, subsystems_of
+
+KINDS = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "tanh": nn.RNN,
+    "relu": lambda *sizes, **options: nn.RNN(*sizes, nonlinearity="relu", **options),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def run(kind, size, x, h, c, weights, deltas):
+    """Take one step as in the textbooks and return the gates' pre-activations and the new state and cell.
+
+    The deltas are added to the input and recurrent weights of all gates.
+    """
+    w_ih, w_hh, b_ih, b_hh = weights
+    said = (w_ih + deltas[0][:, :-1]) @ x + b_ih + deltas[0][:, -1]
+    kept = (w_hh + deltas[1][:, :-1]) @ h + b_hh + deltas[1][:, -1]
+    if kind == "gru":
+        r, update = torch.sigmoid(said[: 2 * size] + kept[: 2 * size]).split(size)
+        new = said[2 * size :] + r.detach() * kept[2 * size :]
+        z = torch.cat([said[: 2 * size] + kept[: 2 * size], new])
+        return z, (1 - update) * torch.tanh(new) + update * h, c
+    z = said + kept
+    if kind == "lstm":
+        i, f, g, o = z.split(size)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return z, torch.sigmoid(o) * torch.tanh(c), c
+    return z, torch.tanh(z) if kind == "tanh" else torch.relu(z), c
+
+
+def nu(kind, size, z):
+    """Return the information of each gate about its own pre-activation, written out."""
+    if kind == "relu":
+        return (z > 0).to(z.dtype)
+    sigmoid = torch.sigmoid(z) * (1 - torch.sigmoid(z))
+    tanh = 1 - torch.tanh(z) ** 2
+    if kind == "tanh":
+        return tanh
+    place = torch.arange(len(z)) // size
+    return torch.where(place == 2, tanh, sigmoid)
+
+
+def expected(kind, module, x, side):
+    """Return the metric of a one-layer module's input (0) or recurrent (1) weights from one sequence batch [T, B, in].
+
+    The states before are reference: they are computed without the deltas.
+    """
+    size = module.hidden_size
+    weights = [weight.detach() for weight in module.all_weights[0]]
+    if not module.bias:
+        weights += [weights[0].new_zeros(len(weights[0]))] * 2
+    widths = (weights[0].shape[1] + 1, weights[1].shape[1] + 1)
+    zeros = [weights[0].new_zeros(len(weights[0]), width) for width in widths]
+    total, count = 0, 0
+    for sequence in x.unbind(1):
+        h, c = x.new_zeros(size), x.new_zeros(size)
+        for each in sequence:
+
+            def gates(delta, each=each, h=h, c=c):
+                deltas = [delta if place == side else zero for place, zero in enumerate(zeros)]
+                return run(kind, size, each, h, c, weights, deltas)[0]
+
+            jacobian = jacrev(gates)(zeros[side]).flatten(1)
+            z, h, c = run(kind, size, each, h, c, weights, zeros)
+            total = total + jacobian.T @ torch.diag(nu(kind, size, z)) @ jacobian
+            count += 1
+    metric = total / count
+    if not module.bias:
+        keep = torch.ones_like(zeros[side], dtype=torch.bool)
+        keep[:, -1] = False
+        metric = metric[keep.flatten()][:, keep.flatten()]
+    return metric
+
+
+def metrics(module, *args):
+    """Return the metric of each subsystem of a call, by its name."""
+    call = Call(args, {}, module(*args))
+    return {layer.name: layer.metric(layer.rows(call, Sampling())).to_dense() for layer in subsystems_of("m", module)}
+
+
+@kinds
+@settings(max_examples=8)
+@given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
+def test_metrics_equal_the_definition(kind, sizes, bias):
+    length, n, inputs, size = sizes
+    torch.manual_seed(length + 7 * n)
+    module = KINDS[kind](inputs, size, bias=bias).double()
+    x = torch.randn(length, n, inputs, dtype=torch.float64)
+    found = metrics(module, x)
+    for side, name in enumerate(("m.ih_l0", "m.hh_l0")):
+        torch.testing.assert_close(found[name], expected(kind, module, x, side), rtol=1e-8, atol=1e-10)
+
+
+@kinds
+def test_layouts_directions_and_layers_are_samples_of_the_same_kind(kind):
+    """Batch-first, unbatched, reversed and stacked modules against plain ones with the same weights."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    plain = KINDS[kind](2, 3).double()
+    first = metrics(plain, x)
+    swapped = KINDS[kind](2, 3, batch_first=True).double()
+    swapped.load_state_dict(plain.state_dict())
+    for name, metric in metrics(swapped, x.transpose(0, 1)).items():
+        torch.testing.assert_close(metric, first[name])
+    single = metrics(plain, x[:, :1])
+    for name, metric in metrics(plain, x[:, 0]).items():
+        torch.testing.assert_close(metric, single[name])
+
+    both = KINDS[kind](2, 3, num_layers=2, bidirectional=True).double()
+    found = metrics(both, x)
+    lower = {reverse: KINDS[kind](2, 3).double() for reverse in ("", "_reverse")}
+    outputs = []
+    for reverse, module in lower.items():
+        flipped = x.flip(0) if reverse else x
+        copied = {key: both.state_dict()[f"{key}{reverse}"] for key in module.state_dict()}
+        module.load_state_dict(copied)
+        for name, metric in metrics(module, flipped).items():
+            torch.testing.assert_close(found[f"{name}{reverse}"], metric)
+        output = module(flipped)[0]
+        outputs.append(output.flip(0) if reverse else output)
+    upper = KINDS[kind](6, 3).double()
+    upper.load_state_dict({key: both.state_dict()[key.replace("l0", "l1")] for key in upper.state_dict()})
+    for name, metric in metrics(upper, torch.cat(outputs, -1)).items():
+        torch.testing.assert_close(found[name.replace("l0", "l1")], metric)
+
+
+@kinds
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_sequences_are_their_sequences(kind, reverse):
+    """The mean over sequences of different lengths, weighted by length; padding does not count."""
+    torch.manual_seed(0)
+    module = KINDS[kind](2, 3, num_layers=2, bidirectional=reverse).double()
+    sequences = [torch.randn(length, 2, dtype=torch.float64) for length in (2, 4, 3)]
+    found = metrics(module, pack_sequence(sequences, enforce_sorted=False))
+    each = [metrics(module, sequence[:, None]) for sequence in sequences]
+    for name, metric in found.items():
+        mean = sum(len(sequence) * one[name] for sequence, one in zip(sequences, each, strict=True)) / 9
+        torch.testing.assert_close(metric, mean)
+
+
+@kinds
+def test_given_initial_states_count(kind):
+    torch.manual_seed(0)
+    module = KINDS[kind](2, 3).double()
+    x = torch.randn(5, 2, 2, dtype=torch.float64)
+    _, states = module(x[:2])
+    late = metrics(module, x[2:], states)
+    rest = metrics(module, x)
+    early = metrics(module, x[:2])
+    for name, metric in late.items():
+        torch.testing.assert_close((2 * early[name] + 3 * metric) / 5, rest[name])
+
+
+def test_dropout_between_layers_is_drawn_once_more():
+    """The second layer's inputs, with the state of the random numbers kept, are what the module itself saw."""
+    torch.manual_seed(0)
+    module = nn.LSTM(2, 3, num_layers=2, dropout=0.5).double()
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    state = torch.get_rng_state()
+    output = module(x)
+    call = Call((x,), {}, output, (state, None))
+    layer = next(each for each in subsystems_of("m", module) if each.name == "m.ih_l1")
+    layer.rows(call, Sampling())
+    torch.testing.assert_close(call.shared["layers"][1].outputs, output[0])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+def test_learns_and_leaves_nothing_to_adamw(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = KINDS[kind](4, 8, num_layers=2, dropout=0.1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.body(x)[0])
+
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = RNGD(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    losses = []
+    for seed in range(60):
+        tokens = torch.randint(4, (6, 16), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        logits = model(nn.functional.one_hot(tokens, 4).float())
+        loss = nn.functional.cross_entropy(logits[1:].flatten(0, 1), tokens[:-1].flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert [group["kind"] for group in optimizer.param_groups] == ["metric"]
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_projections_fall_back():
+    assert subsystems_of("m", nn.LSTM(2, 4, proj_size=3)) == []
