@@ -35,6 +35,11 @@ class Net(nn.Module):
         return self.head(torch.tanh(z) * self.scale)
 
 
+def supports(what):
+    layers = "Embedding", "Conv1d", "BatchNorm1d", "MultiheadAttention", "LayerNorm", "PReLU", "Bilinear", "Linear"
+    return pytest.mark.supports(what, *layers)
+
+
 def net(dtype=torch.float64, **options):
     torch.manual_seed(0)
     return Net(**options).to(dtype)
@@ -58,6 +63,7 @@ def step(model, optimizer, seed):
     return loss.item()
 
 
+@supports("RNGD learns with all of them in one network")
 def test_learns_with_every_kind_of_layer():
     model = net()
     optimizer = RNGD(model)
@@ -68,6 +74,7 @@ def test_learns_with_every_kind_of_layer():
     }
 
 
+@supports("resumes bitwise from a state in the middle of an interval, for each step rule")
 @pytest.mark.parametrize("rule", ["trust-region", "normalized", "spectral"])
 @pytest.mark.parametrize("saved_at", [3, 8])
 def test_resumes_bitwise_in_the_middle_of_an_interval(rule, saved_at):
@@ -88,6 +95,7 @@ def test_resumes_bitwise_in_the_middle_of_an_interval(rule, saved_at):
         assert step(model, optimizer, seed) == step(twin, other, seed)
 
 
+@supports("accumulated gradients equal the large batch")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_accumulated_gradients_equal_the_large_batch(reduction):
     """Four passes of 3 samples are one of 12; batch norm in evaluation mode, since its batches differ."""
@@ -220,6 +228,7 @@ def test_the_optimizer_is_a_context_that_takes_its_hooks_off():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.supports("autocast in float16 and bfloat16", "Embedding", "Conv1d", "MultiheadAttention", "LayerNorm")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_keeps_a_float32_state_for_every_layer(dtype):
     """But for the bilinear one, which torch's autocast cannot run."""

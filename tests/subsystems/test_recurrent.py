@@ -20,6 +20,10 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+def supports(what):
+    return pytest.mark.supports(what, "RNN", "LSTM", "GRU")
+
+
 def run(kind, size, x, h, c, weights, deltas):
     """Take one step as in the textbooks and return the gates' pre-activations and the new state and cell.
 
@@ -91,6 +95,7 @@ def metrics(module, *args):
     return {layer.name: layer.metric(layer.rows(call, Sampling())).to_dense() for layer in subsystems_of("m", module)}
 
 
+@supports("metric of input and recurrent weights equals the definition, to 1e-8")
 @kinds
 @settings(max_examples=8)
 @given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
@@ -104,6 +109,7 @@ def test_metrics_equal_the_definition(kind, sizes, bias):
         torch.testing.assert_close(found[name], expected(kind, module, x, side), rtol=1e-8, atol=1e-10)
 
 
+@supports("batch_first, unbatched, bidirectional, several layers")
 @kinds
 def test_layouts_directions_and_layers_are_samples_of_the_same_kind(kind):
     """Batch-first, unbatched, reversed and stacked modules against plain ones with the same weights."""
@@ -137,6 +143,7 @@ def test_layouts_directions_and_layers_are_samples_of_the_same_kind(kind):
         torch.testing.assert_close(found[name.replace("l0", "l1")], metric)
 
 
+@supports("packed sequences")
 @kinds
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed_sequences_are_their_sequences(kind, reverse):
@@ -151,6 +158,7 @@ def test_packed_sequences_are_their_sequences(kind, reverse):
         torch.testing.assert_close(metric, mean)
 
 
+@supports("given initial states")
 @kinds
 def test_given_initial_states_count(kind):
     torch.manual_seed(0)
@@ -177,6 +185,7 @@ def test_dropout_between_layers_is_drawn_once_more():
     torch.testing.assert_close(call.shared["layers"][1].outputs, output[0])
 
 
+@supports("RNGD learns, nothing is left to AdamW")
 @pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
 def test_learns_and_leaves_nothing_to_adamw(kind):
     class Model(nn.Module):

@@ -132,7 +132,7 @@ class RecurrentSubsystem(Subsystem):
 
     @torch.no_grad()
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return inputs or the states before, and the gates' pre-activations; padding of packed sequences is no sample."""
+        """Return inputs or the states before, and the gates' pre-activations; packed sequences have no padding."""
         if "layers" not in call.shared:
             call.shared["layers"], call.shared["lengths"] = self._run(call)
         sequences: _Sequences = call.shared["layers"][self._layer]
