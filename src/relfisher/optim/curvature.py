@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.optim.assignment import assign
-from relfisher.optim.health import Health
+from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.schedule import Schedule
 from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
 from relfisher.structures import Damping, Form, State, Structure
@@ -55,6 +56,11 @@ class Curvature:
         relu_omega: float | None,
         limit: int | None,
     ) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            count = torch.distributed.get_world_size()
+            if count > 1:
+                message = f"{count} processes would each keep a metric of their own samples, and so step apart"
+                warnings.warn(message, HealthWarning, stacklevel=3)
         self.layers: list[Subsystem] = []
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)

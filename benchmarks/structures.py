@@ -1,0 +1,70 @@
+"""What each structure learns on the paper's network, with everything else at its default.
+
+    python benchmarks/structures.py --data mnist5k --epochs 10
+
+prints a Markdown table for docs/decisions/structures.md. Every run has the same initial weights and batches.
+"""
+
+import argparse
+import itertools
+
+import torch
+from defaults import WORKLOADS, train
+from torch import nn
+
+from relfisher import RNGD
+from relfisher.experiments.data import load
+from relfisher.responses import Categorical
+from relfisher.structures import KroneckerFactors
+
+
+def softmax_head(model):
+    """Return the default everywhere but at the head, which has the information of a softmax."""
+    return {last(model): KroneckerFactors(Categorical())}
+
+
+def two_layers(model):
+    """Return Kronecker factors through the next layer, and the information of a softmax at the head."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    pairs = itertools.pairwise(names)
+    return softmax_head(model) | {one: KroneckerFactors(through=model.get_submodule(two)) for one, two in pairs}
+
+
+def last(model):
+    """Return the name of the last linear layer."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+STRUCTURES = {
+    "auto": lambda _: "auto",
+    "shared": lambda _: "shared",
+    "neuron": lambda _: "neuron",
+    "diagonal": lambda _: "diagonal",
+    "kronecker, units' own response": lambda _: "kronecker",
+    "auto, softmax head as Kronecker factors": softmax_head,
+    "two-layer Kronecker factors, softmax head": two_layers,
+}
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="mnist5k")
+    parser.add_argument("--epochs", type=int, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load(options.data)
+    print("| workload | structure | cost of all training images | best validation accuracy | s/epoch |")
+    print("|---|---|---|---|---|", flush=True)
+    for workload in ("ReLU, batch 50", "tanh, batch 50", "sigmoid, batch 50"):
+        activation, batch = WORKLOADS[workload]
+        for name, structure in STRUCTURES.items():
+            cost, accuracy, seconds = train(
+                lambda model, choose=structure: RNGD(model, structure=choose(model)),
+                data, activation, batch, options.epochs,
+            )  # fmt: skip
+            print(f"| {workload} | {name} | {cost:.2g} | {accuracy:.1%} | {seconds:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
