@@ -27,6 +27,9 @@ __all__ = ["Call", "Gathered", "Kinds", "Part", "Rows", "Sampling", "Subsystem"]
 
 Kinds = tuple[type[nn.Module], ...]
 
+#: Its multiples modulo 1 are spread evenly.
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 class Rows(NamedTuple):
     """Samples of a subsystem: augmented inputs x [*g, n, d] and pre-activations z [*g, n, out]."""
@@ -53,9 +56,9 @@ class Call:
     random_state: tuple[Tensor, Tensor | None] | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
-    def input(self, place: int = 0) -> Tensor:
-        """Return an argument by its place in the call, whether or not it was given by name."""
-        found: Any = [*self.args, *self.kwargs.values()][place]
+    def input(self, place: int = 0, name: str = "input") -> Tensor:
+        """Return an argument by its place or name; one that is alone may have any name."""
+        found: Any = self.kwargs[name] if name in self.kwargs else [*self.args, *self.kwargs.values()][place]
         return (found.data if isinstance(found, PackedSequence) else found).detach()
 
     @contextmanager
@@ -95,8 +98,9 @@ class Sampling:
     """Which samples of a call go into its statistics.
 
     Args:
-        limit: at most about so many, evenly spaced; None for all.
-        mask: True for those that count; it applies to all tensors with its leading shape, such as [batch, length].
+        limit: at most about so many, evenly spread; None for all.
+        mask: True for those that count; it applies to all tensors whose shape begins with its own, such as
+            [batch, length] for [batch, length, in].
     """
 
     limit: int | None = None
@@ -114,15 +118,32 @@ class Sampling:
         """
         leading = tensors[0].shape[: tensors[0].ndim - trailing]
         flat = [tensor.reshape(-1, *tensor.shape[tensor.ndim - trailing :]) for tensor in tensors]
-        if self.mask is not None and self.mask.shape == leading:
-            keep = self.mask.reshape(-1)
+        keep = self.kept(leading)
+        if keep is not None:
             flat = [tensor[keep] for tensor in flat]
-        stride = self.stride(flat[0].shape[0])
-        return [tensor[::stride] for tensor in flat] if stride > 1 else flat
+        chosen = self.chosen(flat[0].shape[0], flat[0].device)
+        return flat if chosen is None else [tensor[chosen] for tensor in flat]
 
-    def stride(self, samples: int) -> int:
-        """Return the distance from one sample that counts to the next."""
-        return 1 if self.limit is None else max(1, math.ceil(samples / self.limit))
+    def kept(self, leading: Sequence[int]) -> Tensor | None:
+        """Return for each sample of a leading shape whether it counts, [n]; None if the mask does not apply."""
+        mask = self.mask
+        if mask is None or tuple(mask.shape) != tuple(leading[: mask.ndim]):
+            return None
+        return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
+
+    def chosen(self, samples: int, device: torch.device) -> Tensor | None:
+        """Return the places of the samples that count; None for all of them.
+
+        They are one of each run of as many, at a place that moves through the run: one place alone could be the same
+        position of every sequence, or the same column of every image.
+        """
+        if self.limit is None or samples <= self.limit:
+            return None
+        run = math.ceil(samples / self.limit)
+        starts = torch.arange(0, samples, run, device=device)
+        phases = (torch.arange(len(starts), device=device, dtype=torch.float64) * _GOLDEN).frac()
+        places = starts + (phases * run).long()
+        return places[places < samples]
 
 
 @dataclass(frozen=True)

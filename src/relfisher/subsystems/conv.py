@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -56,19 +57,20 @@ class ConvSubsystem(Subsystem):
         x, z = call.input(), self.said(call)
         if x.ndim == dimensions + 1:  # without a batch dimension
             x, z = x.unsqueeze(0), z.unsqueeze(0)
-        positions = z[0, 0].numel()
-        if sampling.mask is not None and sampling.mask.shape == x.shape[:1]:
-            x, z = x[sampling.mask], z[sampling.mask]
-        stride = min(sampling.stride(x.shape[0] * positions), max(x.shape[0], 1))
-        x, z = x[::stride], z[::stride]
+        keep = sampling.kept(x.shape[:1])
+        if keep is not None:
+            x, z = x[keep], z[keep]
         patches = self.patches(x)  # [b, in, *positions, *kernel]
         order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
-        channels_last = z.movedim(1, -1)
+        x_rows, z_rows = patches.permute(order), z.movedim(1, -1)
+        places = z_rows.shape[:-1]
+        chosen = sampling.chosen(math.prod(places), z.device)
+        if chosen is not None:
+            where = torch.unravel_index(chosen, places)
+            x_rows, z_rows = x_rows[where], z_rows[where]
         groups = self.module.groups
-        x_rows = patches.permute(order).reshape(-1, groups, self.patch)
-        z_rows = channels_last.reshape(-1, groups, z.shape[1] // groups)
-        rest = Sampling(sampling.limit).stride(x_rows.shape[0])
-        x_rows, z_rows = x_rows[::rest], z_rows[::rest]
+        x_rows = x_rows.reshape(-1, groups, self.patch)
+        z_rows = z_rows.reshape(-1, groups, z.shape[1] // groups)
         if groups == 1:
             x_rows, z_rows = x_rows.squeeze(1), z_rows.squeeze(1)
         else:

@@ -29,8 +29,9 @@ class EmbeddingSubsystem(Subsystem):
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return sparse one-hot inputs, and outputs."""
         tokens, z = call.input().reshape(-1), self.said(call).reshape(-1, self.out)
-        if sampling.mask is not None and sampling.mask.shape == call.input().shape:
-            tokens, z = tokens[sampling.mask.reshape(-1)], z[sampling.mask.reshape(-1)]
+        keep = sampling.kept(call.input().shape)
+        if keep is not None:
+            tokens, z = tokens[keep], z[keep]
         if self.module.padding_idx is not None:
             real = tokens != self.module.padding_idx
             tokens, z = tokens[real], z[real]
@@ -63,14 +64,19 @@ class EmbeddingBagSubsystem(EmbeddingSubsystem):
         tokens, weights = given["input"], given.get("per_sample_weights")
         z = self.said(call)
         count, device = z.shape[0], z.device
+        exact = torch.promote_types(z.dtype, torch.float32)
         if tokens.ndim == 2:
             bags = torch.arange(count, device=device).repeat_interleave(tokens.shape[1])
         else:
             places = torch.arange(len(tokens), device=device)
-            starts = given["offsets"][:count]
-            bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+            bags = torch.searchsorted(given["offsets"].long(), places, right=True) - 1
         tokens = tokens.reshape(-1)
-        values = torch.ones(len(tokens), device=device) if weights is None else weights.detach().reshape(-1)
+        values = (
+            torch.ones(len(tokens), dtype=exact, device=device) if weights is None else weights.detach().reshape(-1)
+        )
+        if self.module.include_last_offset:  # what is behind the last bag is in none
+            inside = bags < count
+            bags, tokens, values = bags[inside], tokens[inside], values[inside]
         if self.module.padding_idx is not None:
             real = tokens != self.module.padding_idx
             bags, tokens, values = bags[real], tokens[real], values[real]
@@ -78,7 +84,5 @@ class EmbeddingBagSubsystem(EmbeddingSubsystem):
             sizes = torch.bincount(bags, minlength=count).clamp(min=1)
             values = values / sizes[bags]
         x = self._sparse(bags, tokens, count, values)
-        if sampling.mask is not None and sampling.mask.shape == (count,):
-            keep = sampling.mask.nonzero().squeeze(1)
-            return Rows(x.index_select(0, keep), z[keep])
-        return Rows(x, z)
+        keep = sampling.kept((count,))
+        return Rows(x, z) if keep is None else Rows(x.index_select(0, keep.nonzero().squeeze(1)), z[keep])

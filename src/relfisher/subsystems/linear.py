@@ -71,6 +71,6 @@ class BilinearSubsystem(Subsystem):
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return products of inputs, and outputs."""
-        first, second, z = sampling.rows(call.input(0), call.input(1), self.said(call))
+        first, second, z = sampling.rows(call.input(0, "input1"), call.input(1, "input2"), self.said(call))
         products = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
         return Rows(augment(products, len(self.parts) - 1), z)

@@ -96,7 +96,7 @@ class BatchNormSubsystem(_Affine):
 
 
 class InstanceNormSubsystem(BatchNormSubsystem):
-    """The affine of InstanceNorm, of batches."""
+    """The affine of InstanceNorm, of batches or of one sample."""
 
     kinds: ClassVar[Kinds] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -104,8 +104,15 @@ class InstanceNormSubsystem(BatchNormSubsystem):
         """Return the input over each sample's statistics, or over the running ones in evaluation mode."""
         module = self.module
         if module.training or module.running_mean is None:
-            return self.ordered(functional.instance_norm(x, eps=module.eps))
-        return super().normalised(x)
+            return self.ordered(functional.instance_norm(self._batched(x), eps=module.eps))
+        return super().normalised(self._batched(x))
+
+    def ordered(self, z: Tensor) -> Tensor:
+        """Return the module's output with the channels last."""
+        return super().ordered(self._batched(z))
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.ndim == self.module._get_no_batch_dim() else x
 
 
 class PReLUSubsystem(_Affine):
@@ -121,4 +128,4 @@ class PReLUSubsystem(_Affine):
     def ordered(self, z: Tensor) -> Tensor:
         """Return the values with one column a slope."""
         slopes = math.prod(self.shape[:1])
-        return z.reshape(-1, 1) if slopes == 1 else z.movedim(1, -1)
+        return z.unsqueeze(-1) if slopes == 1 else z.movedim(1, -1)

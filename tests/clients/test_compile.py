@@ -1,0 +1,48 @@
+"""Compiled models: trained as eager ones, and compiled no more once the loop is warm."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from relfisher import RNGD
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
+
+
+def losses(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(32, 6, generator=generator)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), x[:, :3].argmax(1))
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["the model", "the compiled model"])
+def test_nothing_is_compiled_again_after_warm_up(backend, wrapped):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    plain, model = network(), network()
+    compiled = torch.compile(model, backend=counting)
+    optimizer = RNGD(compiled if wrapped else model)
+    fast, slow = losses(compiled, optimizer, 30), losses(plain, RNGD(plain), 30)
+    found = [next(fast) for _ in range(7)]
+    warm = len(graphs)
+    found += fast
+    assert 0 < warm == len(graphs)
+    assert found == pytest.approx(list(slow), rel=1e-4)
+    assert found[-1] < found[0] / 2

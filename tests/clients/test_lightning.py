@@ -1,0 +1,86 @@
+"""Lightning's Trainer: schedulers, accumulation, clipping, and checkpoints that resume exactly."""
+
+import pytest
+
+pytest.importorskip("lightning")
+
+import lightning
+import torch
+from lightning_cnn import Classifier, loader
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+]
+
+
+def classifier():
+    torch.manual_seed(0)
+    return Classifier()
+
+
+def fit(model, epochs, *, checkpoint=None, batch=32, **options):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(model, loader(128, batch), ckpt_path=checkpoint)
+    return trainer
+
+
+@torch.no_grad()
+def loss(model):
+    images, labels = next(iter(loader(128, 128)))
+    return cross_entropy(model(images), labels).item()
+
+
+def test_it_learns_and_the_scheduler_reaches_every_group():
+    model = classifier()
+    start = loss(model)
+    trainer = fit(model, 10)
+    assert loss(model) < start / 2
+    (optimizer,) = trainer.optimizers
+    (scheduler,) = [config.scheduler for config in trainer.lr_scheduler_configs]
+    expected = [lr * 0.9**10 for lr in scheduler.base_lrs]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+    assert optimizer.health.skipped_steps == 0
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    straight, interrupted, resumed = classifier(), classifier(), classifier()
+    fit(straight, 4)
+    fit(interrupted, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, 4, checkpoint=tmp_path / "half.ckpt")
+    assert not torch.equal(interrupted.network[-1].weight, resumed.network[-1].weight)
+    for expected, parameter in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_accumulated_batches_are_as_one():
+    whole, parts = classifier(), classifier()
+    fit(whole, 2)
+    fit(parts, 2, batch=8, accumulate_grad_batches=4)
+    for expected, parameter in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_clipped_before_the_metric_takes_them():
+    start, free, clipped = classifier(), classifier(), classifier()
+    fit(free, 1)
+    fit(clipped, 1, gradient_clip_val=1e-3)
+
+    def gradient(model):
+        return get_total_norm([parameter.grad for parameter in model.parameters()])
+
+    def distance(model):
+        return (model.network[-1].weight - start.network[-1].weight).norm()
+
+    assert gradient(clipped) < 1.01e-3 < gradient(free)
+    assert 0 < distance(clipped) < distance(free) / 2
