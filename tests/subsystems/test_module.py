@@ -224,9 +224,9 @@ def test_a_layer_that_the_forward_pass_misses() -> None:
         module_metric(model, "spare", inputs(2, 3))
 
 
-def test_only_linear_layers_have_this_metric() -> None:
+def test_only_layers_with_parameters_have_a_metric() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
-    with pytest.raises(TypeError, match=r"must be that of a torch.nn.Linear, but '1' is a Tanh"):
+    with pytest.raises(TypeError, match=r"must be that of a layer with a metric, but '1' is a Tanh"):
         module_metric(model, "1", inputs(2, 3))
 
 
@@ -234,12 +234,12 @@ def test_only_linear_layers_have_this_metric() -> None:
 def test_inputs_must_be_finite(bad: float) -> None:
     x = inputs(4, 3)
     x[1, 1] = bad
-    with pytest.raises(ValueError, match=r"the input of 'fc' must be finite, got 1 NaN or infinite values of 12"):
+    with pytest.raises(ValueError, match=r"the input of 'fc' must be finite, got 1 NaN or infinite values of 16"):
         module_metric(Functional(torch.tanh), "fc", x)
 
 
 def test_inputs_must_not_be_empty() -> None:
-    with pytest.raises(ValueError, match=r"the input of 'fc' must not be empty, got shape \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"the input of 'fc' must not be empty, got shape \(0, 4\)"):
         module_metric(Functional(torch.tanh), "fc", inputs(0, 3))
 
 
