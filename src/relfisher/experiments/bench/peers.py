@@ -131,7 +131,7 @@ def _kfac(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         from singd.optim.optimizer import SINGD
     except ImportError as error:
         raise _missing("singd") from error
-    kfac = SINGD(model, kfac_like=True, warn_unsupported=False, normalize_lr_cov=True, **options)
+    kfac = SINGD(model, kfac_like=True, warn_unsupported=False, normalize_lr_cov=True, alpha1=0.0, **options)
     return _with_adamw(kfac, model, 1e-3)
 
 

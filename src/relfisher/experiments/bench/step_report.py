@@ -105,7 +105,7 @@ def growth_figure(growth: Growth) -> Figure:
             axes.set(xscale="log", yscale="log", xlabel="width")
             axes.set_xticks(widths, [str(width) for width in widths])
             axes.minorticks_off()
-            axes.legend(frameon=False)
+            axes.legend(loc="upper left", frameon=False)
         figure.suptitle("784-width-width-10 ReLU network, batch 256", x=0.07, ha="left", fontsize=13, weight="bold")
         figure.tight_layout()
     return figure
