@@ -3,9 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
-from relfisher.experiments.bench import workloads
 from relfisher.experiments.bench.peers import CONFIGURATIONS, PEERS
 from relfisher.experiments.bench.race import (
     RACES,
@@ -21,7 +19,6 @@ from relfisher.experiments.bench.race import (
 )
 from relfisher.experiments.bench.race_report import header, rows, write_race
 from relfisher.experiments.bench.workloads import WORKLOADS
-from relfisher.experiments.data import Dataset
 from relfisher.experiments.reproduce import Invocation
 from relfisher.experiments.runs import Record, RunStore
 
@@ -129,17 +126,8 @@ def test_a_target_is_reached_by_the_mean_of_the_last_batches():
     assert reached(record, 9.0, 7) is None
 
 
-@pytest.fixture
-def noise(monkeypatch):
-    images, labels = torch.rand(300, 784, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 10
-    data = Dataset("noise", images[:260], labels[:260], images[260:], labels[260:])
-    monkeypatch.setattr(workloads, "load", lambda source: data)
-    workloads.samples.cache_clear()
-    yield data
-    workloads.samples.cache_clear()
-
-
-def test_a_run_lasts_for_its_seconds_and_is_evaluated_on_the_way(noise):
+@pytest.mark.usefixtures("noise")
+def test_a_run_lasts_for_its_seconds_and_is_evaluated_on_the_way():
     race = plan("mlp", "noise", methods=("BNB+Adam",), seeds=2, tuning=0.05, budget=0.2, threads=1)
     assert race.planned == CONFIGURATIONS + 2
     reports = []
@@ -155,9 +143,10 @@ def test_a_run_lasts_for_its_seconds_and_is_evaluated_on_the_way(noise):
     assert math.isfinite(record.full_cost)
 
 
-def test_a_diverging_run_ends(noise):
+@pytest.mark.usefixtures("noise")
+def test_a_diverging_run_ends():
     race = plan("mlp", "noise", methods=("SGD",), seeds=1, tuning=60.0, budget=60.0, threads=1)
-    record = Racer("noise")(race.repeats("SGD", {"lr": 1e20})[0], lambda *report: None)
+    record = Racer("noise")(race.repeats("SGD", {"lr": 1e20})[0], lambda *_: None)
     assert record.diverged
     assert not math.isfinite(record.cost[-1])
     assert len(record.cost) < 100

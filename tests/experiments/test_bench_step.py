@@ -6,24 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from relfisher.experiments.bench import step, step_report, text, workloads
+from relfisher.experiments.bench import step, step_report, text
 from relfisher.experiments.bench.peers import CONFIGURATIONS, PEERS, Peer, UnavailableError, state_bytes
 from relfisher.experiments.bench.step import BLOCK, ITERATIONS, WARM_UP, Cell, Lane, iterate, measure, take_turns
 from relfisher.experiments.bench.workloads import WORKLOADS, Samples, batches, growing, samples
-from relfisher.experiments.data import Dataset
 from relfisher.experiments.reproduce import Invocation
-
-
-@pytest.fixture
-def noise(monkeypatch):
-    """The images of every data set are noise."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(300, 784, generator=generator), torch.arange(300) % 10
-    data = Dataset("noise", images[:260], labels[:260], images[260:], labels[260:])
-    monkeypatch.setattr(workloads, "load", lambda source: data)
-    samples.cache_clear()
-    yield data
-    samples.cache_clear()
 
 
 def lane(name, seconds, log):
@@ -128,7 +115,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package):
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_workload_starts_the_same_way_each_time_and_learns(noise, name):
+@pytest.mark.usefixtures("noise")
+def test_a_workload_starts_the_same_way_each_time_and_learns(name):
     workload = WORKLOADS[name]
     state = torch.random.get_rng_state()
     model, again = workload.build(3), workload.build(3)
@@ -170,8 +158,9 @@ def test_an_epoch_has_every_sample_once_and_whole_batches_only():
     assert not torch.equal(*epochs)
 
 
-def test_measurement_leaves_tables_numbers_and_a_picture(noise, tmp_path):
-    def gone(model):
+@pytest.mark.usefixtures("noise")
+def test_measurement_leaves_tables_numbers_and_a_picture(tmp_path):
+    def gone(_):
         raise UnavailableError("not available: it is a test")
 
     methods = {"Adam": PEERS["Adam"], "gone": Peer(gone, {}), "RNGD": PEERS["RNGD"]}
@@ -190,6 +179,7 @@ def test_measurement_leaves_tables_numbers_and_a_picture(noise, tmp_path):
     assert list(about["growth"]) == ["8", "16"]
 
 
-def test_the_peak_of_a_process_grows(noise, monkeypatch):
+@pytest.mark.usefixtures("noise")
+def test_the_peak_of_a_process_grows(monkeypatch):
     monkeypatch.setattr(step, "PEAK_ITERATIONS", 1)
     assert step._growth("mlp", "Adam", "noise", 1) >= 0
