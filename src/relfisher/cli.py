@@ -200,7 +200,8 @@ def _step(
     _check_writable(out)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     console = Console()
-    found, grown = {}, {}
+    found = {}
+    grown = {}
     for name in chosen:
         with console.status(name):
             cells = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
@@ -351,7 +352,10 @@ def _selected(chosen: str | None, known: Iterable[str], option: str = "--methods
     names = tuple(dict.fromkeys(name.strip().upper() for name in chosen.split(",")))
     for name in names:
         if name not in spelled:
-            raise _wrong(option, f"{name!r} is not a {option.strip('-s')}, allowed are {', '.join(spelled.values())}")
+            raise _wrong(
+                option,
+                f"{name!r} is not a {option.strip('-').removesuffix('s').lower()}, allowed are {', '.join(spelled.values())}",
+            )
     return tuple(spelled[name] for name in names)
 
 

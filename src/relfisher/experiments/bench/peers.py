@@ -150,7 +150,7 @@ def _shared(model: nn.Module, lr: float = 0.03, damping: float = 0.1) -> torch.o
 def _ruled(rule: str) -> Callable[..., torch.optim.Optimizer]:
     def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
         try:
-            return relfisher.RNGD(model, step_rule=rule, **options)  # type: ignore[call-arg]
+            return relfisher.RNGD(model, **{"step_rule": rule, **options})
         except (TypeError, ValueError) as error:
             raise UnavailableError(f"not available: this version of RNGD has no step_rule={rule!r}") from error
 

@@ -94,7 +94,7 @@ class RacePlan:
 
     def _run(self, method: str, options: Configuration, seed: int, seconds: float) -> Run:
         others = {f"{OPTION}{name}": value for name, value in options.items() if name != "lr"}
-        settings = {**self.settings, **others, "seconds": seconds}
+        settings: dict[str, str | int | float] = {**self.settings, **others, "seconds": seconds}
         return Run(f"race-{self.name}", method, options["lr"], seed, tuple(sorted(settings.items())))
 
 
@@ -307,7 +307,7 @@ class _Course:
     def _mean(self, measure: Callable[[nn.Module, Tensor, Tensor], Tensor | float], *both: Tensor) -> float:
         """The mean of a measure over all samples, as the trained model sees them."""
         self._model.eval()
-        parts = list(zip(*(part.split(EVALUATED_AT_ONCE) for part in both), strict=True))
+        parts = list(zip(*(torch.split(part, EVALUATED_AT_ONCE) for part in both), strict=True))
         total = sum(float(measure(self._model, *part)) * len(part[0]) for part in parts)
         self._model.train()
         return total / len(both[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -96,7 +97,12 @@ def growth_figure(growth: Growth) -> Figure:
         widths = list(growth)
         for number, first in enumerate(next(iter(growth.values()))):
             cells = [cells[number] for cells in growth.values()]
-            style = {"color": COLOURS[first.method], "linewidth": 2, "marker": "o", "label": first.method}
+            style: dict[str, Any] = {
+                "color": COLOURS[first.method],
+                "linewidth": 2,
+                "marker": "o",
+                "label": first.method,
+            }
             time.plot(widths, [1e3 * cell.seconds for cell in cells], **style)
             state.plot(widths, [cell.state_bytes / 1e6 for cell in cells], **style)
         time.set(ylabel="an iteration (ms)")
@@ -142,20 +148,21 @@ def _row(cell: Cell, base: Cell | None) -> list[str]:
     if cell.note:
         return [cell.method, cell.note, *[ABSENT] * (len(HEADER) - 2)]
 
-    def ratio(mine: float | None, of_base: float | None) -> str:
+    def ratio(name: str) -> str:
+        mine, of_base = getattr(cell, name), getattr(base, name, None)
         return f"{mine / of_base:.2f}" if mine is not None and of_base else ABSENT
 
     return [
         cell.method,
         f"{1e3 * cell.seconds:.2f}",
         spread([1e3 * seconds for seconds in cell.repeats], ".2f"),
-        ratio(cell.seconds, base and base.seconds),
+        ratio("seconds"),
         f"{1e3 * float(np.median(cell.steps)):.2f}",
         f"{cell.tail:.1f}",
         _megabytes(cell.state_bytes),
-        ratio(cell.state_bytes, base and base.state_bytes),
+        ratio("state_bytes"),
         ABSENT if cell.peak_bytes is None else _megabytes(cell.peak_bytes),
-        ratio(cell.peak_bytes, base and base.peak_bytes),
+        ratio("peak_bytes"),
         str(len(cell.steps)),
     ]
 

@@ -92,7 +92,7 @@ def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Itera
     """
     while True:
         order = torch.randperm(len(data.inputs), generator=generator)
-        for rows in order[: len(order) - len(order) % batch_size].split(batch_size):
+        for rows in torch.split(order[: len(order) - len(order) % batch_size], batch_size):
             yield data.inputs[rows], data.targets[rows]
 
 
@@ -195,7 +195,8 @@ class _Transformer(nn.Module):
         """Returns the logits `[n, positions, characters]` of characters `[n, positions]`."""
         position = torch.arange(characters.shape[1], device=characters.device)
         stream = self.blocks(self.character(characters) + self.position(position))
-        return self.head(self.norm(stream))
+        logits: Tensor = self.head(self.norm(stream))
+        return logits
 
 
 WORKLOADS = {
