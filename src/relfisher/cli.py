@@ -350,12 +350,10 @@ def _selected(chosen: str | None, known: Iterable[str], option: str = "--methods
         return tuple(known)
     spelled = {name.upper(): name for name in known}
     names = tuple(dict.fromkeys(name.strip().upper() for name in chosen.split(",")))
+    kind = option.strip("-").removesuffix("s").lower()
     for name in names:
         if name not in spelled:
-            raise _wrong(
-                option,
-                f"{name!r} is not a {option.strip('-').removesuffix('s').lower()}, allowed are {', '.join(spelled.values())}",
-            )
+            raise _wrong(option, f"{name!r} is not a {kind}, allowed are {', '.join(spelled.values())}")
     return tuple(spelled[name] for name in names)
 
 
