@@ -55,7 +55,20 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"relfisher {relfisher.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["reproduce"], ["reproduce", "mlp"], ["data"], ["data", "fetch"], ["plan"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["reproduce"],
+        ["reproduce", "mlp"],
+        ["data"],
+        ["data", "fetch"],
+        ["bench"],
+        ["bench", "step"],
+        ["bench", "race"],
+        ["plan"],
+    ],
+)
 def test_every_command_has_help(capsys, command):
     assert call([*command, "--help"]) == 0
     assert "Usage: relfisher" in capsys.readouterr().out

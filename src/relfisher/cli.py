@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,13 +20,13 @@ except ImportError:
     sys.exit("relfisher: the command line needs the extra `experiments`: pip install 'relfisher[experiments]'")
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from relfisher.experiments.data import Dataset
     from relfisher.experiments.neuron_study import NeuronStudy
     from relfisher.experiments.reproduce import Invocation
-    from relfisher.experiments.runs import ArrayStore
-    from relfisher.experiments.study import Outcome, Study
+    from relfisher.experiments.runs import ArrayStore, Record, Run
+    from relfisher.experiments.study import Study
 
 __all__ = ["main"]
 
@@ -36,8 +37,10 @@ app = typer.Typer(
     help="Relative Fisher information metrics and relative natural gradient descent.", add_completion=False
 )
 reproduce_app = typer.Typer(help="Repeat the paper's experiments.")
+bench_app = typer.Typer(help="Compare with other optimizers.")
 data_app = typer.Typer(help="Get the data sets.")
 app.add_typer(reproduce_app, name="reproduce")
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 
@@ -130,6 +133,11 @@ def _reproduce() -> None:
     pass
 
 
+@bench_app.callback()
+def _bench() -> None:
+    pass
+
+
 @data_app.callback()
 def _data() -> None:
     pass
@@ -168,19 +176,15 @@ def _mlp(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
 ) -> None:
     """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
-    from relfisher.experiments.data import DataError, load
     from relfisher.experiments.mlp import METHODS
     from relfisher.experiments.reproduce import Invocation, plan
 
     selected = _selected(methods, METHODS)
     grids = dict(_grid(entry, selected) for entry in lr or ())
-    try:
-        dataset = load(data)
-    except DataError as error:
-        raise _wrong("--data", str(error)) from error
+    dataset = _loaded(data)
     _check_writable(out)
     study = plan(dataset, methods=selected, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
-    _run(study, dataset, data, out, Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs))
+    _run(study, dataset, data, out, Invocation(_command(), jobs))
 
 
 @reproduce_app.command("neuron")
@@ -199,17 +203,13 @@ def _neuron(
     initial_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the initial weights.")] = 0.01,
 ) -> None:
     """Train the paper's single sigmoid neuron with the four methods of figure 4."""
-    from relfisher.experiments.data import DataError, load
     from relfisher.experiments.neuron import METHODS
     from relfisher.experiments.neuron_study import PanelError, panels, plan
 
     selected = _selected(methods, METHODS)
     pairs = [_pair(text) for text in pair] if pair else None
     sizes = [_size(text) for text in size] if size else None
-    try:
-        dataset = load(data)
-    except DataError as error:
-        raise _wrong("--data", str(error)) from error
+    dataset = _loaded(data)
     try:
         chosen = panels(dataset, pairs, sizes)
     except PanelError as error:
@@ -217,6 +217,106 @@ def _neuron(
     _check_writable(out)
     study = plan(dataset, chosen, methods=selected, runs=runs, epochs=epochs, initial_std=initial_std)
     _run_neuron(study, dataset, out)
+
+
+@bench_app.command("step")
+def _step(
+    out: Annotated[Path, typer.Option(help="Tables and numbers go here.")],
+    data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
+    workloads: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Means of 100 iterations for each method.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="What a method may use on a workload.")] = 30.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
+    growth: Annotated[bool, typer.Option(help="Follow the cost to a width of 4096, too.")] = True,
+) -> None:
+    """Measure what a training iteration costs with each optimizer, in time and memory."""
+    import torch
+    from rich.console import Console
+
+    from relfisher.experiments.bench.peers import PEERS
+    from relfisher.experiments.bench.report import shown
+    from relfisher.experiments.bench.step import measure, peaks
+    from relfisher.experiments.bench.step_report import (
+        GROWTH_METHODS,
+        HEADER,
+        STEP_WORKLOADS,
+        WIDTHS,
+        rows,
+        write_steps,
+    )
+    from relfisher.experiments.bench.workloads import WORKLOADS, growing
+    from relfisher.experiments.reproduce import Invocation
+
+    chosen = _selected(workloads, STEP_WORKLOADS, "--workloads")
+    peers = {name: PEERS[name] for name in _selected(methods, PEERS)}
+    _loaded(data)
+    _check_writable(out)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    console = Console()
+    found = {}
+    grown = {}
+    for name in chosen:
+        with console.status(name):
+            cells = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
+            found[name] = peaks(name, cells, data)
+        console.print(shown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(found[name])))
+    for width in WIDTHS if growth else ():
+        with console.status(f"width {width}"):
+            both = {name: PEERS[name] for name in GROWTH_METHODS}
+            grown[width] = measure(growing(width), both, data, repeats=repeats, seconds=seconds)
+    for path in write_steps(found, grown, Invocation(_command(), jobs=1), out):
+        print(path)
+
+
+@bench_app.command("race")
+def _race(
+    name: Annotated[str, typer.Argument(help="mlp, mlp-tanh, mlp-sigmoid, autoencoder, cnn or transformer.")],
+    out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
+    data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method's chosen configuration.")] = 3,
+    budget: Annotated[float | None, typer.Option(min=0, help="Training seconds a run.")] = None,
+    tuning: Annotated[float | None, typer.Option(min=0, help="Seconds a tuning run; a sixth by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; all cores by default.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one disturbs the seconds.")] = 1,
+) -> None:
+    """Race optimizers to a training loss, every method tuned as long."""
+    from rich.console import Console
+
+    from relfisher.experiments.bench.race import RACES, Racer, available, carry_out, plan
+    from relfisher.experiments.bench.race_report import header, rows, title, write_race
+    from relfisher.experiments.bench.report import shown
+    from relfisher.experiments.bench.workloads import WORKLOADS
+    from relfisher.experiments.progress import Display
+    from relfisher.experiments.reproduce import Invocation
+    from relfisher.experiments.runs import RunStore
+
+    (name,) = _selected(name, RACES, "NAME")
+    race = RACES[name]
+    notes, taking_part = available(_selected(methods, race.methods), WORKLOADS[race.workload])
+    for method, note in notes.items():
+        print(f"relfisher: {method} is left out, {note}", file=sys.stderr)
+    seconds = budget or race.budget
+    _loaded(data)
+    _check_writable(out)
+    planned = plan(
+        name,
+        data,
+        methods=taking_part,
+        seeds=seeds,
+        tuning=tuning or seconds / 6,
+        budget=seconds,
+        threads=threads or os.cpu_count() or 1,
+    )
+    console = Console()
+    store = RunStore(out / "runs")
+    with _resumable(store), Display(console, planned.planned) as display:
+        outcome = carry_out(planned, Racer(data), store, jobs=jobs, watcher=display)
+    _tell({**outcome.tuned, **outcome.records})
+    table, picture = write_race(outcome, notes, Invocation(_command(), jobs), out)
+    console.print(shown(title(outcome), header(outcome), rows(outcome)))
+    print(f"table:   {table}\npicture: {picture}")
 
 
 def _run_neuron(study: NeuronStudy, dataset: Dataset, out: Path) -> None:
@@ -231,13 +331,9 @@ def _run_neuron(study: NeuronStudy, dataset: Dataset, out: Path) -> None:
 
     console = Console()
     store = ArrayStore(out / "runs")
-    try:
-        with Display(console, len(study.batches)) as display:
-            outcome = carry_out(study, dataset, store, display)
-    except KeyboardInterrupt as error:
-        raise _stopped(store) from error
-    _tell_damaged(store)
-    invocation = Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs=1)
+    with _resumable(store), Display(console, len(study.batches)) as display:
+        outcome = carry_out(study, dataset, store, display)
+    invocation = Invocation(_command(), jobs=1)
     table, picture = write_neuron_results(outcome, dataset, invocation, out)
     console.print(summary(outcome))
     print(f"{claims_markdown(outcome)}table:   {table}\npicture: {picture}")
@@ -247,7 +343,6 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
     import torch
     from rich.console import Console
 
-    from relfisher.experiments.jobs import WorkerError
     from relfisher.experiments.mlp import Trainer
     from relfisher.experiments.progress import Display, summary
     from relfisher.experiments.reproduce import write_results
@@ -259,45 +354,60 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
     store = RunStore(out / "runs")
     # Layers this narrow gain nothing from a second thread, and worker processes have one each too.
     torch.set_num_threads(1)
-    try:
-        with Display(console, study.planned) as display:
-            outcome = carry_out(study, Trainer(source), store, jobs=invocation.jobs, watcher=display)
-    except KeyboardInterrupt as error:
-        raise _stopped(store) from error
-    except WorkerError as error:
-        print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
-        raise typer.Exit(WORKER_STATUS) from error
-    _tell_damaged(store)
-    _tell(outcome)
+    with _resumable(store), Display(console, study.planned) as display:
+        outcome = carry_out(study, Trainer(source), store, jobs=invocation.jobs, watcher=display)
+    _tell(outcome.records)
     table, picture = write_results(outcome, dataset, invocation, out)
     console.print(summary(rows(outcome)))
     print(f"table:   {table}\npicture: {picture}")
 
 
-def _stopped(store: ArrayStore) -> typer.Exit:
-    print(f"relfisher: stopped; the same command goes on with the runs missing in {store.directory}", file=sys.stderr)
-    return typer.Exit(INTERRUPTED_STATUS)
+@contextmanager
+def _resumable(store: ArrayStore) -> Iterator[None]:
+    """Says how to go on after an interruption, and at the end which files were damaged."""
+    from relfisher.experiments.jobs import WorkerError
 
-
-def _tell_damaged(store: ArrayStore) -> None:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        missing = f"the same command goes on with the runs missing in {store.directory}"
+        print(f"relfisher: stopped; {missing}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_STATUS) from error
+    except WorkerError as error:
+        print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
+        raise typer.Exit(WORKER_STATUS) from error
     for path in store.damaged:
         print(f"relfisher: {path} was unreadable, its run was done again", file=sys.stderr)
 
 
-def _tell(outcome: Outcome) -> None:
-    messages = {message: run for run, record in outcome.records.items() for message in record.warnings}
+def _tell(records: Mapping[Run, Record]) -> None:
+    messages = {message: run for run, record in records.items() for message in record.warnings}
     for message, run in messages.items():
         print(f"relfisher: warning in {run}: {message}", file=sys.stderr)
 
 
-def _selected(methods: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    if methods is None:
+def _command() -> str:
+    return shlex.join(["relfisher", *sys.argv[1:]])
+
+
+def _loaded(source: str) -> Dataset:
+    from relfisher.experiments.data import DataError, load
+
+    try:
+        return load(source)
+    except DataError as error:
+        raise _wrong("--data", str(error)) from error
+
+
+def _selected(chosen: str | None, known: Iterable[str], option: str = "--methods") -> tuple[str, ...]:
+    if chosen is None:
         return tuple(known)
     spelled = {name.upper(): name for name in known}
-    names = tuple(dict.fromkeys(name.strip().upper() for name in methods.split(",")))
+    names = tuple(dict.fromkeys(name.strip().upper() for name in chosen.split(",")))
+    kind = option.strip("-").removesuffix("s").lower()
     for name in names:
         if name not in spelled:
-            raise _wrong("--methods", f"{name!r} is not a method, allowed are {', '.join(spelled.values())}")
+            raise _wrong(option, f"{name!r} is not a {kind}, allowed are {', '.join(spelled.values())}")
     return tuple(spelled[name] for name in names)
 
 

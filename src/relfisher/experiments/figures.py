@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from relfisher.experiments.runs import Record
 from relfisher.experiments.study import Outcome
 from relfisher.experiments.tables import AVERAGED, averaged
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-__all__ = ["STYLE", "Look", "figure5", "save"]
+__all__ = ["STYLE", "Line", "Look", "figure5", "line", "panels", "save"]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
@@ -61,18 +63,15 @@ LOOKS = {
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A method's mean curve over seeds, at the end of every ten iterations."""
+class Line:
+    """A method's mean curve over seeds, at the end of every few iterations."""
 
     method: str
+    look: Look
     iterations: NDArray[np.float64]
     seconds: NDArray[np.float64]
     cost: NDArray[np.float64]
     smooth: NDArray[np.float64]
-
-    @property
-    def look(self) -> Look:
-        return LOOKS[self.method]
 
 
 def figure5(outcome: Outcome, title: str) -> Figure:
@@ -85,13 +84,29 @@ def figure5(outcome: Outcome, title: str) -> Figure:
     Returns:
         The figure.
     """
-    lines = [line for method in outcome.study.grids if (line := _line(outcome, method)) is not None]
+    compared = {method: outcome.compared(method) for method in outcome.study.grids}
+    lines = [line(method, LOOKS[method], records) for method, records in compared.items() if records]
+    return panels(lines, title, _caption(outcome))
+
+
+def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
+    """Draws curves against iterations, and beside it against wall-clock time.
+
+    Args:
+        lines: The methods.
+        title: What was trained on what.
+        caption: What the lines are.
+        target: A cost to mark.
+
+    Returns:
+        The figure.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), dpi=150)
         left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.5})
-        for line in lines:
-            _draw(left, line, line.iterations)
-            _draw(right, line, line.seconds)
+        for one in lines:
+            _draw(left, one, one.iterations)
+            _draw(right, one, one.seconds)
         for axes in (left, right):
             axes.set_yscale("log")
             axes.margins(x=0)
@@ -102,12 +117,34 @@ def figure5(outcome: Outcome, title: str) -> Figure:
         if lines:
             _fit(left, lines)
             _label_ends(left, lines)
-            for line in lines:
-                right.plot(line.seconds[-1], line.smooth[-1], "o", color=line.look.colour, markersize=5, clip_on=False)
+            for one in lines:
+                right.plot(one.seconds[-1], one.smooth[-1], "o", color=one.look.colour, markersize=5, clip_on=False)
+            if target is not None:
+                for axes in (left, right):
+                    axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
         figure.suptitle(title, x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
-        figure.text(0.07, 0.012, _caption(outcome), fontsize=9, color="#555555")
+        figure.text(0.07, 0.012, caption, fontsize=9, color="#555555")
         figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.17)
     return figure
+
+
+def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAGED) -> Line:
+    """Averages the curves of a method's runs, as far as the shortest goes.
+
+    Args:
+        method: Its name.
+        look: How it is drawn.
+        records: One a seed.
+        group: How many iterations make a point.
+
+    Returns:
+        The curve.
+    """
+    count = min(len(record.cost) for record in records)
+    cost = np.mean([averaged(record.cost[:count], group) for record in records], axis=0)
+    ends = np.minimum(group * np.arange(1, len(cost) + 1), count)
+    seconds = np.mean([record.seconds[ends - 1] for record in records], axis=0)
+    return Line(method, look, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
 
 
 def save(figure: Figure, directory: Path, name: str = "figure5") -> list[Path]:
@@ -129,16 +166,6 @@ def save(figure: Figure, directory: Path, name: str = "figure5") -> list[Path]:
     return paths
 
 
-def _line(outcome: Outcome, method: str) -> _Line | None:
-    records = outcome.compared(method)
-    if not records:
-        return None
-    cost = np.mean([averaged(record.cost) for record in records], axis=0)
-    ends = np.minimum(AVERAGED * np.arange(1, len(cost) + 1), len(records[0].cost))
-    seconds = np.mean([record.seconds[ends - 1] for record in records], axis=0)
-    return _Line(method, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
-
-
 def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
     """A centred moving average; its window shrinks at both ends, so that start and end stay where they are."""
     half = np.full(len(cost), max(1, round(SMOOTHED_FRACTION * len(cost) / 2)))
@@ -150,20 +177,20 @@ def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
     return smooth
 
 
-def _draw(axes: Axes, line: _Line, x: NDArray[np.float64]) -> None:
+def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
     look = line.look
     axes.plot(x, line.cost, color=look.colour, alpha=0.16, linewidth=0.6, rasterized=True)
     axes.plot(x, line.smooth, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=line.method)
 
 
-def _fit(axes: Axes, lines: list[_Line]) -> None:
+def _fit(axes: Axes, lines: list[Line]) -> None:
     """Limits the cost axis to the smooth curves; single points of ten mini-batches may go beyond."""
     lowest = min(line.smooth.min() for line in lines)
     highest = max(line.smooth[len(line.smooth) // 50 :].max() for line in lines)
     axes.set_ylim(lowest / 1.8, highest * 1.6)
 
 
-def _label_ends(axes: Axes, lines: list[_Line]) -> None:
+def _label_ends(axes: Axes, lines: list[Line]) -> None:
     """Names each line at its right end; names that would overlap are moved apart."""
     to_axes = axes.transScale.transform
     low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())

@@ -20,7 +20,7 @@ from relfisher.experiments.data import Dataset, load
 from relfisher.experiments.jobs import Reporter
 from relfisher.experiments.runs import Record, Run
 
-__all__ = ["BATCH_SIZE", "METHODS", "Method", "Trainer", "network", "train"]
+__all__ = ["BATCH_SIZE", "METHODS", "Method", "Normalization", "Trainer", "network", "train"]
 
 WIDTHS = (784, 64, 64, 64, 10)
 BATCH_SIZE = 50
@@ -79,12 +79,15 @@ class Trainer:
         return train(run, load(self.source), report)
 
 
-def network(normalization: Normalization, generator: torch.Generator) -> nn.Sequential:
+def network(
+    normalization: Normalization, generator: torch.Generator, activation: Callable[[], nn.Module] = nn.ReLU
+) -> nn.Sequential:
     """The paper's network; batch norm, where it is wanted, stands before or after each hidden activation.
 
     Args:
         normalization: Where batch norm stands.
         generator: Draws the weights and biases; batch norm draws nothing, so all variants start with the same ones.
+        activation: Makes the units of a hidden layer.
 
     Returns:
         The network, from images `[n, 784]` to logits `[n, 10]`.
@@ -101,7 +104,7 @@ def network(normalization: Normalization, generator: torch.Generator) -> nn.Sequ
             break
         if normalization == "before":
             layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
-        layers.append(nn.ReLU())
+        layers.append(activation())
         if normalization == "after":
             layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
     return nn.Sequential(*layers)

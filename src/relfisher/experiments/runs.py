@@ -54,7 +54,8 @@ class Record:
 
     `cost` and `seconds` have one entry an iteration: the mini-batch's cost before the update, and the training time
     so far. `validation` has the validation accuracy after each epoch. `full_cost` is the cost of all training images at
-    the end, as the trained network sees them. A diverged run ends with a non-finite cost.
+    the end, as the trained network sees them. A diverged run ends with a non-finite cost. Where validation does not
+    follow epochs, `evaluated` has the number of iterations before each. `state_bytes` is what the optimizer keeps.
     """
 
     cost: NDArray[np.float32]
@@ -64,6 +65,8 @@ class Record:
     diverged: bool = False
     threads: int = 1
     warnings: tuple[str, ...] = ()
+    evaluated: tuple[int, ...] = ()
+    state_bytes: int = 0
 
 
 @dataclass
@@ -136,6 +139,8 @@ class RunStore(ArrayStore):
             "diverged": record.diverged,
             "threads": record.threads,
             "warnings": record.warnings,
+            "evaluated": record.evaluated,
+            "state_bytes": record.state_bytes,
         }
         arrays = {
             "about": np.array(json.dumps(about)),
@@ -181,4 +186,7 @@ def _record(file: Mapping[str, NDArray[Any]]) -> Record:
         diverged=bool(about["diverged"]),
         threads=int(about["threads"]),
         warnings=tuple(about["warnings"]),
+        # Files of earlier versions lack the last two.
+        evaluated=tuple(about.get("evaluated", ())),
+        state_bytes=int(about.get("state_bytes", 0)),
     )

@@ -1,0 +1,176 @@
+"""What `relfisher bench step` leaves behind: a table a workload, every number, and how cost grows with width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from relfisher.experiments.bench.report import ABSENT, markdown, spread, write
+from relfisher.experiments.bench.step import Cell
+from relfisher.experiments.bench.workloads import WORKLOADS
+from relfisher.experiments.figures import STYLE, save
+from relfisher.experiments.reproduce import Invocation
+
+__all__ = [
+    "GROWTH_METHODS",
+    "HEADER",
+    "STEP_WORKLOADS",
+    "WIDTHS",
+    "growth_figure",
+    "growth_rows",
+    "rows",
+    "write_steps",
+]
+
+BASE = "Adam"
+STEP_WORKLOADS = ("mlp", "mlp-500", "autoencoder", "cnn", "transformer")
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+GROWTH_METHODS = (BASE, "RNGD")
+COLOURS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
+HEADER = (
+    "method",
+    "ms",
+    "range",
+    f"x {BASE}",
+    "median step",
+    "p99/median",
+    "state MB",
+    f"x {BASE}",
+    "peak MB",
+    f"x {BASE}",
+    "iterations",
+)
+NOTES = f"""
+An iteration is zero_grad, forward, backward and step. ms: its mean over a repeat, and of the repeats the median and the
+range; rare work, such as a metric's inverse, is in it. Methods take turns in short blocks, on the same initial weights
+and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer keeps. Peak: by how
+much a process that trains grows at its largest, data left out. x {BASE}: over torch's default {BASE}.
+"""
+
+Growth = Mapping[int, Sequence[Cell]]
+
+
+def rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """Returns the lines of a workload's table.
+
+    Args:
+        cells: One a method; without the base's the ratios stay empty.
+
+    Returns:
+        The cells as text, as `HEADER` names them.
+    """
+    base = next((cell for cell in cells if cell.method == BASE), None)
+    return [_row(cell, base) for cell in cells]
+
+
+def _growth_header(growth: Growth) -> list[str]:
+    """Returns the names of the columns of `growth_rows`."""
+    return ["width", *(f"{cell.method}, {unit}" for cell in next(iter(growth.values())) for unit in ("ms", "state MB"))]
+
+
+def growth_rows(growth: Growth) -> list[list[str]]:
+    """Returns time and state of each method, a line a width."""
+    return [
+        [str(width), *(text for cell in cells for text in (f"{1e3 * cell.seconds:.2f}", _megabytes(cell.state_bytes)))]
+        for width, cells in growth.items()
+    ]
+
+
+def growth_figure(growth: Growth) -> Figure:
+    """Draws time and state against width.
+
+    Args:
+        growth: The cells of each width.
+
+    Returns:
+        The figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.6), dpi=150)
+        time, state = figure.subplots(1, 2)
+        widths = list(growth)
+        for number, first in enumerate(next(iter(growth.values()))):
+            cells = [cells[number] for cells in growth.values()]
+            style: dict[str, Any] = {
+                "color": COLOURS[first.method],
+                "linewidth": 2,
+                "marker": "o",
+                "label": first.method,
+            }
+            time.plot(widths, [1e3 * cell.seconds for cell in cells], **style)
+            state.plot(widths, [cell.state_bytes / 1e6 for cell in cells], **style)
+        time.set(ylabel="an iteration (ms)")
+        state.set(ylabel="optimizer state (MB)")
+        for axes in (time, state):
+            axes.set(xscale="log", yscale="log", xlabel="width")
+            axes.set_xticks(widths, [str(width) for width in widths])
+            axes.minorticks_off()
+            axes.legend(loc="upper left", frameon=False)
+        figure.suptitle("784-width-width-10 ReLU network, batch 256", x=0.07, ha="left", fontsize=13, weight="bold")
+        figure.tight_layout()
+    return figure
+
+
+def write_steps(
+    found: Mapping[str, Sequence[Cell]], growth: Growth, invocation: Invocation, directory: Path
+) -> list[Path]:
+    """Writes tables, numbers and picture.
+
+    Args:
+        found: The cells of each workload.
+        growth: Those of each width; empty if it was not measured.
+        invocation: How it was measured.
+        directory: Where to.
+
+    Returns:
+        The paths of the table and of the picture, if there is one.
+    """
+    tables = [markdown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(cells)) for name, cells in found.items()]
+    content: dict[str, object] = {"workloads": {name: list(map(_numbers, cells)) for name, cells in found.items()}}
+    paths = [directory / "table.md"]
+    if growth:
+        tables.append(
+            markdown("growth: 784-width-width-10 ReLU, batch 256", _growth_header(growth), growth_rows(growth))
+        )
+        content["growth"] = {width: list(map(_numbers, cells)) for width, cells in growth.items()}
+        paths += save(growth_figure(growth), directory, "growth")[:1]
+    write(directory, "steps", "\n".join(tables) + NOTES, content, invocation)
+    return paths
+
+
+def _row(cell: Cell, base: Cell | None) -> list[str]:
+    if cell.note:
+        return [cell.method, cell.note, *[ABSENT] * (len(HEADER) - 2)]
+
+    def ratio(name: str) -> str:
+        mine, of_base = getattr(cell, name), getattr(base, name, None)
+        return f"{mine / of_base:.2f}" if mine is not None and of_base else ABSENT
+
+    return [
+        cell.method,
+        f"{1e3 * cell.seconds:.2f}",
+        spread([1e3 * seconds for seconds in cell.repeats], ".2f"),
+        ratio("seconds"),
+        f"{1e3 * float(np.median(cell.steps)):.2f}",
+        f"{cell.tail:.1f}",
+        _megabytes(cell.state_bytes),
+        ratio("state_bytes"),
+        ABSENT if cell.peak_bytes is None else _megabytes(cell.peak_bytes),
+        ratio("peak_bytes"),
+        str(len(cell.steps)),
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3g}"
+
+
+def _numbers(cell: Cell) -> dict[str, object]:
+    """The cell with its single steps, which are many, in whole microseconds."""
+    return {**asdict(cell), "steps": [round(1e6 * seconds) for seconds in cell.steps]}
