@@ -394,13 +394,6 @@ def test_bags_of_embeddings(case: Case, structure: str, damping: float) -> None:
     check(case, structure, "linear", damping)
 
 
-def test_tokens_behind_the_last_offset_are_in_no_bag() -> None:
-    torch.manual_seed(0)
-    layer = randomised(nn.EmbeddingBag(5, 2, mode="sum", include_last_offset=True))
-    case = Case(layer, (tokens(5, 9), torch.tensor([0, 2, 5])), last, looped=True)
-    check(case, "shared", "linear", 0.1)
-
-
 @st.composite
 def normalisations(draw: st.DrawFn) -> Case:
     torch.manual_seed(draw(seeds))
