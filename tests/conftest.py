@@ -3,11 +3,16 @@
 import os
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
 install_import_hook("relfisher", "typechecker.checked")
 
-settings.register_profile("relfisher", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("relfisher")
+# Without the phase that explains failures, which traces every line that a test runs.
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile(
+    "quick", deadline=None, max_examples=10, derandomize=bool(os.environ.get("CI")), phases=PHASES
+)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=100, derandomize=False)
+settings.load_profile("quick")
 torch.set_num_threads(1)

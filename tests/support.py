@@ -41,7 +41,7 @@ def matrix() -> str:
     if status != pytest.ExitCode.OK:
         raise RuntimeError(f"the tests cannot be collected: {status!r}")
     rows = [
-        f"| {layers} | {what} | {count} | [`{name}`](../{path}) |"
+        f"| {layers} | {what} | {count} | `{path}::{name}` |"
         for (layers, what, path, name), count in sorted(collector.cases.items())
     ]
     return "\n".join([HEAD, *rows]) + "\n"

@@ -26,8 +26,8 @@ groups = st.sampled_from([(), (1,), (3,)])
 
 
 def shape_of(kind, out, d):
-    """Return the shape of a layer that this kind is for; the next layer of two has 4 inputs."""
-    return (4 if kind == "two-layer" else out, d)
+    """Return the shape of a layer that this kind is for: two layers with 4 inputs of the next, two classes or more."""
+    return ({"two-layer": 4, "softmax": out + 1}.get(kind, out), d)
 
 
 def samples(shape, n, seed=0):

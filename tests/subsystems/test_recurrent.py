@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import jacrev
@@ -97,7 +97,6 @@ def metrics(module, *args):
 
 @supports("metric of input and recurrent weights equals the definition, to 1e-8")
 @kinds
-@settings(max_examples=8)
 @given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
 def test_metrics_equal_the_definition(kind, sizes, bias):
     length, n, inputs, size = sizes

@@ -33,8 +33,8 @@ class RNGD(torch.optim.Optimizer):
     """Relative natural gradient descent on every layer that has a metric, AdamW on all other parameters.
 
     A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
-    information metric of the layer. The whole step is then scaled so that its squared length in the metric,
-    lr^2 sum <D, M> over the layers, is at most `trust_region`.
+    information metric of the layer. Where a layer's squared length in the metric, lr^2 <D, M>, is above its share of
+    `trust_region`, its step is shortened to it.
 
     Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
     kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `weight_decay`, `damping` and
@@ -54,7 +54,8 @@ class RNGD(torch.optim.Optimizer):
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
         step_rule: "trust-region" (the natural gradient, of bounded length), "normalized" (of fixed length) or
             "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
-        trust_region: the bound on the squared metric length of a step by the trust region; None for no bound.
+        trust_region: the bound on the squared metric length of a step by the trust region, which layers share equally;
+            None for no bound.
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.

@@ -196,8 +196,8 @@ class Structure(ABC):
             Whether all is well: False if the metric could not be factorised.
         """
         mass = float(state["mass"])
-        if mass == 0:
-            return True  # nothing was gathered yet
+        if mass == 0 or (frozen is not None and bool(frozen.all())):
+            return True  # nothing was gathered yet, or nothing moves
         form: Form = "root" if "root" in state else "inverse"
         names = [name for name in state if _inverted(name, form) in state]
         each = damping.split() if len(names) > 1 else damping

@@ -50,11 +50,11 @@ class InputProjectionSubsystem(Subsystem):
         width, bias = module.embed_dim, module.in_proj_bias
         ones = int(bias is not None)
         if module.in_proj_weight is not None:
-            parts = [Part(module.in_proj_weight, _packed)] + [Part(bias, _packed_column)] * ones
+            parts = [Part(module.in_proj_weight, _packed)] + [Part(bias, _packed_column) for _ in range(ones)]
             return [cls(f"{name}.in_proj", module, parts, (3, width, width + ones), range(3))]
         found: list[Subsystem] = []
         for role, weight in enumerate((module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)):
-            parts = [Part(weight, whole)] + [Part(bias, partial(_of_role, role, width))] * ones
+            parts = [Part(weight, whole)] + [Part(bias, partial(_of_role, role, width)) for _ in range(ones)]
             label = f"{name}.{_ROLES[role][0]}_proj"
             found.append(cls(label, module, parts, (width, weight.shape[1] + ones), range(role, role + 1)))
         return found

@@ -74,7 +74,7 @@ class EmbeddingBagSubsystem(EmbeddingSubsystem):
         values = (
             torch.ones(len(tokens), dtype=exact, device=device) if weights is None else weights.detach().reshape(-1)
         )
-        if self.module.include_last_offset:  # what is behind the last bag is in none
+        if self.module.include_last_offset:  # torch does not check that the last offset is the end
             inside = bags < count
             bags, tokens, values = bags[inside], tokens[inside], values[inside]
         if self.module.padding_idx is not None:

@@ -1,4 +1,4 @@
-"""The trust region: the natural gradient step, of bounded length in the metric."""
+"""The trust region: natural gradient steps, together of bounded length in the metric."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ __all__ = ["TrustRegion"]
 
 
 class TrustRegion(StepRule):
-    """D = (G + damping)^-1 M for each layer, all of them scaled by one number.
+    """D = (G + damping)^-1 M for each layer, shortened where it moves the layer's response too far.
 
-    The squared length of the whole step, lr^2 sum <D, M> over the layers, equation (10) in the damped metric, is at
-    most `bound`. A step within it has the learning rate's own length, so that steps shrink with the gradient.
+    The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>. Each layer that moves has
+    the same share of `bound`, so that the whole step is within it, and no layer, such as an embedding, takes the
+    others' part. A step within its share has the learning rate's own length, so that steps shrink with the gradient.
 
     Args:
-        bound: on the squared length; None for no bound.
+        bound: on the sum of squared lengths; None for no bound.
 
     Raises:
         ValueError: if the bound is not positive.
@@ -36,19 +37,21 @@ class TrustRegion(StepRule):
         self.bound = bound
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, unless their length is not finite or not positive."""
+        """Return the steps, unless a length is not finite or not positive."""
         directions = [move.structure.precondition(move.state, move.gradient) for move in moves]
-        length = _squared_length(moves, directions)
-        if not 0 <= length < math.inf:
+        lengths = _squared_lengths(moves, directions)
+        if not all(0 <= length < math.inf for length in lengths):
             return None
-        scale = 1.0 if self.bound is None or length <= self.bound else math.sqrt(self.bound / length)
-        return [Step(direction, move.lr * scale) for move, direction in zip(moves, directions, strict=True)]
+        share = math.inf if self.bound is None else self.bound / max(len(moves), 1)
+        return [
+            Step(direction, move.lr * math.sqrt(share / length) if length > share else move.lr)
+            for move, direction, length in zip(moves, directions, lengths, strict=True)
+        ]
 
 
-def _squared_length(moves: Sequence[Move], directions: Sequence[Tensor]) -> float:
+def _squared_lengths(moves: Sequence[Move], directions: Sequence[Tensor]) -> list[float]:
     if not moves:
-        return 0.0
-    products = [
-        move.lr**2 * torch.sum(direction * move.gradient) for move, direction in zip(moves, directions, strict=True)
-    ]
-    return float(torch.stack([product.to(products[0].device) for product in products]).sum())
+        return []
+    products = [torch.sum(direction * move.gradient) for move, direction in zip(moves, directions, strict=True)]
+    found: list[float] = torch.stack([product.to(products[0].device) for product in products]).tolist()
+    return [move.lr**2 * length for move, length in zip(moves, found, strict=True)]

@@ -1,0 +1,117 @@
+"""How layers share the bound of the trust region: one factor for all, a common cap, or equal shares (the default).
+
+    python benchmarks/balance.py
+
+prints the mean mini-batch loss of each epoch on the paper's network and on a small BERT; the table is in
+docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs have the same initial weights and
+batches.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
+
+from relfisher import RNGD
+from relfisher.experiments.data import load
+from relfisher.optim.rules import Step, TrustRegion
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from synthetic import topics
+
+
+class OneFactor(TrustRegion):
+    """All layers are shortened by one factor."""
+
+    def steps(self, moves):
+        """Return the steps."""
+        steps = TrustRegion(None).steps(moves)
+        length = sum(squared_length(move, step) for move, step in zip(moves, steps, strict=True))
+        factor = math.sqrt(self.bound / length) if length > self.bound else 1.0
+        return [Step(step.direction, step.scale * factor) for step in steps]
+
+
+class CommonCap(TrustRegion):
+    """No layer is longer than a cap, which is as high as the bound on their sum allows: what one leaves, others get."""
+
+    def steps(self, moves):
+        """Return the steps."""
+        steps = TrustRegion(None).steps(moves)
+        lengths = [squared_length(move, step) for move, step in zip(moves, steps, strict=True)]
+        rest, cap = self.bound, math.inf
+        for place, length in enumerate(sorted(lengths)):
+            if length > rest / (len(lengths) - place):
+                cap = rest / (len(lengths) - place)
+                break
+            rest -= length
+        return [
+            Step(step.direction, step.scale * min(1.0, math.sqrt(cap / length) if length else 1.0))
+            for step, length in zip(steps, lengths, strict=True)
+        ]
+
+
+def squared_length(move, step):
+    """Return that of a step in the damped metric."""
+    return step.scale**2 * float(torch.sum(step.direction * move.gradient))
+
+
+def paper(activation):
+    """Return the paper's network and its mini-batches on the embedded digits."""
+    data = load("mnist5k")
+    torch.manual_seed(0)
+    layers = [nn.Linear(784, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 64), activation()]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    return model, model, data.train_images, data.train_labels, 50
+
+
+def bert():
+    """Return a small BERT, what gives its logits, and sequences of two classes."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    return model, lambda tokens: model(input_ids=tokens).logits, *topics(256), 16
+
+
+WORKLOADS = {
+    "ReLU, batch 50": (lambda: paper(nn.ReLU), 6),
+    "tanh, batch 50": (lambda: paper(nn.Tanh), 4),
+    "BERT, batch 16": (bert, 3),
+}
+
+
+def main():
+    """Print the table."""
+    torch.set_num_threads(1)
+    print("| workload | rule | bound | loss of each epoch |")
+    print("|---|---|---|---|", flush=True)
+    for workload, (build, epochs) in WORKLOADS.items():
+        for rule, bound in [(OneFactor, 1e-2), (OneFactor, 1e-1), (CommonCap, 1e-2), (TrustRegion, 1e-2)]:
+            model, forward, inputs, targets, batch = build()
+            optimizer = RNGD(model, step_rule=rule(bound))
+            means = [epoch(optimizer, forward, inputs, targets, batch) for _ in range(epochs)]
+            print(
+                f"| {workload} | {rule.__name__} | {bound} | {', '.join(f'{mean:.3f}' for mean in means)} |", flush=True
+            )
+
+
+def epoch(optimizer, forward, inputs, targets, batch):
+    """Return the mean loss of an epoch of training."""
+    losses = []
+    for rows in torch.randperm(len(inputs)).split(batch):
+        optimizer.zero_grad()
+        loss = cross_entropy(forward(inputs[rows]), targets[rows])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / len(losses)
+
+
+if __name__ == "__main__":
+    main()
