@@ -26,7 +26,7 @@ WORKLOADS = {
 VARIATIONS = [
     {},
     *({"lr": value} for value in (0.1, 1.0)),
-    *({"trust_region": value} for value in (1e-3, 3e-3, 3e-2)),
+    *({"trust_region": value} for value in (5e-4, 1e-3, 5e-3)),
     *({"damping": value} for value in (1e-3, 1e-2, 3e-2, 0.3)),
     *({"momentum": value} for value in (0.5, 0.9)),
     *({"decay": value} for value in (0.98, 0.999)),

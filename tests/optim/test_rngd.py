@@ -52,7 +52,7 @@ def weights(model):
 @pytest.mark.parametrize("structure", ["auto", "neuron", "shared", "published"])
 def test_learns(activation, structure):
     model = classifier(activation)
-    losses = train(model, RNGD(model, trust_region=1e-2, structure=structure), 150)
+    losses = train(model, RNGD(model, structure=structure), 150)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -88,7 +88,7 @@ def test_first_step_is_the_damped_inverse_times_the_gradient(structure, kind):
     momentum=st.sampled_from([0.0, 0.5, 0.9]),
     structure=st.sampled_from(["neuron", "shared"]),
 )
-def test_a_step_is_never_longer_than_the_trust_region(lr, bound, momentum, structure):
+def test_no_layers_step_is_longer_than_the_trust_region(lr, bound, momentum, structure):
     """The squared length in the damped metric of what was moved, momentum included, is lr^2 <D, M> or the bound."""
     model = classifier(nn.Tanh)
     optimizer = RNGD(
@@ -97,7 +97,6 @@ def test_a_step_is_never_longer_than_the_trust_region(lr, bound, momentum, struc
     for step in range(4):
         before = weights(model)
         train(model, optimizer, 1, first=step)
-        length = 0.0
         for place, layer in enumerate(module for module in model if isinstance(module, nn.Linear)):
             moved = torch.cat(
                 [layer.weight - before[2 * place], (layer.bias - before[2 * place + 1])[:, None]], 1
@@ -105,8 +104,7 @@ def test_a_step_is_never_longer_than_the_trust_region(lr, bound, momentum, struc
             inverse = optimizer.state[layer.weight]["inverse"]
             damped = torch.linalg.inv(inverse)
             image = torch.einsum("oij,oj->oi", damped, moved) if inverse.ndim == 3 else moved @ damped
-            length += float((moved * image).sum())
-        assert length <= bound * (1 + 1e-6)
+            assert float((moved * image).sum()) <= bound * (1 + 1e-6)
 
 
 def test_momentum_does_not_share_memory_with_the_gradient():

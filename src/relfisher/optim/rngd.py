@@ -33,8 +33,8 @@ class RNGD(torch.optim.Optimizer):
     """Relative natural gradient descent on every layer that has a metric, AdamW on all other parameters.
 
     A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
-    information metric of the layer. Where a layer's squared length in the metric, lr^2 <D, M>, is above its share of
-    `trust_region`, its step is shortened to it.
+    information metric of the layer. A step whose squared length in the metric, lr^2 <D, M>, is above `trust_region` is
+    shortened to it, a layer at a time.
 
     Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
     kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `weight_decay`, `damping` and
@@ -54,8 +54,8 @@ class RNGD(torch.optim.Optimizer):
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
         step_rule: "trust-region" (the natural gradient, of bounded length), "normalized" (of fixed length) or
             "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
-        trust_region: the bound on the squared metric length of a step by the trust region, which layers share equally;
-            None for no bound.
+        trust_region: the bound on the squared metric length of a layer's step, by the rule of this name; None for no
+            bound.
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
@@ -88,7 +88,7 @@ class RNGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         damping: float | Damping = 0.1,
         step_rule: str | StepRule = "trust-region",
-        trust_region: float | None = 1e-2,
+        trust_region: float | None = 2e-3,
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,

@@ -1,4 +1,4 @@
-"""The trust region: natural gradient steps, together of bounded length in the metric."""
+"""The trust region: the natural gradient step of each layer, of bounded length in the metric."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["TrustRegion"]
 class TrustRegion(StepRule):
     """D = (G + damping)^-1 M for each layer, shortened where it moves the layer's response too far.
 
-    The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>. Each layer that moves has
-    the same share of `bound`, so that the whole step is within it, and no layer, such as an embedding, takes the
-    others' part. A step within its share has the learning rate's own length, so that steps shrink with the gradient.
+    The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>: to second order, twice
+    the Kullback-Leibler divergence of the layer's response after the step from that before, or more, since the metric
+    is damped. It is at most `bound`, whatever other layers do. A step within it has the learning rate's own length, so
+    that steps shrink with the gradient.
 
     Args:
-        bound: on the sum of squared lengths; None for no bound.
+        bound: on the squared length of each layer's step; None for no bound.
 
     Raises:
         ValueError: if the bound is not positive.
@@ -31,7 +32,7 @@ class TrustRegion(StepRule):
     name = "trust-region"
     default_lr = 0.3
 
-    def __init__(self, bound: float | None = 1e-2) -> None:
+    def __init__(self, bound: float | None = 2e-3) -> None:
         if bound is not None:
             check_positive("trust_region", bound)
         self.bound = bound
@@ -42,9 +43,9 @@ class TrustRegion(StepRule):
         lengths = _squared_lengths(moves, directions)
         if not all(0 <= length < math.inf for length in lengths):
             return None
-        share = math.inf if self.bound is None else self.bound / max(len(moves), 1)
+        bound = math.inf if self.bound is None else self.bound
         return [
-            Step(direction, move.lr * math.sqrt(share / length) if length > share else move.lr)
+            Step(direction, move.lr * math.sqrt(bound / length) if length > bound else move.lr)
             for move, direction, length in zip(moves, directions, lengths, strict=True)
         ]
 
