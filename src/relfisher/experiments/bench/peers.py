@@ -189,7 +189,7 @@ PEERS = {
     "Shampoo": Peer(_shampoo, {"lr": (1e-3, 1e-2, 0.1, 1.0), "interval": (20, 100)}),
     "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
     "FOOF": Peer(_shared, {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1e-1)}),
-    "RNGD": Peer(_rngd, {"lr": (0.3, 3.0), "trust_region": (3e-3, 1e-2, 3e-2, 1e-1)}),
+    "RNGD": Peer(_rngd, {"lr": (0.3, 3.0), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2)}),
     "RNGD-normalized": Peer(_ruled("normalized"), {"lr": MIDDLE_RATES, "damping": (1e-2, 1e-1)}),
     "RNGD-spectral": Peer(_ruled("spectral"), {"lr": MIDDLE_RATES, "damping": (1e-2, 1e-1)}),
     "RNGD-published": Peer(_published, {"lr": LARGE_RATES}),
