@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -181,7 +182,8 @@ def _latest(record: Record, window: int, steps: int | None = None) -> float:
 
 def _validation_at(record: Record, steps: int) -> float:
     """The first evaluation from a step on."""
-    return float(record.validation[min(np.searchsorted(record.evaluated, steps), len(record.validation) - 1)])
+    place = min(bisect_left(record.evaluated, steps), len(record.validation) - 1)
+    return float(record.validation[place])
 
 
 def _text(options: Configuration) -> str:

@@ -177,7 +177,8 @@ class _Block(nn.Module):
         query, key, value = heads.movedim(-2, 1).unbind(-2)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.mixed(seen.movedim(1, -2).flatten(-2))
-        return x + self.network(self.network_norm(x))
+        change: Tensor = self.network(self.network_norm(x))
+        return x + change
 
 
 class _Transformer(nn.Module):
