@@ -2,7 +2,8 @@
 
     python benchmarks/structures.py --data mnist5k --epochs 10
 
-prints a Markdown table for docs/decisions/structures.md. Every run has the same initial weights and batches.
+prints a Markdown table for docs/decisions/structures.md; `--workloads` and `--without` leave rows out. Every run has
+the same initial weights and batches.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def last(model):
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
+BATCH_50 = ("ReLU, batch 50", "tanh, batch 50", "sigmoid, batch 50")
 STRUCTURES = {
     "auto": lambda _: "auto",
     "shared": lambda _: "shared",
@@ -51,14 +53,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="mnist5k")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(BATCH_50))
+    parser.add_argument("--without", nargs="+", choices=STRUCTURES, default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load(options.data)
     print("| workload | structure | cost of all training images | best validation accuracy | s/epoch |")
     print("|---|---|---|---|---|", flush=True)
-    for workload in ("ReLU, batch 50", "tanh, batch 50", "sigmoid, batch 50"):
+    for workload in options.workloads:
         activation, batch = WORKLOADS[workload]
-        for name, structure in STRUCTURES.items():
+        for name in [name for name in STRUCTURES if name not in options.without]:
+            structure = STRUCTURES[name]
             cost, accuracy, seconds = train(
                 lambda model, choose=structure: RNGD(model, structure=choose(model)),
                 data, activation, batch, options.epochs,
