@@ -2,11 +2,13 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROOMS = [ROOT / "tests" / room for room in ("optim", "subsystems", "clients")]
 
 HEAD = """# Support matrix
 
@@ -18,34 +20,25 @@ drawn at random, a case stands for many draws.
 |---|---|---|---|"""
 
 
-class Collector:
-    """Counts the cases of each test that has the marker."""
-
-    def __init__(self) -> None:
-        self.cases: Counter[tuple[str, str, str, str]] = Counter()
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            for marker in item.iter_markers("supports"):
-                what, *layers = marker.args
-                name = item.originalname
-                path = item.path.relative_to(ROOT).as_posix()
-                self.cases[", ".join(f"`{layer}`" for layer in layers), what, path, name] += 1
-
-
-def matrix() -> str:
-    """Return the page."""
-    collector = Collector()
-    rooms = [str(ROOT / "tests" / room) for room in ("optim", "subsystems", "clients")]
-    status = pytest.main(["--collect-only", "-p", "no:terminal", "-p", "no:xdist", *rooms], plugins=[collector])
-    if status != pytest.ExitCode.OK:
-        raise RuntimeError(f"the tests cannot be collected: {status!r}")
-    rows = [
-        f"| {layers} | {what} | {count} | `{path}::{name}` |"
-        for (layers, what, path, name), count in sorted(collector.cases.items())
-    ]
+def matrix(items: Iterable[pytest.Item]) -> str:
+    """Return the page for the collected tests."""
+    cases: Counter[tuple[str, str, str]] = Counter()
+    for item in items:
+        for marker in item.iter_markers("supports"):
+            what, *layers = marker.args
+            test = f"{item.path.relative_to(ROOT).as_posix()}::{item.originalname}"
+            cases[", ".join(f"`{layer}`" for layer in layers), what, test] += 1
+    rows = [f"| {layers} | {what} | {count} | `{test}` |" for (layers, what, test), count in sorted(cases.items())]
     return "\n".join([HEAD, *rows]) + "\n"
 
 
+class Printer:
+    """Prints the page once the tests are collected."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        sys.stdout.write(matrix(session.items))
+
+
 if __name__ == "__main__":
-    sys.stdout.write(matrix())
+    options = ["--collect-only", "-p", "no:terminal", "-p", "no:xdist"]
+    sys.exit(pytest.main([*options, *map(str, ROOMS)], plugins=[Printer()]))

@@ -118,8 +118,12 @@ def test_other_settings_in_the_same_directory_are_other_runs(digits, tmp_path):
     assert len(finished(out)) == 2
 
 
+PATIENCE = 600
+"""Seconds until something is given up: only a test that fails takes them, however slow the machine."""
+
+
 def wait_for_runs(out, count, process):
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + PATIENCE
     while len(finished(out)) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -168,7 +172,7 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path):
     wait_for_runs(out, 2, process)
     workers = children(process.pid)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     expected = f"relfisher: stopped; the same command goes on with the runs missing in {out / 'runs'}\n"
     assert errors == expected
@@ -177,7 +181,7 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path):
 
 
 def wait_until_gone(pids):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -188,7 +192,7 @@ def test_a_lost_worker_is_one_line(digits, tmp_path):
     process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "30", "--jobs", "2"))
     wait_for_runs(out, 1, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert re.fullmatch(r"relfisher: the process of PLAIN\+SGD lr \S+ seed 0 ended with status -9; .*\n", errors)
 
