@@ -25,10 +25,10 @@ def softmax_head(model):
 
 
 def two_layers(model):
-    """Return Kronecker factors through the next layer, and the information of a softmax at the head."""
+    """Return Kronecker factors through the next layer."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     pairs = itertools.pairwise(names)
-    return softmax_head(model) | {one: KroneckerFactors(through=model.get_submodule(two)) for one, two in pairs}
+    return {one: KroneckerFactors(through=model.get_submodule(two)) for one, two in pairs}
 
 
 def last(model):
@@ -44,7 +44,9 @@ STRUCTURES = {
     "diagonal": lambda _: "diagonal",
     "kronecker, units' own response": lambda _: "kronecker",
     "auto, softmax head as Kronecker factors": softmax_head,
-    "two-layer Kronecker factors, softmax head": two_layers,
+    "two-layer Kronecker factors": two_layers,
+    "two-layer Kronecker factors, softmax head": lambda model: two_layers(model) | softmax_head(model),
+    "first layer alone": lambda model: dict(list(two_layers(model).items())[:1]),
 }
 
 

@@ -94,6 +94,7 @@ def test_every_method_has_as_many_configurations():
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_configuration_moves_every_parameter(name):
+    torch.manual_seed(0)  # with some weights no hidden unit is ever active
     for options in PEERS[name].configurations[::7]:
         model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3))
         before = [parameter.detach().clone() for parameter in model.parameters()]
