@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from relfisher.responses import SigmoidBernoulli, TanhBernoulli
+from relfisher.responses import Categorical, SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, Structure
 from relfisher.subsystems import Subsystem
 
@@ -83,12 +83,14 @@ def assign(layers: Sequence[Subsystem], budget: int) -> list[Structure]:
     """Choose a structure for each layer, by its rule.
 
     Args:
-        layers: the layers in the order of the forward pass. Rules are "neuron", "shared", "kronecker" or "diagonal";
-            "published" for exact neuron blocks on hidden layers and the shared block on the first and last (section
-            5.2); and "auto", which takes exact blocks where they cost no more than others (the channels of a
-            normalisation) or the units saturate (tanh, sigmoid) and their metric and inverse fit into a quarter of the
-            budget, else the shared block where it fits, else the diagonal. A rule that a layer cannot keep gives way to
-            the first one that it can.
+        layers: the layers in the order of the forward pass. Rules are "neuron", "shared", "diagonal", or "kronecker":
+            that of a softmax at the head, equation (25), or through the linear layer that takes the units, equation
+            (26), where such a one is seen, else of the units' own response; "published" for exact neuron blocks on
+            hidden layers and the shared block on the first and last (section 5.2); and "auto". That takes exact blocks
+            where they cost no more than others (the channels of a normalisation); a seen Kronecker factor of the
+            outputs that is no larger than that of the inputs, if both fit into the budget; exact blocks where the units
+            saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; else the shared block where it
+            fits, else the diagonal. A rule that a layer cannot keep gives way to the first one that it can.
         budget: bytes for the metric and the inverse of one layer.
 
     Returns:
@@ -104,23 +106,37 @@ def _structure(layer: Subsystem, at_an_end: bool, budget: int) -> Structure:
     if rule == "published":
         rule = "shared" if at_an_end else "neuron"
     if rule == "auto":
-        rule = _automatic(layer, budget)
-    return _NAMED[rule if rule in layer.structures else layer.structures[0]]()
+        return _automatic(layer, budget)
+    return _named(layer, rule if rule in layer.structures else layer.structures[0])
 
 
-def _automatic(layer: Subsystem, budget: int) -> str:
+def _named(layer: Subsystem, name: str) -> Structure:
+    return _seen_factors(layer) or KroneckerFactors() if name == KroneckerFactors.name else _NAMED[name]()
+
+
+def _automatic(layer: Subsystem, budget: int) -> Structure:
     if layer.out == 1 and "neuron" in layer.structures:
-        return "neuron"
+        return NeuronBlocks()
+    factors = _seen_factors(layer)
+    if factors is not None and layer.out <= layer.d and state_bytes(layer, factors) <= budget:
+        return factors
     saturating = isinstance(layer.response, (SigmoidBernoulli, TanhBernoulli))
     if saturating and "neuron" in layer.structures and state_bytes(layer, NeuronBlocks()) <= budget // _EXACT_SHARE:
-        return "neuron"
-    first = layer.structures[0]
-    return first if state_bytes(layer, _NAMED[first]()) <= budget else "diagonal"
+        return NeuronBlocks()
+    first = _named(layer, layer.structures[0])
+    return first if state_bytes(layer, first) <= budget else Diagonal()
+
+
+def _seen_factors(layer: Subsystem) -> KroneckerFactors | None:
+    """Return Kronecker factors with what the forward pass showed of the outputs, or None if that was nothing."""
+    if layer.is_head:
+        return KroneckerFactors(Categorical())
+    return None if layer.following is None else KroneckerFactors(through=layer.following)
 
 
 def candidates(layer: Subsystem) -> list[Structure]:
     """Return the structures that a layer can keep."""
-    return [_NAMED[name]() for name in layer.structures]
+    return [_named(layer, name) for name in layer.structures]
 
 
 def state_bytes(layer: Subsystem, structure: Structure) -> int:

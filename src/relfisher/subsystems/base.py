@@ -170,6 +170,8 @@ class Subsystem(ABC):
 
     Attributes:
         response: what its units say; linear until the activation that follows is known.
+        following: the linear layer that takes its activated units and is all that does, once that is known.
+        is_head: True once its outputs are known to be the logits of a softmax.
         structure: how its running metric is kept; None until it is chosen.
         rule: what the structure is chosen by.
         held: parameters of the layer that are not for us to move.
@@ -192,6 +194,8 @@ class Subsystem(ABC):
         self.parts = tuple(parts)
         self.shape = shape
         self.response: UnitResponse = LinearGaussian()
+        self.following: nn.Linear | None = None
+        self.is_head = False
         self.structure: Structure | None = None
         self.rule: str | Structure = "auto"
         self.held: frozenset[nn.Parameter] = frozenset()

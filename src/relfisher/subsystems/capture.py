@@ -19,9 +19,14 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.structures import Structure
 from relfisher.subsystems.base import Call, Gathered, Rows, Sampling, Subsystem
+from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
 from relfisher.subsystems.watch import ActivationWatch
 
 __all__ = ["Capture", "ResponseWarning"]
+
+
+# The rules by which a layer's structure depends on what scores its outputs.
+_LOOKING = ("auto", "kronecker")
 
 
 class ResponseWarning(UserWarning):
@@ -49,7 +54,8 @@ class Capture:
     """Watches the layers of a model.
 
     The first forward pass of the whole model tells each layer's response, and so its structure; a layer that is first
-    reached later is told by the pass that follows. Until then its samples are held as they are.
+    reached later is told by the pass that follows. What scores an output layer is told by the gradients that flow back
+    to it. Until then a layer's samples are held as they are.
 
     Args:
         model: the module whose forward pass tells the responses.
@@ -70,6 +76,7 @@ class Capture:
         self._limit = limit
         self._layers: dict[nn.Module, list[Subsystem]] = {}
         self._missed: set[Subsystem] = set()  # not reached by the last pass that was watched
+        self._outputs: set[Subsystem] = set()  # whose gradients are to tell what scores them
         self._inside = False
         self._watch: ActivationWatch | None = None
         self._held: list[_Batch] = []
@@ -167,7 +174,8 @@ class Capture:
         return see
 
     def _see(self, layer: Subsystem, call: Call, z: Tensor) -> None:
-        if layer.structure is None and self._inside and self._watch is None:
+        told = layer.structure is not None or layer in self._outputs
+        if not told and self._inside and self._watch is None:
             self._missed.discard(layer)  # the next pass is watched
             return
         batch = _Batch(layer, due=self.due)
@@ -177,18 +185,26 @@ class Capture:
         else:
             # What works in place must not change what is held.
             batch.held = layer.hold(call, sampling)
-            if self._watch is not None:
+            if self._watch is not None and not told:
                 self._held.append(batch)
                 if layer.followed:
                     self._watch.show(layer.name, z)
-        z.register_hook(lambda _: self._count(batch))  # type: ignore[no-untyped-call]  # torch's is not annotated
+        z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
 
-    def _count(self, batch: _Batch) -> None:
+    def _count(self, batch: _Batch, gradient: Tensor) -> None:
         """Add a batch whose gradients have flowed back, once."""
-        if batch.layer.structure is None:
-            self._untold.append(batch)
-        else:
-            self._add(batch)
+        layer = batch.layer
+        if layer in self._outputs and bool(torch.isfinite(gradient).all()):
+            self._outputs.discard(layer)
+            layer.is_head = is_softmax_gradient(gradient)
+            self._settle([layer])
+        if layer.structure is None:
+            if layer not in self._outputs:
+                self._untold.append(batch)
+            return
+        if batch.held is not None:
+            batch.gather(batch.held)
+        self._add(batch)
 
     def _add(self, batch: _Batch) -> None:
         gathered, batch.gathered = batch.gathered, None
@@ -222,7 +238,7 @@ class Capture:
             for layers in self._layers.values()
             for layer in layers
             if layer.structure is None and any(parameter.requires_grad for parameter in layer.parameters)
-        }
+        } - self._outputs
 
     def _stop_watching(self) -> ActivationWatch | None:
         watch, self._watch = self._watch, None
@@ -234,18 +250,21 @@ class Capture:
     def _conclude(self, batches: list[_Batch], watch: ActivationWatch) -> None:
         """Fix the responses and structures of layers, say which activations could not be told, gather what was held."""
         layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer.structure is None))
-        for layer in layers:
-            if layer.followed:
-                layer.response = watch.response(layer.name)
-        for layer, structure in zip(layers, self._choose(layers), strict=True):
-            layer.structure = structure
+        tell_roles(watch, layers, self._layers)
+        self._outputs.update(layer for layer in layers if layer.rule in _LOOKING and could_be_head(watch, layer))
+        self._settle([layer for layer in layers if layer not in self._outputs])
         untold = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
         if untold:
             named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in untold.items())
             self._warn(f"the activation is not known: {named}")
         for batch in batches:
-            if batch.held is not None:
+            if batch.held is not None and batch.layer.structure is not None:
                 batch.gather(batch.held)
+
+    def _settle(self, layers: Sequence[Subsystem]) -> None:
+        """Give layers their structures."""
+        for layer, structure in zip(layers, self._choose(layers), strict=True):
+            layer.structure = structure
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)

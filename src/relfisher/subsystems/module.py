@@ -103,16 +103,19 @@ def observe(model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any) -> d
     }
 
 
-def survey(model: nn.Module, layers: Sequence[Subsystem], inputs: Any) -> dict[Subsystem, tuple[int, UnitResponse]]:
-    """Run a model in evaluation mode and return how many samples its layers have and what they say.
+def survey(
+    model: nn.Module, layers: Sequence[Subsystem], inputs: Any, loss: Callable[[Any], Tensor] | None = None
+) -> dict[Subsystem, int]:
+    """Run a model in evaluation mode, tell its layers what they are to each other and return how many samples they have.
 
     Args:
         model: the model, left as it was.
         layers: subsystems of it.
         inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
+        loss: of what the model returns; it tells what scores the output layers.
 
     Returns:
-        For each layer that was reached the number of its samples and its response.
+        For each layer that was reached the number of its samples.
     """
     named = {layer.name: layer for layer in layers}
     samples: dict[str, int] = {}
@@ -121,8 +124,8 @@ def survey(model: nn.Module, layers: Sequence[Subsystem], inputs: Any) -> dict[S
         units = math.prod(named[name].shape[:-1]) if named[name].followed else named[name].out
         samples[name] = samples.get(name, 0) + named[name].said(call).numel() // units
 
-    responses = _run(model, named, inputs, see)
-    return {named[name]: (count, responses[name]) for name, count in samples.items()}
+    _run(model, named, inputs, see, loss)
+    return {named[name]: count for name, count in samples.items()}
 
 
 @torch.enable_grad()

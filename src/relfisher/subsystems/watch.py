@@ -1,9 +1,11 @@
-"""Which layer feeds which activation: seen once, while the model runs, in modules and in functional code alike."""
+"""Which layer feeds which activation, and that which layer: seen once, while the model runs, in modules and in functional
+code alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,17 @@ __all__ = ["ActivationWatch"]
 # Reads of an attribute, and what leaves the graph: they take a pre-activation nowhere.
 _LOOKS = frozenset(["get", "detach"])
 
+# After these, units are still along the last axis, if it is as long as before; dropout leaves their mean as it was.
+_CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
+
+
+class _Taker(NamedTuple):
+    """A function that took a pre-activation: its name, the response that it makes, whether it is a softmax of it."""
+
+    name: str
+    response: UnitResponse | None
+    softmax: bool
+
 
 class ActivationWatch(TorchFunctionMode):
     """While active, notes which functions take the pre-activations that it was shown.
@@ -30,7 +43,9 @@ class ActivationWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[int, tuple[str, Tensor]] = {}
-        self._takers: dict[str, list[tuple[str, UnitResponse | None]]] = {}
+        self._takers: dict[str, list[_Taker]] = {}
+        self._activated: dict[int, tuple[str, Tensor]] = {}
+        self._followers: dict[str, list[Tensor | None]] = {}  # the weight of each linear function of the activated units
 
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
@@ -44,6 +59,7 @@ class ActivationWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         taken = {id(z): self._shown[id(z)] for z in _tensors([*args, *kwargs.values()]) if id(z) in self._shown}
         versions = {place: z._version for place, (_, z) in taken.items()}
+        units = [self._activated[id(each)] for each in _tensors([*args, *kwargs.values()]) if id(each) in self._activated]
         result = func(*args, **kwargs)
         name = canonical_name(func)
         if name in RESHAPING and args and id(args[0]) in taken:
@@ -56,24 +72,55 @@ class ActivationWatch(TorchFunctionMode):
                 if result is z and not in_place:
                     continue  # a cast to what it was already
                 response = response_of(func, args, kwargs) if args and args[0] is z else None
-                self._takers[key].append((name, response))
+                self._takers[key].append(_Taker(name, response, _is_softmax(name, z, args, kwargs)))
                 if in_place:  # an activation stands where there was a pre-activation
                     del self._shown[place]
+                if response is not None:
+                    self._activated[id(result)] = (key, result)
+            for key, activated in units:
+                self._follow(key, activated, name, args, result)
         return result
+
+    def _follow(self, key: str, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note what takes the activated units of a layer."""
+        if name in _CARRYING and isinstance(result, Tensor) and result.shape[-1:] == activated.shape[-1:]:
+            self._activated[id(result)] = (key, result)
+        else:
+            linear = name == "linear" and args[0] is activated
+            self._followers.setdefault(key, []).append(args[1] if linear else None)
 
     def response(self, key: str) -> UnitResponse:
         """Return the response of a layer that was shown."""
-        found = {response for _, response in self._takers.get(key, [])}
+        found = {taker.response for taker in self._takers.get(key, [])}
         only = found.pop() if len(found) == 1 else None
         return LinearGaussian() if only is None else only
 
     def untold(self, key: str) -> list[str]:
         """Return the functions that took a layer's output and are neither activations nor known to join or score."""
-        return sorted({name for name, response in self._takers.get(key, []) if not response and name not in JOINING})
+        takers = self._takers.get(key, [])
+        return sorted({taker.name for taker in takers if not taker.response and taker.name not in JOINING})
+
+    def following(self, key: str) -> Tensor | None:
+        """Return the weight of the one linear function that takes a layer's activated units, and all that does."""
+        if len({taker.response for taker in self._takers.get(key, [])}) != 1:
+            return None
+        weights = {id(weight): weight for weight in self._followers.get(key, [])}
+        return next(iter(weights.values())) if len(weights) == 1 else None
+
+    def is_output(self, key: str) -> bool:
+        """Return whether nothing took a layer's output."""
+        return self._takers.get(key) == []
+
+    def is_softmax(self, key: str) -> bool:
+        """Return whether a layer's outputs went into softmax functions over its units, and nowhere else."""
+        takers = self._takers.get(key, [])
+        return bool(takers) and all(taker.softmax for taker in takers)
 
     def forget(self) -> None:
         """Let the tensors go."""
         self._shown.clear()
+        self._activated.clear()
+        self._followers.clear()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -83,3 +130,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call is a softmax over the last axis of z, or scores such a one."""
+    if not args or args[0] is not z:
+        return False
+    if name == "cross_entropy":
+        return z.ndim == 2
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return name in ("softmax", "log_softmax") and axis in (-1, z.ndim - 1)
