@@ -42,7 +42,7 @@ STRUCTURES = {
     "shared": lambda _: "shared",
     "neuron": lambda _: "neuron",
     "diagonal": lambda _: "diagonal",
-    "kronecker, units' own response": lambda _: "kronecker",
+    "kronecker, units' own response": lambda _: KroneckerFactors(),
     "auto, softmax head as Kronecker factors": softmax_head,
     "two-layer Kronecker factors": two_layers,
     "two-layer Kronecker factors, softmax head": lambda model: two_layers(model) | softmax_head(model),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from relfisher.optim.assignment import FALLBACK, Rule, assign, candidates, check_rules, rule_for, state_bytes
 from relfisher.optim.groups import names_of
@@ -108,6 +108,7 @@ def plan(
     inputs: Any,
     structure: Rule | Mapping[str, Rule] = "auto",
     structure_bytes: int = 256 << 20,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Plan:
     """Return what `RNGD(model, structure=..., structure_bytes=...)` will keep and compute, before it is made.
 
@@ -116,6 +117,8 @@ def plan(
         inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments; one batch.
         structure: as for `RNGD`.
         structure_bytes: as for `RNGD`.
+        loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
+            known to be one, as it is to RNGD from the first gradients on.
 
     Returns:
         A row a layer that has trained parameters and was reached.
@@ -123,7 +126,7 @@ def plan(
     Raises:
         ValueError: if the structure is none, or names no layer.
     """
-    layers, samples, _ = _surveyed(model, inputs, structure, structure_bytes)
+    layers, samples, _ = _surveyed(model, inputs, structure, structure_bytes, loss)
     reached = [layer for layer in layers if layer in samples]
     rows = []
     for layer in reached:
@@ -198,6 +201,7 @@ def coverage(
     inputs: Any,
     structure: Rule | Mapping[str, Rule] = "auto",
     structure_bytes: int = 256 << 20,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> Coverage:
     """Return how `RNGD(model, structure=..., structure_bytes=...)` will train each parameter.
 
@@ -206,6 +210,8 @@ def coverage(
         inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments.
         structure: as for `RNGD`.
         structure_bytes: as for `RNGD`.
+        loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
+            known to be one, as it is to RNGD from the first gradients on.
 
     Returns:
         A row a parameter. One whose layer is not reached by these inputs is trained by AdamW until it is.
@@ -213,7 +219,7 @@ def coverage(
     Raises:
         ValueError: if the structure is none, or names no layer.
     """
-    layers, samples, refused = _surveyed(model, inputs, structure, structure_bytes)
+    layers, samples, refused = _surveyed(model, inputs, structure, structure_bytes, loss)
     home = {id(parameter): layer for layer in layers for parameter in layer.parameters}
     own_names = {id(parameter): name for name, parameter in model.named_parameters()}
     names = names_of(model)
@@ -234,7 +240,11 @@ def coverage(
 
 
 def _surveyed(
-    model: nn.Module, inputs: Any, structure: Rule | Mapping[str, Rule], budget: int
+    model: nn.Module,
+    inputs: Any,
+    structure: Rule | Mapping[str, Rule],
+    budget: int,
+    loss: Callable[[Any], Tensor] | None,
 ) -> tuple[list[Subsystem], dict[Subsystem, int], dict[str, str]]:
     """Return layers in the order of the forward pass with their structures, their samples, and what was refused."""
     found = discover(model)
@@ -242,14 +252,12 @@ def _surveyed(
     for layer in found.subsystems:
         layer.rule = rule_for(layer, structure)
     layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
-    seen = survey(model, layers, inputs)
-    for layer, (_, response) in seen.items():
-        layer.response = response
+    seen = survey(model, layers, inputs, loss)
     trained = [layer for layer in seen if any(parameter.requires_grad for parameter in layer.parameters)]
     for layer, chosen in zip(trained, assign(trained, budget), strict=True):
         layer.structure = chosen
     unseen = [layer for layer in layers if layer not in seen]
-    return [*trained, *unseen], {layer: seen[layer][0] for layer in trained}, found.refused
+    return [*trained, *unseen], {layer: seen[layer] for layer in trained}, found.refused
 
 
 def _structure(layer: Subsystem) -> Structure:

@@ -208,6 +208,8 @@ class Structure(ABC):
             if frozen is not None and name == "metric":
                 diagonals = diagonals[..., ~frozen]
                 metric = self.without(metric, frozen)
+            if not bool(diagonals.any()):
+                return True  # nothing yet: the next layer's weights are 0, or no unit was active
             found[name], good = self.inverted(metric, each.of(diagonals), form)
             if not good:
                 return False

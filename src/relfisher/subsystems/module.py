@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relfisher.evaluation import evaluation_mode
 from relfisher.metric import Metric
 from relfisher.responses import Response, UnitResponse
 from relfisher.subsystems.base import Call, Rows, Sampling, Subsystem
 from relfisher.subsystems.discover import subsystems_of
+from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
 from relfisher.subsystems.watch import ActivationWatch
 from relfisher.validation import check_finite
 
@@ -93,11 +94,11 @@ def observe(model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any) -> d
         # Both may be overwritten by what works in place, later in the forward pass.
         seen.setdefault(name, []).append(Rows(rows.x.clone(), rows.z.clone()))
 
-    responses = _run(model, layers, inputs, see)
+    _run(model, layers, inputs, see)
     return {
         name: (
             Rows(torch.cat([rows.x for rows in calls], dim=-2), torch.cat([rows.z for rows in calls], dim=-2)),
-            responses[name],
+            layers[name].response,
         )
         for name, calls in seen.items()
     }
@@ -130,11 +131,15 @@ def survey(
 
 @torch.enable_grad()
 def _run(
-    model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any, see: Callable[[str, Call], None]
-) -> dict[str, UnitResponse]:
-    """Run a model, show each call of a layer, and return the responses of those that were reached."""
+    model: nn.Module,
+    layers: Mapping[str, Subsystem],
+    inputs: Any,
+    see: Callable[[str, Call], None],
+    loss: Callable[[Any], Tensor] | None = None,
+) -> None:
+    """Run a model, show each call of a layer, and tell the layers that were reached what they are."""
     watch = ActivationWatch()
-    reached: dict[str, None] = {}
+    reached: dict[str, Tensor] = {}
 
     def hook_of(name: str, layer: Subsystem) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -143,7 +148,7 @@ def _run(
                 return
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 see(name, Call(args, kwargs, output))
-            reached[name] = None
+            reached[name] = z
             if layer.followed:
                 watch.show(name, z)
 
@@ -154,12 +159,18 @@ def _run(
     ]
     try:
         with evaluation_mode(model), watch:
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            output = model(**inputs) if isinstance(inputs, Mapping) else model(*_tuple(inputs))
     finally:
         for handle in handles:
             handle.remove()
-        watch.forget()
-    return {name: watch.response(name) if layers[name].followed else layers[name].response for name in reached}
+    tell_roles(watch, [layers[name] for name in reached], [layer.module for layer in layers.values()])
+    heads = [name for name in reached if could_be_head(watch, layers[name]) and reached[name].requires_grad]
+    watch.forget()
+    if loss is not None and heads:
+        gradients = torch.autograd.grad(loss(output), [reached[name] for name in heads], allow_unused=True)
+        for name, gradient in zip(heads, gradients, strict=True):
+            layers[name].is_head = gradient is not None and is_softmax_gradient(gradient)
+
+
+def _tuple(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)

@@ -45,7 +45,9 @@ class ActivationWatch(TorchFunctionMode):
         self._shown: dict[int, tuple[str, Tensor]] = {}
         self._takers: dict[str, list[_Taker]] = {}
         self._activated: dict[int, tuple[str, Tensor]] = {}
-        self._followers: dict[str, list[Tensor | None]] = {}  # the weight of each linear function of the activated units
+        self._followers: dict[
+            str, list[Tensor | None]
+        ] = {}  # the weight of each linear function of the activated units
 
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
@@ -59,7 +61,9 @@ class ActivationWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         taken = {id(z): self._shown[id(z)] for z in _tensors([*args, *kwargs.values()]) if id(z) in self._shown}
         versions = {place: z._version for place, (_, z) in taken.items()}
-        units = [self._activated[id(each)] for each in _tensors([*args, *kwargs.values()]) if id(each) in self._activated]
+        units = [
+            self._activated[id(each)] for each in _tensors([*args, *kwargs.values()]) if id(each) in self._activated
+        ]
         result = func(*args, **kwargs)
         name = canonical_name(func)
         if name in RESHAPING and args and id(args[0]) in taken:
