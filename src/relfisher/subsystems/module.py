@@ -107,7 +107,7 @@ def observe(model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any) -> d
 def survey(
     model: nn.Module, layers: Sequence[Subsystem], inputs: Any, loss: Callable[[Any], Tensor] | None = None
 ) -> dict[Subsystem, int]:
-    """Run a model in evaluation mode, tell its layers what they are to each other and return how many samples they have.
+    """Run a model in evaluation mode, tell its layers what they are to each other and count the samples of each.
 
     Args:
         model: the model, left as it was.

@@ -25,7 +25,12 @@ def tell_roles(watch: ActivationWatch, layers: Iterable[Subsystem], linear: Iter
         layers: to be told.
         linear: modules that may take units of theirs.
     """
-    owners = {id(module.weight): module for module in linear if isinstance(module, nn.Linear)}
+    owners = {
+        id(weight): module
+        for module in linear
+        if isinstance(module, nn.Linear)
+        if (weight := module._parameters.get("weight")) is not None  # it is parametrized, and not kept as it is
+    }
     for layer in layers:
         if not layer.followed:
             continue

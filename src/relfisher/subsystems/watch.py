@@ -1,6 +1,4 @@
-"""Which layer feeds which activation, and that which layer: seen once, while the model runs, in modules and in functional
-code alike.
-"""
+"""Which layer feeds which activation, and that which layer: seen once, while the model runs, in modules and in code."""
 
 from __future__ import annotations
 
@@ -45,9 +43,8 @@ class ActivationWatch(TorchFunctionMode):
         self._shown: dict[int, tuple[str, Tensor]] = {}
         self._takers: dict[str, list[_Taker]] = {}
         self._activated: dict[int, tuple[str, Tensor]] = {}
-        self._followers: dict[
-            str, list[Tensor | None]
-        ] = {}  # the weight of each linear function of the activated units
+        # The weight of each linear function that took a layer's activated units, None for any other function.
+        self._followers: dict[str, list[Tensor | None]] = {}
 
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
@@ -59,11 +56,10 @@ class ActivationWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        taken = {id(z): self._shown[id(z)] for z in _tensors([*args, *kwargs.values()]) if id(z) in self._shown}
+        given = [id(each) for each in _tensors([*args, *kwargs.values()])]
+        taken = {place: self._shown[place] for place in given if place in self._shown}
+        units = [self._activated[place] for place in given if place in self._activated]
         versions = {place: z._version for place, (_, z) in taken.items()}
-        units = [
-            self._activated[id(each)] for each in _tensors([*args, *kwargs.values()]) if id(each) in self._activated
-        ]
         result = func(*args, **kwargs)
         name = canonical_name(func)
         if name in RESHAPING and args and id(args[0]) in taken:
@@ -121,10 +117,9 @@ class ActivationWatch(TorchFunctionMode):
         return bool(takers) and all(taker.softmax for taker in takers)
 
     def forget(self) -> None:
-        """Let the tensors go."""
+        """Let the activations go."""
         self._shown.clear()
         self._activated.clear()
-        self._followers.clear()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -142,5 +137,5 @@ def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return False
     if name == "cross_entropy":
         return z.ndim == 2
-    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    axis: object = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return name in ("softmax", "log_softmax") and axis in (-1, z.ndim - 1)
