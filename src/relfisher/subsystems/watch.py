@@ -137,5 +137,5 @@ def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return False
     if name == "cross_entropy":
         return z.ndim == 2
-    axis: object = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    axis: int | None = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return name in ("softmax", "log_softmax") and axis in (-1, z.ndim - 1)
