@@ -280,6 +280,8 @@ def factories(tmp_path, monkeypatch):
         "def bare(): return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))",
         "def with_inputs(): return torch.nn.Embedding(9, 3), torch.tensor([1, 2])",
         "def nothing(): return 3",
+        "def softmax(z): return -z.log_softmax(-1)[:, 0].mean()",
+        "number = 3",
     ]
     (tmp_path / "factories.py").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
@@ -291,8 +293,11 @@ def factories(tmp_path, monkeypatch):
 def test_plan_prints_a_row_a_layer(capsys):
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "neuron"]
+    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "kronecker"]
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "shared"]
+    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:softmax"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
     assert call(["plan", "--model", "factories:with_inputs"]) == 0
     assert "diagonal" in capsys.readouterr().out
 
@@ -301,7 +306,9 @@ def test_plan_prints_a_row_a_layer(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "factories"], "'factories' is not of the form MODULE:FACTORY"),
+        (["--model", "factories"], "'factories' is not of the form MODULE:NAME"),
+        (["--model", "factories:number"], "--model: factories:number must be callable, got int"),
+        (["--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:none"], "has no attribute 'none'"),
         (["--model", "absent:bare"], "No module named 'absent'"),
         (["--model", "factories:absent"], "has no attribute 'absent'"),
         (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),

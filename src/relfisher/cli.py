@@ -10,7 +10,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import relfisher
 
@@ -20,7 +20,7 @@ except ImportError:
     sys.exit("relfisher: the command line needs the extra `experiments`: pip install 'relfisher[experiments]'")
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from relfisher.experiments.data import Dataset
     from relfisher.experiments.neuron_study import NeuronStudy
@@ -82,11 +82,16 @@ def _plan(
         str | None,
         typer.Option(metavar="AxBx...", help="Shape of a batch; not needed if the factory returns (model, inputs)."),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Of what the model returns, a scalar: tells a softmax head."),
+    ] = None,
     structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
     mebibytes: Annotated[int, typer.Option(min=1, help="What auto may keep of one layer, in MiB.")] = 256,
 ) -> None:
     """Print what RNGD will keep and compute for each layer of a model, and what other structures would."""
-    made = _made(model)
+    made = _imported("--model", model)()
+    score = None if loss is None else _imported("--loss", loss)
     network, batch = made if isinstance(made, tuple) else (made, None)
     import torch
 
@@ -99,26 +104,28 @@ def _plan(
     if batch is None:
         raise _wrong("--inputs", f"{model} returns no inputs: give the shape of a batch, such as 50x784")
     try:
-        print(relfisher.plan(network, batch, structure, mebibytes << 20))
+        print(relfisher.plan(network, batch, structure, mebibytes << 20, score))
     except ValueError as error:
         raise _wrong("--structure", str(error)) from error
     except (RuntimeError, TypeError) as error:
         raise _wrong("--inputs", f"the model cannot be called with them: {error}") from error
 
 
-def _made(spec: str) -> object:
-    """Return what a factory, given as MODULE:NAME, returns; modules of the working directory count."""
+def _imported(option: str, spec: str) -> Callable[..., Any]:
+    """Return what is given as MODULE:NAME; modules of the working directory count."""
     module, _, name = spec.partition(":")
     if not module or not name:
-        raise _wrong("--model", f"{spec!r} is not of the form MODULE:FACTORY")
+        raise _wrong(option, f"{spec!r} is not of the form MODULE:NAME")
     sys.path.insert(0, os.getcwd())
     try:
-        factory = getattr(importlib.import_module(module), name)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise _wrong("--model", str(error)) from error
+        raise _wrong(option, str(error)) from error
     finally:
         sys.path.pop(0)
-    return factory()
+    if not callable(found):
+        raise _wrong(option, f"{spec} must be callable, got {type(found).__name__}")
+    return found
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from relfisher import RNGD, coverage, plan
@@ -55,7 +56,7 @@ def test_coverage_says_how_each_parameter_is_trained():
     for name in ("embed.weight", "conv.bias", "norm.weight", "attention.in_proj_weight", "attention.out_proj.bias"):
         assert by[name] == "metric"
     assert found["hidden.weight"].response == "TanhBernoulli"
-    assert found["hidden.weight"].structure == "neuron"
+    assert found["hidden.weight"].structure == "kronecker"  # `frozen` takes its units
     assert found["embed.weight"].structure == "diagonal"
     assert "tied" in found["head.weight"].reason
     assert "parametrization" in found["normed.parametrizations.weight.original1"].reason
@@ -102,11 +103,50 @@ def test_auto_keeps_to_its_bytes():
     def chosen(bytes_):
         return [layer.chosen.structure for layer in plan(model, x, structure_bytes=bytes_)]
 
-    assert chosen(1 << 30) == ["neuron", "neuron", "shared"]
-    assert chosen(4 << 20) == ["shared", "neuron", "shared"]
-    assert chosen(1 << 20) == ["diagonal", "shared", "shared"]
+    assert chosen(1 << 30) == ["kronecker", "kronecker", "shared"]
+    assert chosen(1 << 20) == ["diagonal", "kronecker", "shared"]
+    assert chosen(1 << 14) == ["diagonal", "shared", "shared"]
     for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):
         assert all(layer.chosen.bytes <= budget for layer in plan(model, x, structure_bytes=budget))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU])
+def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes_them(activation):
+    model = nn.Sequential(nn.Linear(60, 4), activation(), nn.LayerNorm(4), nn.Linear(4, 3))
+    x = torch.randn(5, 60)
+
+    def chosen(bytes_):
+        return next(iter(plan(model, x, structure_bytes=bytes_))).chosen.structure
+
+    blocks = 2 * 4 * 61**2 * 4
+    assert chosen(4 * blocks) == ("shared" if activation is nn.ReLU else "neuron")
+    assert chosen(4 * blocks - 1) == "shared"
+
+
+@pytest.mark.parametrize(
+    ("loss", "head"),
+    [
+        (None, "shared"),
+        (lambda z: functional.cross_entropy(z, torch.arange(4) % 3), "kronecker"),
+        (lambda z: functional.mse_loss(z, torch.ones(4, 3)), "shared"),
+    ],
+)
+def test_a_plan_that_is_given_the_loss_knows_a_softmax_head(loss, head):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = torch.randn(4, 5)
+    assert [layer.chosen.structure for layer in plan(model, x, loss=loss)] == ["kronecker", head]
+    said = {row.subsystem: row.structure for row in coverage(model, x, loss=loss)}
+    assert said == {"0": "kronecker", "2": head}
+    if loss is not None:
+        optimizer = RNGD(model)
+        loss(model(x)).backward()
+        optimizer.step()
+        assert [layer.structure.name for layer in optimizer._place] == ["kronecker", head]
+        planned = plan(model, x, loss=loss)
+        tensors = [value for state in optimizer.state.values() for value in state.values()]
+        measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert measured == pytest.approx(planned.bytes, rel=0.05)
 
 
 def test_a_plan_counts_samples_and_positions_and_offers_others():

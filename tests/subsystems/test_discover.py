@@ -1,12 +1,17 @@
 """Which layers have a metric of their own, and what is seen of the functions that take their outputs."""
 
+from collections.abc import Callable
+from functools import partial
+
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from relfisher.responses import ActivationGaussian, LinearGaussian, ReLUGaussian, TanhBernoulli
 from relfisher.subsystems import ActivationWatch, discover
+from relfisher.subsystems.roles import is_softmax_gradient
 
 
 def names(model: nn.Module) -> list[str]:
@@ -110,3 +115,108 @@ def test_nothing_is_seen_outside_the_watch_or_after_forgetting() -> None:
         watch.forget()
         torch.tanh(z)
     assert watch.response("layer") == LinearGaussian()
+
+
+WEIGHT = torch.ones(4, 3)
+
+
+def test_the_linear_function_that_takes_the_activated_units() -> None:
+    assert watched(lambda z: functional.linear(torch.tanh(z), WEIGHT)).following("layer") is WEIGHT
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda a: functional.dropout(a, 0.5),
+        lambda a: a.double().float(),
+        lambda a: a.view(2, 1, 3),
+        lambda a: a.contiguous().clone(),
+    ],
+)
+def test_what_leaves_the_units_along_the_last_axis_is_on_the_way(between: Callable[[Tensor], Tensor]) -> None:
+    assert watched(lambda z: functional.linear(between(torch.relu(z)), WEIGHT)).following("layer") is WEIGHT
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: functional.layer_norm(a, (3,)),
+        lambda a: functional.linear(a.reshape(3, 2), torch.ones(4, 2)),
+        lambda a: functional.linear(a + 1, WEIGHT),
+        lambda a: functional.linear(WEIGHT, a),
+        lambda a: (functional.linear(a, WEIGHT), a + 1),
+        lambda a: (functional.linear(a, WEIGHT), functional.linear(a, torch.ones(4, 3))),
+        lambda a: a @ WEIGHT.T,
+    ],
+)
+def test_units_that_go_elsewhere_have_no_following_layer(function: Callable[[Tensor], object]) -> None:
+    assert watched(lambda z: function(torch.tanh(z))).following("layer") is None
+
+
+def test_units_before_their_activation_have_no_following_layer() -> None:
+    assert watched(lambda z: functional.linear(z, WEIGHT)).following("layer") is None
+    both = watched(lambda z: functional.linear(torch.tanh(z), WEIGHT), lambda z: z + 1)
+    assert both.following("layer") is None
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda z: functional.softmax(z, -1), True),
+        (lambda z: z.log_softmax(dim=1), True),
+        (lambda z: functional.cross_entropy(z, torch.tensor([0, 2])), True),
+        (lambda z: functional.cross_entropy(z.float().view(-1, 3), torch.tensor([0, 2])), True),
+        (lambda z: functional.softmax(z, 0), False),
+        (lambda z: functional.cross_entropy(z.view(1, 3, 2), torch.zeros(1, 2, dtype=torch.long)), False),
+        (lambda z: functional.mse_loss(z, WEIGHT[:2]), False),
+        (lambda z: (torch.tanh(z), z.softmax(-1)), False),
+        (torch.detach, False),
+    ],
+)
+def test_a_softmax_of_the_units_inside_the_forward_pass(function: Callable[[Tensor], object], told: bool) -> None:
+    assert watched(function).is_softmax("layer") == told
+
+
+def test_an_output_goes_nowhere() -> None:
+    assert watched(torch.detach).is_output("layer")
+    assert not watched(torch.relu).is_output("layer")
+    assert not watched().is_output("never shown")
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def one_hot(y: Tensor, z: Tensor) -> Tensor:
+    """Return the classes as rows like those of z."""
+    return functional.one_hot(y, z.shape[-1]).to(z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (functional.cross_entropy, True),
+        (partial(functional.cross_entropy, label_smoothing=0.1, reduction="sum"), True),
+        (lambda z, y: 1000 * functional.cross_entropy(z, y), True),
+        (lambda z, y: functional.kl_div(z.log_softmax(-1), one_hot(y, z), reduction="batchmean"), True),
+        (lambda z, y: functional.mse_loss(z, one_hot(y, z)), False),
+        (lambda z, y: functional.binary_cross_entropy_with_logits(z, one_hot(y, z)), False),
+        (lambda z, y: 0 * functional.cross_entropy(z, y), False),
+    ],
+)
+def test_gradients_tell_a_loss_of_the_softmax(loss: Loss, told: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(2, 8, 6, generator=generator)).to(dtype).requires_grad_()
+    y = torch.randint(6, (16,), generator=generator)
+    (gradient,) = torch.autograd.grad(loss(z.view(16, 6), y), z)
+    assert is_softmax_gradient(gradient) == told
+
+
+def test_rows_that_rounding_spoils_do_not_hide_a_softmax() -> None:
+    """The gradient of a confident row is what rounding has left of 1 - p."""
+    z = torch.zeros(2, 6)
+    z[0, 0] = 16.0
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(functional.cross_entropy(z, torch.tensor([0, 1])), z)
+    assert abs(float(gradient[0].sum())) > 1e-3 * float(gradient[0].abs().sum())
+    assert is_softmax_gradient(gradient)

@@ -117,11 +117,11 @@ class Curvature:
         if metric is None:
             state.update(self._create(layer, structure))
         elif not self._fits(layer, structure, state):
-            if float(state["mass"]) > float(not self._unbiased):
+            if self._holds_something(state):
+                held = {name: tuple(state[name].shape) for name in structure.names(state)}
                 raise ValueError(
-                    f"the loaded metric of {layer.name!r} has shape {list(metric.shape)}, but the structure "
-                    f"{type(structure).__name__} needs {list(structure.shapes(layer.shape)['metric'])}: load it into "
-                    "an optimizer with the same structure"
+                    f"the loaded metric of {layer.name!r} has the shapes {held}, but the structure {structure.name!r} "
+                    f"needs {structure.shapes(layer.shape)}: load it into an optimizer with the same structure"
                 )
             for key in [key for key in state if key not in _ADAMW_KEYS]:
                 del state[key]
@@ -153,6 +153,16 @@ class Curvature:
             if (due or first or changed) and not structure.refresh(state, damping(layer), layer.frozen()):
                 self._health.failed(iteration, layer.name)
 
+    def recall(self) -> None:
+        """Learn from loaded states which layers were softmax heads when they were saved.
+
+        The gradients that told so may have become too small since to tell it again.
+        """
+        for layer in self.layers:
+            state = self.states[layer.weight]
+            if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
+                layer.is_head = "output" in state
+
     def advance(self, iteration: int) -> None:
         """Say which iteration is next."""
         self.capture.due = self._schedule.statistics_due(iteration)
@@ -160,12 +170,14 @@ class Curvature:
     def _create(self, layer: Subsystem, structure: Structure) -> State:
         return structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
 
+    def _holds_something(self, state: State) -> bool:
+        return "mass" in state and float(state["mass"]) > float(not self._unbiased)
+
     def _fits(self, layer: Subsystem, structure: Structure, state: State) -> bool:
         shapes = structure.shapes(layer.shape)
         wanted = torch.promote_types(layer.weight.dtype, torch.float32)
-        return all(
-            name in state and tuple(state[name].shape) == shape and state[name].dtype == wanted
-            for name, shape in shapes.items()
+        return structure.names(state) == list(shapes) and all(
+            tuple(state[name].shape) == shape and state[name].dtype == wanted for name, shape in shapes.items()
         )
 
 

@@ -146,6 +146,7 @@ class Preconditioner:
             state.clear()
             for key, value in state_dict["layers"][layer.name].items():
                 state[key] = value.to(value.device if key == "mass" else layer.weight.device, copy=True)
+        self._curvature.recall()
         self._curvature.advance(self._iteration)
 
     def close(self) -> None:

@@ -318,6 +318,7 @@ class RNGD(torch.optim.Optimizer):
         for layer in self._place:
             if layer.structure is not None:
                 self._curvature.state(layer, layer.structure)
+        self._curvature.recall()
         self._curvature.advance(self._iteration)
 
     def close(self) -> None:

@@ -199,7 +199,7 @@ class Structure(ABC):
         if mass == 0 or (frozen is not None and bool(frozen.all())):
             return True  # nothing was gathered yet, or nothing moves
         form: Form = "root" if "root" in state else "inverse"
-        names = [name for name in state if _inverted(name, form) in state]
+        names = self.names(state)
         each = damping.split() if len(names) > 1 else damping
         found = {}
         for name in names:
@@ -250,8 +250,13 @@ class Structure(ABC):
         return blocks.mT
 
     @staticmethod
-    def _factors(state: State, form: Form) -> State:
-        return {name: state[_inverted(name, form)] for name in state if _inverted(name, form) in state}
+    def names(state: State) -> list[str]:
+        """Return the names of the tensors that a state keeps the metric in, those of `shapes`."""
+        form: Form = "root" if "root" in state else "inverse"
+        return [name for name in state if _inverted(name, form) in state]
+
+    def _factors(self, state: State, form: Form) -> State:
+        return {name: state[_inverted(name, form)] for name in self.names(state)}
 
 
 def _inverted(name: str, form: Form) -> str:

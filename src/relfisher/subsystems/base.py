@@ -171,7 +171,7 @@ class Subsystem(ABC):
     Attributes:
         response: what its units say; linear until the activation that follows is known.
         following: the linear layer that takes its activated units and is all that does, once that is known.
-        is_head: True once its outputs are known to be the logits of a softmax.
+        is_head: whether its outputs are the logits of a softmax; None as long as that is not known.
         structure: how its running metric is kept; None until it is chosen.
         rule: what the structure is chosen by.
         held: parameters of the layer that are not for us to move.
@@ -195,7 +195,7 @@ class Subsystem(ABC):
         self.shape = shape
         self.response: UnitResponse = LinearGaussian()
         self.following: nn.Linear | None = None
-        self.is_head = False
+        self.is_head: bool | None = None
         self.structure: Structure | None = None
         self.rule: str | Structure = "auto"
         self.held: frozenset[nn.Parameter] = frozenset()

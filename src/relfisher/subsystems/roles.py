@@ -13,8 +13,8 @@ from relfisher.subsystems.watch import ActivationWatch
 
 __all__ = ["could_be_head", "is_softmax_gradient", "tell_roles"]
 
-# Of the rounding of the sum of a row of gradients, in units of its dtype's, and never more than so much of the row.
-_ROUNDING, _LOOSEST = 64, 0.05
+# What rounding may make of the sum of a row of gradients, in half precision and in others: a share of the largest row.
+_HALF, _FULL = 0.05, 1e-3
 
 
 def tell_roles(watch: ActivationWatch, layers: Iterable[Subsystem], linear: Iterable[nn.Module]) -> None:
@@ -37,12 +37,14 @@ def tell_roles(watch: ActivationWatch, layers: Iterable[Subsystem], linear: Iter
         layer.response = watch.response(layer.name)
         if isinstance(layer, LinearSubsystem):
             layer.following = owners.get(id(watch.following(layer.name)))
-            layer.is_head = watch.is_softmax(layer.name)
+            if not watch.is_output(layer.name):
+                layer.is_head = watch.is_softmax(layer.name)
 
 
 def could_be_head(watch: ActivationWatch, layer: Subsystem) -> bool:
-    """Return whether a layer's outputs are the model's, so that only their gradients tell what scores them."""
-    return isinstance(layer, LinearSubsystem) and layer.out > 1 and watch.is_output(layer.name)
+    """Return whether only the gradients of a layer's outputs can tell what scores them, since they are the model's."""
+    unknown = layer.is_head is None and layer.out > 1
+    return unknown and isinstance(layer, LinearSubsystem) and watch.is_output(layer.name)
 
 
 def is_softmax_gradient(gradient: Tensor) -> bool:
@@ -52,6 +54,6 @@ def is_softmax_gradient(gradient: Tensor) -> bool:
     that of a squared error does not.
     """
     rows = gradient.detach().to(torch.float64)
-    tolerance = min(_ROUNDING * torch.finfo(gradient.dtype).eps, _LOOSEST)
-    sizes = rows.abs().sum(-1)
-    return bool(sizes.any()) and bool((rows.sum(-1).abs() <= tolerance * sizes).all())
+    tolerance = _HALF if gradient.dtype in (torch.float16, torch.bfloat16) else _FULL
+    largest = rows.abs().sum(-1).max()
+    return bool(largest > 0) and bool((rows.sum(-1).abs() <= tolerance * largest).all())

@@ -133,9 +133,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a call is a softmax over the last axis of z, or scores such a one."""
+    axes = z.dim()
     if not args or args[0] is not z:
         return False
     if name == "cross_entropy":
-        return z.ndim == 2
-    axis: int | None = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    return name in ("softmax", "log_softmax") and axis in (-1, z.ndim - 1)
+        return axes == 2
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return name in ("softmax", "log_softmax") and axis in (-1, axes - 1)
