@@ -1,4 +1,5 @@
 import math
+import multiprocessing
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relfisher.experiments.jobs import execute
+from relfisher.experiments.jobs import WorkerError, execute
 from relfisher.experiments.runs import Record, Run, RunStore, write_atomically
 from relfisher.experiments.study import Study, carry_out, score
 
@@ -150,6 +151,28 @@ def test_a_stopped_execution_goes_on_with_what_is_missing(tmp_path):
     assert trained == runs
     assert log.done == [(runs[0], True), (runs[1], True), (runs[2], False), (runs[3], False)]
     assert [records[run].cost[0] for run in runs] == [0, 1, 2, 3]
+
+
+class Killer(Log):
+    """A watcher that kills idle workers."""
+
+    def finished(self, run, record, *, resumed):
+        super().finished(run, record, resumed=resumed)
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+
+def instantly(run, _):
+    return record(run.seed)
+
+
+def test_a_worker_that_is_lost_before_its_next_run_is_told_of(tmp_path):
+    runs = [replace(RUN, seed=seed) for seed in range(9)]
+    killer = Killer()
+    with pytest.raises(WorkerError, match=r"PLAIN\+SGD lr 0.1 seed \d ended with status -9"):
+        execute(runs, instantly, RunStore(tmp_path), jobs=2, watcher=killer)
+    assert len(killer.done) == 1
 
 
 COSTS = {("A", 0.1): 3.0, ("A", 0.2): 1.0, ("A", 0.4): math.nan, ("B", 0.1): math.nan, ("B", 0.2): math.nan}

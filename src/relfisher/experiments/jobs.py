@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -117,24 +118,32 @@ def _hand_out(worker: _Worker, missing: deque[Run], watcher: Watcher) -> None:
     worker.run = missing.popleft() if missing else None
     if worker.run is not None:
         watcher.started(worker.run)
-        worker.pipe.send(worker.run)
+        with _alive(worker):
+            worker.pipe.send(worker.run)
 
 
 def _listen(worker: _Worker, watcher: Watcher) -> Record | None:
     run = worker.run
     if run is None:
         return None
-    try:
+    with _alive(worker):
         message = worker.pipe.recv()
-    except (EOFError, ConnectionError) as error:
-        worker.process.join()
-        raise WorkerError(f"the process of {run} ended with status {worker.process.exitcode}") from error
     if isinstance(message, Record):
         return message
     if isinstance(message, BaseException):
         raise message
     watcher.progressed(run, *message)
     return None
+
+
+@contextmanager
+def _alive(worker: _Worker) -> Iterator[None]:
+    """Says whose process has ended if the pipe to it is found broken."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        worker.process.join()
+        raise WorkerError(f"the process of {worker.run} ended with status {worker.process.exitcode}") from error
 
 
 def _work(pipe: Connection, train: Train, store: RunStore) -> None:
