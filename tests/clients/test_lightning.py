@@ -65,10 +65,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
 
 def test_accumulated_batches_are_as_one():
     whole, parts = classifier(), classifier()
-    fit(whole, 2)
-    fit(parts, 2, batch=8, accumulate_grad_batches=4)
+    fit(whole, 2, precision="64-true")
+    fit(parts, 2, precision="64-true", batch=8, accumulate_grad_batches=4)
     for expected, parameter in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(parameter, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_gradients_are_clipped_before_the_metric_takes_them():
