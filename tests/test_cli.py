@@ -148,7 +148,7 @@ def alive(pid):
 
 def test_after_kill_9_no_worker_is_left_and_the_same_command_goes_on(digits, tmp_path, capsys):
     out = tmp_path / "out"
-    command = mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "30")
+    command = mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "100")
     process = start([*command, "--jobs", "2"])
     wait_for_runs(out, 2, process)
     workers = children(process.pid)
@@ -168,7 +168,7 @@ def test_after_kill_9_no_worker_is_left_and_the_same_command_goes_on(digits, tmp
 
 def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path):
     out = tmp_path / "out"
-    process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "30", "--jobs", "2"))
+    process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "100", "--jobs", "2"))
     wait_for_runs(out, 2, process)
     workers = children(process.pid)
     process.send_signal(signal.SIGINT)
@@ -189,7 +189,7 @@ def wait_until_gone(pids):
 
 def test_a_lost_worker_is_one_line(digits, tmp_path):
     out = tmp_path / "out"
-    process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "30", "--jobs", "2"))
+    process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "100", "--jobs", "2"))
     wait_for_runs(out, 1, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=PATIENCE)
