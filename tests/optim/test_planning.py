@@ -103,7 +103,7 @@ def test_auto_keeps_to_its_bytes():
     def chosen(bytes_):
         return [layer.chosen.structure for layer in plan(model, x, structure_bytes=bytes_)]
 
-    assert chosen(1 << 30) == ["kronecker", "kronecker", "shared"]
+    assert chosen(1 << 30) == ["kronecker, rank 128", "kronecker", "shared"]
     assert chosen(1 << 20) == ["diagonal", "kronecker", "shared"]
     assert chosen(1 << 14) == ["diagonal", "shared", "shared"]
     for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):

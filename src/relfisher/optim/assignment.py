@@ -26,6 +26,9 @@ _RULES = ("auto", *_NAMED, "published", FALLBACK)
 # Exact blocks pay on saturating units, as long as their refresh is not dear.
 _EXACT_SHARE = 4
 
+# Of inverses of wide blocks that "auto" takes: with it the paper's network learns as with full inverses.
+_RANK = 128
+
 
 def check_rules(rules: object, layers: Sequence[Subsystem]) -> None:
     """Raise ValueError unless these are rules, and each name among them is that of a layer."""
@@ -90,7 +93,9 @@ def assign(layers: Sequence[Subsystem], budget: int) -> list[Structure]:
             where they cost no more than others (the channels of a normalisation); a seen Kronecker factor of the
             outputs that is no larger than that of the inputs, if both fit into the budget; exact blocks where the units
             saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; else the shared block where it
-            fits, else the diagonal. A rule that a layer cannot keep gives way to the first one that it can.
+            fits, else the diagonal. Its shared blocks and Kronecker factors of 512 or more are inverted along 128
+            leading eigenvectors; `SharedBlock(rank)` and `KroneckerFactors(rank=rank)` take any rank, and the names
+            stand for full inverses. A rule that a layer cannot keep gives way to the first one that it can.
         budget: bytes for the metric and the inverse of one layer.
 
     Returns:
@@ -110,28 +115,33 @@ def _structure(layer: Subsystem, at_an_end: bool, budget: int) -> Structure:
     return _named(layer, rule if rule in layer.structures else layer.structures[0])
 
 
-def _named(layer: Subsystem, name: str) -> Structure:
-    return _seen_factors(layer) or KroneckerFactors() if name == KroneckerFactors.name else _NAMED[name]()
+def _named(layer: Subsystem, name: str, rank: int | None = None) -> Structure:
+    match name:
+        case KroneckerFactors.name:
+            return _seen_factors(layer, rank) or KroneckerFactors(rank=rank)
+        case SharedBlock.name:
+            return SharedBlock(rank)
+    return _NAMED[name]()
 
 
 def _automatic(layer: Subsystem, budget: int) -> Structure:
     if layer.out == 1 and "neuron" in layer.structures:
         return NeuronBlocks()
-    factors = _seen_factors(layer)
+    factors = _seen_factors(layer, _RANK)
     if factors is not None and layer.out <= layer.d and state_bytes(layer, factors) <= budget:
         return factors
     saturating = isinstance(layer.response, (SigmoidBernoulli, TanhBernoulli))
     if saturating and "neuron" in layer.structures and state_bytes(layer, NeuronBlocks()) <= budget // _EXACT_SHARE:
         return NeuronBlocks()
-    first = _named(layer, layer.structures[0])
+    first = _named(layer, layer.structures[0], _RANK)
     return first if state_bytes(layer, first) <= budget else Diagonal()
 
 
-def _seen_factors(layer: Subsystem) -> KroneckerFactors | None:
+def _seen_factors(layer: Subsystem, rank: int | None) -> KroneckerFactors | None:
     """Return Kronecker factors with what the forward pass showed of the outputs, or None if that was nothing."""
     if layer.is_head:
-        return KroneckerFactors(Categorical())
-    return None if layer.following is None else KroneckerFactors(through=layer.following)
+        return KroneckerFactors(Categorical(), rank=rank)
+    return None if layer.following is None else KroneckerFactors(through=layer.following, rank=rank)
 
 
 def candidates(layer: Subsystem) -> list[Structure]:
@@ -141,4 +151,4 @@ def candidates(layer: Subsystem) -> list[Structure]:
 
 def state_bytes(layer: Subsystem, structure: Structure) -> int:
     """Return the bytes of a layer's metric and inverse."""
-    return 2 * structure.numbers(layer.shape) * max(layer.weight.element_size(), 4)
+    return structure.numbers(layer.shape) * max(layer.weight.element_size(), 4)

@@ -72,6 +72,7 @@ class Curvature:
         self._form: Form = form
         self._choose = partial(_choose, budget, relu_omega)
         self._moving: dict[Subsystem, list[bool]] = {}
+        self._fitting: dict[Subsystem, Tensor] = {}  # the metric of a state that was found to fit its layer
         self.capture = Capture(model, self._choose, limit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
@@ -86,6 +87,7 @@ class Curvature:
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.states = defaultdict(dict)
         twin._moving = {}
+        twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
         twin.capture.due = self.capture.due
         twin.capture.add(twin.layers)
@@ -116,18 +118,22 @@ class Curvature:
         metric = state.get("metric")
         if metric is None:
             state.update(self._create(layer, structure))
+        elif metric is self._fitting.get(layer) and metric.device == layer.weight.device:
+            return state
         elif not self._fits(layer, structure, state):
             if self._holds_something(state):
-                held = {name: tuple(state[name].shape) for name in structure.names(state)}
+                held = {key: tuple(value.shape) for key, value in state.items() if key not in _BESIDES}
                 raise ValueError(
-                    f"the loaded metric of {layer.name!r} has the shapes {held}, but the structure {structure.name!r} "
-                    f"needs {structure.shapes(layer.shape)}: load it into an optimizer with the same structure"
+                    f"the loaded metric of {layer.name!r} has the shapes {held}, but the structure "
+                    f"{structure.label(layer.shape)!r} needs {structure.layout(layer.shape, self._form)}: load it into "
+                    "an optimizer with the same structure"
                 )
             for key in [key for key in state if key not in _ADAMW_KEYS]:
                 del state[key]
             state.update(self._create(layer, structure))
         elif metric.device != layer.weight.device:
             state.update({key: value.to(layer.weight.device) for key, value in state.items() if key != "mass"})
+        self._fitting[layer] = state["metric"]
         return state
 
     def update(self, iteration: int, damping: Callable[[Subsystem], Damping]) -> None:
@@ -174,15 +180,19 @@ class Curvature:
         return "mass" in state and float(state["mass"]) > float(not self._unbiased)
 
     def _fits(self, layer: Subsystem, structure: Structure, state: State) -> bool:
-        shapes = structure.shapes(layer.shape)
-        wanted = torch.promote_types(layer.weight.dtype, torch.float32)
-        return structure.names(state) == list(shapes) and all(
-            tuple(state[name].shape) == shape and state[name].dtype == wanted for name, shape in shapes.items()
+        """Return whether a state is one of this structure, for the layer's shape and dtype."""
+        layout = structure.layout(layer.shape, self._form)
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        return state.keys() - _BESIDES == layout.keys() and all(
+            state[key].shape == shape and state[key].dtype == dtype for key, shape in layout.items()
         )
 
 
-#: What the state of a weight holds besides, where AdamW trained it.
+#: What the state of a weight holds where AdamW trained it.
 _ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
+
+#: What it holds besides the metric and its inverse.
+_BESIDES = _ADAMW_KEYS | {"mass", "momentum"}
 
 
 def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:

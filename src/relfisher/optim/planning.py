@@ -39,7 +39,9 @@ class Choice:
     def of(cls, layer: Subsystem, structure: Structure, samples: int) -> Choice:
         """Return what a structure costs a layer with so many samples a batch."""
         cost = structure.cost(layer.shape)
-        return cls(structure.name, state_bytes(layer, structure), cost.step, cost.refresh, cost.sample * samples)
+        return cls(
+            structure.label(layer.shape), state_bytes(layer, structure), cost.step, cost.refresh, cost.sample * samples
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def plan(
     rows = []
     for layer in reached:
         chosen = _structure(layer)
-        others = [other for other in candidates(layer) if other.name != chosen.name]
+        others = [each for each in candidates(layer) if each.label(layer.shape) != chosen.label(layer.shape)]
         rows.append(
             LayerPlan(
                 layer.name,
@@ -235,7 +237,8 @@ def coverage(
             rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
         else:
             response = type(layer.response).__name__
-            rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, _structure(layer).name))
+            label = _structure(layer).label(layer.shape)
+            rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label))
     return Coverage(tuple(rows))
 
 

@@ -53,10 +53,10 @@ class Preconditioner:
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
-        stats_interval: int = 5,
-        stats_samples: int | None = None,
+        stats_interval: int = 10,
+        stats_samples: int | None = 256,
         refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
+        early_refreshes: tuple[int, ...] = (0, 10, 20, 50),
         grafted: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):

@@ -55,7 +55,7 @@ class RNGD(torch.optim.Optimizer):
         step_rule: "trust-region" (the natural gradient, of bounded length), "normalized" (of fixed length) or
             "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
         trust_region: the bound on the squared metric length of a layer's step, by the rule of this name; None for no
-            bound.
+            bound. It is for the highest learning rate so far: a schedule that halves the rate halves the length.
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
@@ -92,10 +92,10 @@ class RNGD(torch.optim.Optimizer):
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
-        stats_interval: int = 5,
-        stats_samples: int | None = None,
+        stats_interval: int = 10,
+        stats_samples: int | None = 256,
         refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
+        early_refreshes: tuple[int, ...] = (0, 10, 20, 50),
         unbiased: bool = True,
         relu_omega: float | None = None,
         fallback_lr: float = 1e-3,
@@ -170,6 +170,7 @@ class RNGD(torch.optim.Optimizer):
             structure="published",
             decay=0.995,
             stats_interval=1,
+            stats_samples=None,
             refresh_interval=100,
             early_refreshes=(),
             unbiased=False,
@@ -214,6 +215,7 @@ class RNGD(torch.optim.Optimizer):
             group["fallback_ratio"] = full["fallback_lr"] / float(full["lr"])
         else:
             group["fallback_ratio"] = 1.0
+        group["peak_lr"] = float(full["lr"])
         if self.param_groups:
             group["iteration"] = self._iteration
         super().add_param_group(group)
@@ -303,8 +305,9 @@ class RNGD(torch.optim.Optimizer):
         Raises:
             ValueError: if it is another optimizer's, or of other parameters, or its metrics have other shapes.
         """
-        if not all("fallback_ratio" in group for group in state_dict["param_groups"]):
-            raise ValueError("state_dict must be that of an RNGD optimizer, but its groups lack 'fallback_ratio'")
+        for key in ("fallback_ratio", "peak_lr"):
+            if not all(key in group for group in state_dict["param_groups"]):
+                raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {key!r}")
         check_names(self.param_groups, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
@@ -361,8 +364,10 @@ class RNGD(torch.optim.Optimizer):
         return replace(self._damping, value=float(self._group(layer)["damping"]))
 
     def _moves(self) -> list[Move]:
-        """Return the gradient and the metric of each layer that has both; nothing is changed yet."""
+        """Return the gradient and the metric of each layer that has both; no state is changed yet."""
         moves = []
+        for group in self.param_groups:
+            group["peak_lr"] = max(group["peak_lr"], float(group["lr"]))
         for layer in self._place:
             structure, gradient = layer.structure, layer.gradient()
             if structure is None or gradient is None:
@@ -376,7 +381,8 @@ class RNGD(torch.optim.Optimizer):
                 last = state.get("momentum")
                 velocity = gradient.clone() if last is None else gradient.add(last, alpha=kept)
                 gradient = gradient.add(velocity, alpha=kept) if self._rule.nesterov else velocity
-            moves.append(Move(layer, structure, state, gradient, velocity, float(group["lr"])))
+            lr = float(group["lr"])
+            moves.append(Move(layer, structure, state, gradient, velocity, lr, lr / group["peak_lr"]))
         return moves
 
     def _take(self, moves: Sequence[Move]) -> bool:

@@ -6,21 +6,23 @@ dictionary of tensors, so that the optimizer's `state_dict` holds all of it, and
 and writes it. The steps are separate, since they are due at different times.
 
 What is inverted is kept in one of two forms: as the inverse, for steps that need no more, or as its root R with
-R'R = (G + damping)^-1, for steps that whiten a gradient first.
+R'R = (G + damping)^-1, for steps that whiten a gradient first. Either is a matrix, or of low rank for a wide block.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
+from relfisher.structures.lowrank import LowRank, invert_leading
 from relfisher.validation import check_interval
 
 __all__ = ["Cost", "Damping", "Form", "State", "Structure", "invert"]
@@ -98,11 +100,21 @@ def invert(
     return inverse, bool(torch.isfinite(inverse).all())
 
 
+# A low rank pays where it is at most this share of a block's width.
+_NARROWEST = 4
+
+
 class Structure(ABC):
-    """A way to keep the running metric of one layer."""
+    """A way to keep the running metric of one layer.
+
+    Attributes:
+        rank: of the inverses of blocks at least four times as wide, which are then those of the leading eigenvectors;
+            None inverts every block as it is.
+    """
 
     #: What it is called in `structure=` and in tables.
     name: ClassVar[str]
+    rank: int | None = None
 
     @abstractmethod
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -129,12 +141,41 @@ class Structure(ABC):
         """
 
     @abstractmethod
-    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
-        """Multiply the rows of a field, from the right, by blocks of the shapes of this structure."""
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
+        """Multiply the rows of a field, from the right, by blocks of the shapes of this structure, or low ranks."""
+
+    def layout(self, shape: tuple[int, ...], form: Form = "inverse") -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that a state holds besides its mass: the metric and its inverse."""
+        kept = self.shapes(shape)
+        inverses: dict[str, tuple[int, ...]] = {}
+        for name, size in kept.items():
+            key = _inverted(name, form)
+            if self.is_low_rank(size[-1]):
+                inverses |= {key: (*size[:-1], int(self.rank or 0)), _scale(key): size[:-2]}
+            else:
+                inverses[key] = size
+        return kept | inverses
+
+    def label(self, shape: tuple[int, ...]) -> str:
+        """Return the name, with the rank if one of the layer's inverses is of low rank."""
+        low = any(self.is_low_rank(size[-1]) for size in self.shapes(shape).values())
+        return f"{self.name}, rank {self.rank}" if low else self.name
+
+    def is_low_rank(self, d: int) -> bool:
+        """Return whether the inverse of a block of this width is kept by its leading eigenvectors."""
+        return self.rank is not None and d >= _NARROWEST * self.rank
+
+    def product_cost(self, d: int) -> int:
+        """Return the operations of a row times the inverse of a block of this width."""
+        return 4 * d * int(self.rank or 0) if self.is_low_rank(d) else 2 * d**2
+
+    def inversion_cost(self, d: int) -> int:
+        """Return the operations of inverting a block of this width."""
+        return 6 * d**2 * int(self.rank or 0) if self.is_low_rank(d) else d**3
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """Return how many numbers the metric of parameters of the shape [*g, out, d] takes, without its inverse."""
-        return sum(math.prod(each) for each in self.shapes(shape).values())
+        """Return how many numbers the metric of parameters of the shape [*g, out, d] and its inverse take."""
+        return sum(math.prod(each) for each in self.layout(shape).values())
 
     def create(
         self, weight: Tensor, shape: tuple[int, ...], *, identity: bool = False, form: Form = "inverse"
@@ -151,13 +192,20 @@ class Structure(ABC):
         Returns:
             The average "metric", and other tensors of `shapes`, the weight "mass" that they have gathered, and for
             each tensor its "inverse" or "root" (with the tensor's name in front for all but the first), the identity.
+            One of low rank is its basis V and a "scale", which stand for scale * (I - V V').
         """
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
         state: State = {"mass": torch.tensor(1.0 if identity else 0.0, dtype=dtype)}
+        layout = self.layout(shape, form)
         for name, size in self.shapes(shape).items():
+            key = _inverted(name, form)
             one = self.identity(size, dtype, weight.device)
             state[name] = one.clone() if identity else torch.zeros_like(one)
-            state[_inverted(name, form)] = one
+            if _scale(key) in layout:
+                state[key] = torch.zeros(layout[key], dtype=dtype, device=weight.device)
+                state[_scale(key)] = torch.ones(layout[_scale(key)], dtype=dtype, device=weight.device)
+            else:
+                state[key] = one
         return state
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -201,8 +249,9 @@ class Structure(ABC):
         form: Form = "root" if "root" in state else "inverse"
         names = self.names(state)
         each = damping.split() if len(names) > 1 else damping
-        found = {}
+        found: State = {}
         for name in names:
+            key = _inverted(name, form)
             metric = state[name] / mass
             diagonals = self.diagonals(metric)
             if frozen is not None and name == "metric":
@@ -210,11 +259,16 @@ class Structure(ABC):
                 metric = self.without(metric, frozen)
             if not bool(diagonals.any()):
                 return True  # nothing yet: the next layer's weights are 0, or no unit was active
-            found[name], good = self.inverted(metric, each.of(diagonals), form)
+            if _scale(key) in state:
+                (found[key], found[_scale(key)]), good = invert_leading(
+                    metric, each.of(diagonals), state[key], root=form == "root"
+                )
+            else:
+                found[key], good = self.inverted(metric, each.of(diagonals), form)
             if not good:
                 return False
-        for name, inverse in found.items():
-            state[_inverted(name, form)].copy_(inverse)
+        for key, inverse in found.items():
+            state[key].copy_(inverse)
         return True
 
     def diagonals(self, blocks: Tensor) -> Tensor:
@@ -238,8 +292,10 @@ class Structure(ABC):
 
     def whiten(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
         """Return R times the gradient, where R'R = (G + damping)^-1 as of the last good refresh."""
-        roots = {name: self.transposed(root) for name, root in self._factors(state, "root").items()}
-        return self.apply(gradient, roots)
+        roots = self._factors(state, "root")
+        # One of low rank is symmetric.
+        turned = {name: self.transposed(root) if isinstance(root, Tensor) else root for name, root in roots.items()}
+        return self.apply(gradient, turned)
 
     def unwhiten(self, state: State, field: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
         """Return R' times a field of whitened coordinates."""
@@ -255,10 +311,19 @@ class Structure(ABC):
         form: Form = "root" if "root" in state else "inverse"
         return [name for name in state if _inverted(name, form) in state]
 
-    def _factors(self, state: State, form: Form) -> State:
-        return {name: state[_inverted(name, form)] for name in self.names(state)}
+    def _factors(self, state: State, form: Form) -> dict[str, Tensor | LowRank]:
+        factors: dict[str, Tensor | LowRank] = {}
+        for name in self.names(state):
+            key = _inverted(name, form)
+            factors[name] = LowRank(state[key], state[_scale(key)]) if _scale(key) in state else state[key]
+        return factors
 
 
 def _inverted(name: str, form: Form) -> str:
     """Return the key of the inverse of the tensor with this name."""
     return form if name == "metric" else f"{name}_{form}"
+
+
+def _scale(key: str) -> str:
+    """Return the key of the scale of an inverse of low rank."""
+    return f"{key}_scale"

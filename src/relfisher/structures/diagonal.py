@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +37,10 @@ class Diagonal(Structure):
             return {"metric": z.new_zeros(x.shape[-1]).index_add_(0, x.indices()[1], x.values().square())}
         return {"metric": x.square().sum(-2)}
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Scale the columns."""
-        return field * factors["metric"].unsqueeze(-2)
+        diagonal: Tensor = factors["metric"]
+        return field * diagonal.unsqueeze(-2)
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return ones."""

@@ -8,6 +8,8 @@ K-FAC does (Martens & Grosse 2015); K-FAC samples its factor of the outputs from
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from relfisher.information import Information, Isotropic, PulledBack
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
+from relfisher.structures.lowrank import check_rank, times
 
 __all__ = ["KroneckerFactors"]
 
@@ -27,14 +30,19 @@ class KroneckerFactors(Structure):
         response: what the layer says, such as `Categorical()` for a softmax head; None for its units' own response.
         through: the next layer, of which this layer's units are the inputs: the response is then the next layer's,
             linear, and this layer's activation is on the way. Equation (26).
+        rank: see `Structure`.
 
     Raises:
-        ValueError: if both are given.
+        ValueError: if response and through are given, or the rank is not positive.
     """
 
     name = "kronecker"
 
-    def __init__(self, response: Response | None = None, through: nn.Linear | None = None) -> None:
+    def __init__(
+        self, response: Response | None = None, through: nn.Linear | None = None, rank: int | None = None
+    ) -> None:
+        check_rank(rank)
+        self.rank = rank
         if response is not None and through is not None:
             raise ValueError("give response or through, not both: through says whose response it is")
         self._response = response
@@ -46,10 +54,12 @@ class KroneckerFactors(Structure):
         return {"metric": (*groups, d, d), "output": (*groups, out, out)}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 2 (d + out) a parameter, d^3 + out^3 and 2 (d^2 + out^2) a group."""
+        """Return 2 (d + out) a parameter, d^3 + out^3 and 2 (d^2 + out^2) a group; less with a low rank."""
         *groups, out, d = shape
         count = math.prod(groups)
-        return Cost(2 * count * out * d * (d + out), count * (d**3 + out**3), 2 * count * (d**2 + out**2))
+        step = out * self.product_cost(d) + d * self.product_cost(out)
+        refresh = self.inversion_cost(d) + self.inversion_cost(out)
+        return Cost(count * step, count * refresh, 2 * count * (d**2 + out**2))
 
     def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
         """Return the two sums, over inputs and over what the outputs say."""
@@ -64,6 +74,6 @@ class KroneckerFactors(Structure):
         after = Isotropic(1.0, z.new_empty(z.shape[0], weight.shape[0]))
         return PulledBack(after, weight, response.slope(z))
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Multiply by the input block from the right, and by the output block's transpose from the left."""
-        return factors["output"].mT @ (field @ factors["metric"])
+        return times(times(field, factors["metric"]).mT, factors["output"]).mT

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ class NeuronBlocks(Structure):
             return {"metric": ((x * nu).mT @ x).unsqueeze(1)}
         return {"metric": torch.stack([weighted_second_moments(*group) for group in zip(nu, x, strict=True)])}
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: State) -> Float[Tensor, "*g out d"]:
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Multiply each unit's row by its own block."""
-        return (field.unsqueeze(-2) @ factors["metric"]).squeeze(-2)
+        blocks: Tensor = factors["metric"]
+        return (field.unsqueeze(-2) @ blocks).squeeze(-2)

@@ -193,6 +193,7 @@ class Subsystem(ABC):
         self.module: Any = module
         self.parts = tuple(parts)
         self.shape = shape
+        self._views = [part.view(part.parameter).shape for part in self.parts]
         self.response: UnitResponse = LinearGaussian()
         self.following: nn.Linear | None = None
         self.is_head: bool | None = None
@@ -249,8 +250,7 @@ class Subsystem(ABC):
     @property
     def widths(self) -> list[int]:
         """The number of columns of each part."""
-        units = math.prod(self.shape[:-1])
-        return [part.view(part.parameter).numel() // units for part in self.parts]
+        return [math.prod(shape[len(self.shape) - 1 :]) for shape in self._views]
 
     def output(self, output: Any) -> Tensor | None:
         """Return the tensor of a call's output through which gradients flow back, or None if there is none."""
@@ -318,9 +318,8 @@ class Subsystem(ABC):
 
     def split(self, step: Float[Tensor, "*g out d"]) -> list[Tensor]:
         """Return a matrix of the subsystem's shape as one tensor a part, in the shape of the part's view."""
-        views = [part.view(part.parameter) for part in self.parts]
-        columns = torch.split(step, self.widths, dim=-1)
-        return [each.reshape(view.shape) for each, view in zip(columns, views, strict=True)]
+        columns = step.split_with_sizes(self.widths, dim=-1)
+        return [each.reshape(shape) for each, shape in zip(columns, self._views, strict=True)]
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -167,6 +168,11 @@ def _growth(workload: str, method: str, source: str, threads: int) -> int:
 
 
 def _largest_resident_bytes() -> int:
+    # What getrusage says counts from before the process had its own program, and so the parent's size.
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -24,6 +24,7 @@ class Move(NamedTuple):
         gradient: with its momentum, [*g, out, d].
         velocity: the momentum that is kept if the step is taken.
         lr: the learning rate.
+        annealing: the learning rate over the highest one so far, at most 1.
     """
 
     layer: Subsystem
@@ -32,6 +33,7 @@ class Move(NamedTuple):
     gradient: Tensor
     velocity: Tensor
     lr: float
+    annealing: float = 1.0
 
 
 class Step(NamedTuple):

@@ -20,7 +20,8 @@ class TrustRegion(StepRule):
     The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>: to second order, twice
     the Kullback-Leibler divergence of the layer's response after the step from that before, or more, since the metric
     is damped. It is at most `bound`, whatever other layers do. A step within it has the learning rate's own length, so
-    that steps shrink with the gradient.
+    that steps shrink with the gradient. Where a scheduler lowers the learning rate, the lengths that are allowed shrink
+    in proportion, so that a schedule acts on every step.
 
     Args:
         bound: on the squared length of each layer's step; None for no bound.
@@ -43,11 +44,15 @@ class TrustRegion(StepRule):
         lengths = _squared_lengths(moves, directions)
         if not all(0 <= length < math.inf for length in lengths):
             return None
-        bound = math.inf if self.bound is None else self.bound
         return [
-            Step(direction, move.lr * math.sqrt(bound / length) if length > bound else move.lr)
+            Step(direction, move.lr * self._shortening(move, length))
             for move, direction, length in zip(moves, directions, lengths, strict=True)
         ]
+
+    def _shortening(self, move: Move, length: float) -> float:
+        """Return what a step of this squared length is multiplied by."""
+        bound = math.inf if self.bound is None else self.bound * move.annealing**2
+        return math.sqrt(bound / length) if length > bound else 1.0
 
 
 def _squared_lengths(moves: Sequence[Move], directions: Sequence[Tensor]) -> list[float]:
