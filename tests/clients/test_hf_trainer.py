@@ -57,11 +57,11 @@ def test_it_learns(case, bf16, tmp_path):
         build(),
         data(240),
         tmp_path,
-        max_steps=30,
+        max_steps=60,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
         bf16=bf16,
-        logging_steps=3,
+        logging_steps=6,
         **options,
     )
     assert len(losses) == 10

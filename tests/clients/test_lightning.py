@@ -4,11 +4,15 @@ import pytest
 
 pytest.importorskip("lightning")
 
+import copy
+
 import lightning
 import torch
 from lightning_cnn import Classifier, loader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
+
+from relfisher import RNGD
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -63,8 +67,17 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
         assert torch.equal(parameter, expected)
 
 
+class CountingAll(Classifier):
+    """With the statistics of all positions, not of some of each call."""
+
+    def configure_optimizers(self):
+        return RNGD(self, stats_samples=None)
+
+
 def test_accumulated_batches_are_as_one():
-    whole, parts = classifier(), classifier()
+    torch.manual_seed(0)
+    whole = CountingAll()
+    parts = copy.deepcopy(whole)
     fit(whole, 2, precision="64-true")
     fit(parts, 2, precision="64-true", batch=8, accumulate_grad_batches=4)
     for expected, parameter in zip(whole.parameters(), parts.parameters(), strict=True):

@@ -356,6 +356,32 @@ def test_schedulers_closures_and_weight_decay():
         torch.testing.assert_close(a, b * (1 - 0.05 * 0.5))
 
 
+def test_a_schedule_shortens_the_steps_that_the_bound_shortens():
+    """The bound holds for the highest learning rate so far, which a saved state knows."""
+    bound, lengths = 1e-4, []
+    model = classifier()
+    optimizer = RNGD(model, lr=10.0, trust_region=bound)
+    train(model, optimizer, 1)
+    for lr in (10.0, 5.0, 20.0, 5.0):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.load_state_dict(optimizer.state_dict())
+        move = optimizer._moves()[0]
+        (step,) = optimizer._rule.steps([move])
+        lengths.append(step.scale**2 * float((step.direction * move.gradient).sum()))
+    assert lengths == pytest.approx([bound, bound / 4, bound, bound / 16], rel=1e-4)
+
+
+def test_the_metric_is_updated_before_each_early_refresh():
+    model = classifier()
+    optimizer = RNGD(model, stats_interval=10, early_refreshes=(0, 3))
+    masses = []
+    for step in range(12):
+        train(model, optimizer, 1, first=step)
+        masses.append(float(optimizer.state[model[0].weight]["mass"]))
+    assert [k for k in range(12) if k == 0 or masses[k] != masses[k - 1]] == [0, 3, 10]
+
+
 def test_the_optimizer_lets_the_model_go_and_the_model_the_optimizer():
     model = classifier()
     optimizer = RNGD(model)

@@ -116,10 +116,11 @@ class Curvature:
         """
         state = self.states[layer.weight]
         metric = state.get("metric")
+        fitting = self._fitting.get(layer)
+        if fitting is not None and fitting is metric and fitting.device == layer.weight.device:
+            return state
         if metric is None:
             state.update(self._create(layer, structure))
-        elif metric is self._fitting.get(layer) and metric.device == layer.weight.device:
-            return state
         elif not self._fits(layer, structure, state):
             if self._holds_something(state):
                 held = {key: tuple(value.shape) for key, value in state.items() if key not in _BESIDES}

@@ -56,7 +56,7 @@ class Preconditioner:
         stats_interval: int = 10,
         stats_samples: int | None = 256,
         refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 10, 20, 50),
+        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
         grafted: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):

@@ -63,9 +63,9 @@ class RNGD(torch.optim.Optimizer):
         decay: the share of the moving average that is kept an iteration, in [0, 1).
         stats_interval: iterations from one update of the metric to the next.
         stats_samples: about so many samples (rows of a batch, positions of a sequence or an image) of a forward call
-            go into its statistics at most, evenly spaced; None for all.
+            go into its statistics at most, evenly spaced; None for all, so that accumulated batches count as one.
         refresh_interval: iterations from one refresh of the inverse to the next.
-        early_refreshes: iterations at which the inverse is refreshed besides.
+        early_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
         unbiased: True starts the moving average empty and corrects its bias; False starts it at the identity.
         relu_omega: the width of the smoothed ReLU whose information stands for a ReLU's, equation (18); None keeps the
             hard one, equation (16).
@@ -95,7 +95,7 @@ class RNGD(torch.optim.Optimizer):
         stats_interval: int = 10,
         stats_samples: int | None = 256,
         refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 10, 20, 50),
+        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
         unbiased: bool = True,
         relu_omega: float | None = None,
         fallback_lr: float = 1e-3,

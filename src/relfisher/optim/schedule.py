@@ -14,7 +14,8 @@ class Schedule:
     Args:
         stats_interval: from one update of the metric to the next.
         refresh_interval: from one refresh of the inverse to the next.
-        early_refreshes: at which the inverse is refreshed besides.
+        early_refreshes: at which the metric is updated and the inverse refreshed besides: while the average is young,
+            each update changes it much.
 
     Raises:
         ValueError: if an interval is not a whole number of at least 1.
@@ -32,7 +33,7 @@ class Schedule:
 
     def statistics_due(self, iteration: int) -> bool:
         """Return whether the forward pass of this iteration updates the metric."""
-        return iteration % self.stats_interval == 0
+        return iteration % self.stats_interval == 0 or iteration in self.early_refreshes
 
     def refresh_due(self, iteration: int) -> bool:
         """Return whether the inverse is refreshed before this iteration's step."""
