@@ -117,7 +117,7 @@ class Curvature:
         state = self.states[layer.weight]
         metric = state.get("metric")
         fitting = self._fitting.get(layer)
-        if fitting is not None and fitting is metric and fitting.device == layer.weight.device:
+        if fitting is not None and fitting.device == layer.weight.device and fitting is metric:
             return state
         if metric is None:
             state.update(self._create(layer, structure))
