@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from instant import instantly, record
 
 from relfisher.experiments.jobs import WorkerError, execute
-from relfisher.experiments.runs import Record, Run, RunStore, write_atomically
+from relfisher.experiments.runs import Run, RunStore, write_atomically
 from relfisher.experiments.study import Study, carry_out, score
 
 RUN = Run("test", "PLAIN+SGD", 0.1, 0, (("epochs", 2),))
-
-
-def record(level=1.0, *, diverged=False, iterations=40):
-    cost = np.full(iterations, level, dtype=np.float32)
-    if diverged:
-        cost[-1] = math.nan
-    return Record(cost, np.arange(iterations) / 100, np.array([0.5, 0.75]), 0.3, diverged, warnings=("slow",))
 
 
 class Log:
@@ -161,10 +155,6 @@ class Killer(Log):
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
-
-
-def instantly(run, _):
-    return record(run.seed)
 
 
 def test_a_worker_that_is_lost_before_its_next_run_is_told_of(tmp_path):

@@ -1,0 +1,18 @@
+"""Runs that train nothing, in a module that the worker processes of a test can import."""
+
+import math
+
+import numpy as np
+
+from relfisher.experiments.runs import Record
+
+
+def record(level=1.0, *, diverged=False, iterations=40):
+    cost = np.full(iterations, level, dtype=np.float32)
+    if diverged:
+        cost[-1] = math.nan
+    return Record(cost, np.arange(iterations) / 100, np.array([0.5, 0.75]), 0.3, diverged, warnings=("slow",))
+
+
+def instantly(run, _):
+    return record(run.seed)
