@@ -66,7 +66,7 @@ def step(model, optimizer, seed):
 @supports("RNGD learns with all of them in one network")
 def test_learns_with_every_kind_of_layer():
     model = net()
-    optimizer = RNGD(model)
+    optimizer = RNGD(model, lr=0.1)
     losses = [step(model, optimizer, seed) for seed in range(60)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert {name for group in optimizer.param_groups for name in group["param_names"] if group["kind"] == "adamw"} == {
@@ -104,7 +104,10 @@ def test_accumulated_gradients_equal_the_large_batch(reduction):
         return tokens(seed, 12).split(3)
 
     whole, pieces = net(), net()
-    one, two = RNGD(whole, trust_region=1e-3), RNGD(pieces, trust_region=1e-3)
+    one, two = (
+        RNGD(whole, step_rule="trust-region", trust_region=1e-3),
+        RNGD(pieces, step_rule="trust-region", trust_region=1e-3),
+    )
     for model in (whole, pieces):
         model.eval()
     for seed in range(8):
@@ -172,7 +175,7 @@ def test_a_closure_is_evaluated_first_and_its_loss_returned():
 
 def test_clipped_gradients_move_as_smaller_ones_do():
     model = net()
-    optimizer = RNGD(model, lr=1e-3, trust_region=None)
+    optimizer = RNGD(model, lr=1e-3, step_rule="trust-region", trust_region=None)
     torch.manual_seed(0)
     loss_of(model, 0).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -180,7 +183,7 @@ def test_clipped_gradients_move_as_smaller_ones_do():
     optimizer.step()
     clipped = (model.head.weight - before).norm()
     plain = net()
-    optimizer = RNGD(plain, lr=1e-3, trust_region=None)
+    optimizer = RNGD(plain, lr=1e-3, step_rule="trust-region", trust_region=None)
     step(plain, optimizer, 0)
     assert 0 < clipped < 0.1 * (plain.head.weight - before).norm()
 

@@ -54,14 +54,18 @@ def test_options_of_a_group_hold_for_its_layers():
     model, (one, two) = network(), (network(), network())
     named = dict(model.named_parameters())
     given = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
-    optimizer = RNGD(model, params=given, trust_region=None)
+    optimizer = RNGD(model, params=given, step_rule="trust-region", trust_region=None)
     assert len(optimizer.param_groups) == 2
     found = [moves(model, optimizer, seed) for seed in range(3)]
     assert structures(optimizer) == {"0": NeuronBlocks, "2": SharedBlock, "3": SharedBlock}
-    expected = moves(one, RNGD(one, lr=0.1, damping=0.3, structure="neuron", trust_region=None))
+    expected = moves(
+        one, RNGD(one, lr=0.1, damping=0.3, structure="neuron", step_rule="trust-region", trust_region=None)
+    )
     for name in ("0.weight", "0.bias"):
         torch.testing.assert_close(found[0][name], expected[name])
-    expected = moves(two, RNGD(two, lr=0.02, structure="shared", trust_region=None, momentum=0.5))
+    expected = moves(
+        two, RNGD(two, lr=0.02, structure="shared", step_rule="trust-region", trust_region=None, momentum=0.5)
+    )
     for name in ("2.weight", "3.weight", "3.bias"):
         torch.testing.assert_close(found[0][name], expected[name])
     assert "momentum" in optimizer.state[model[3].weight]
@@ -99,7 +103,7 @@ def test_what_is_not_given_stays_and_is_no_part_of_the_metric():
 
 def test_a_frozen_part_is_left_out_at_once_when_it_is_frozen_later():
     model = network()
-    optimizer = RNGD(model, trust_region=None)
+    optimizer = RNGD(model, step_rule="trust-region", trust_region=None)
     for seed in range(7):
         step(model, optimizer, seed)
     model[0].bias.requires_grad_(False)
@@ -115,7 +119,7 @@ def test_bias_alone_moves_in_its_own_metric():
     """With the weight frozen a linear unit's metric about its bias is 1, whatever the inputs."""
     model = nn.Sequential(nn.Linear(6, 3)).double()
     model[0].weight.requires_grad_(False)
-    optimizer = RNGD(model, lr=0.5, damping=0.0, trust_region=None)
+    optimizer = RNGD(model, lr=0.5, damping=0.0, step_rule="trust-region", trust_region=None)
     before = model[0].bias.detach().clone()
     step(model, optimizer)
     torch.testing.assert_close(model[0].bias.detach(), before - 0.5 * model[0].bias.grad)
@@ -151,7 +155,7 @@ def test_a_learning_rate_given_for_parameters_without_a_metric_is_theirs():
     own = nn.Parameter(torch.ones(3))
     model = network()
     optimizer = RNGD(model, params=[{"params": list(model.parameters())}, {"params": [own], "lr": 0.07}])
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.07]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.07]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +211,7 @@ def test_the_state_is_there_before_the_first_step_and_as_large_afterwards():
     before = {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
     step(model, optimizer)
     assert before == {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
-    assert {key for state in before.values() for key in state} >= {"metric", "inverse", "mass", "exp_avg"}
+    assert {key for state in before.values() for key in state} >= {"metric", "inverse", "mass", "lead", "exp_avg"}
 
 
 def test_frozen_layers_take_no_state():

@@ -249,7 +249,7 @@ def test_a_singular_metric_is_no_error(options, x):
 
 def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
     model = network()
-    optimizer = RNGD(model, stats_interval=1, refresh_interval=4, early_refreshes=())
+    optimizer = RNGD(model, step_rule="trust-region", stats_interval=1, refresh_interval=4, early_refreshes=())
     step(model, optimizer, inputs())
     for layer in optimizer._place:
         optimizer.state[layer.weight]["inverse"].neg_()

@@ -29,7 +29,7 @@ def backward(model, seed=0):
 def test_before_plain_gradient_descent_it_is_rngd_without_a_bound():
     one, two = network(), network()
     preconditioner, sgd = Preconditioner(one), torch.optim.SGD(one.parameters(), lr=0.1)
-    optimizer = RNGD(two, lr=0.1, trust_region=None)
+    optimizer = RNGD(two, lr=0.1, step_rule="trust-region", trust_region=None)
     for seed in range(12):
         backward(one, seed)
         preconditioner.step()

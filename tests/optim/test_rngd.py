@@ -52,7 +52,7 @@ def weights(model):
 @pytest.mark.parametrize("structure", ["auto", "neuron", "shared", "published"])
 def test_learns(activation, structure):
     model = classifier(activation)
-    losses = train(model, RNGD(model, structure=structure), 150)
+    losses = train(model, RNGD(model, lr=0.1, structure=structure), 150)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -61,7 +61,7 @@ def test_first_step_is_the_damped_inverse_times_the_gradient(structure, kind):
     """One step by hand: metric of the one batch, mean-trace damping, no bound."""
     model = classifier(nn.Tanh)
     before, (x, y) = weights(model), batch()
-    optimizer = RNGD(model, lr=0.1, structure=structure, damping=0.05, trust_region=None)
+    optimizer = RNGD(model, lr=0.1, structure=structure, damping=0.05, step_rule="trust-region", trust_region=None)
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -92,7 +92,14 @@ def test_no_layers_step_is_longer_than_the_trust_region(lr, bound, momentum, str
     """The squared length in the damped metric of what was moved, momentum included, is lr^2 <D, M> or the bound."""
     model = classifier(nn.Tanh)
     optimizer = RNGD(
-        model, lr, momentum=momentum, structure=structure, trust_region=bound, stats_interval=1, refresh_interval=1
+        model,
+        lr,
+        momentum=momentum,
+        structure=structure,
+        step_rule="trust-region",
+        trust_region=bound,
+        stats_interval=1,
+        refresh_interval=1,
     )
     for step in range(4):
         before = weights(model)
@@ -118,8 +125,8 @@ def test_momentum_does_not_share_memory_with_the_gradient():
 
 def test_a_short_step_is_not_scaled():
     model, free = classifier(), classifier()
-    train(model, RNGD(model, lr=1e-3, trust_region=1e6), 3)
-    train(free, RNGD(free, lr=1e-3, trust_region=None), 3)
+    train(model, RNGD(model, lr=1e-3, step_rule="trust-region", trust_region=1e6), 3)
+    train(free, RNGD(free, lr=1e-3, step_rule="trust-region", trust_region=None), 3)
     for one, other in zip(weights(model), weights(free), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -334,7 +341,7 @@ def test_forwards_without_training_do_not_count():
 
 def test_schedulers_closures_and_weight_decay():
     model = classifier()
-    optimizer = RNGD(model, lr=0.1, weight_decay=0.5, trust_region=None)
+    optimizer = RNGD(model, lr=0.1, weight_decay=0.5, step_rule="trust-region", trust_region=None)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     x, y = batch()
 
@@ -360,7 +367,7 @@ def test_a_schedule_shortens_the_steps_that_the_bound_shortens():
     """The bound holds for the highest learning rate so far, which a saved state knows."""
     bound, lengths = 1e-4, []
     model = classifier()
-    optimizer = RNGD(model, lr=10.0, trust_region=bound)
+    optimizer = RNGD(model, lr=10.0, step_rule="trust-region", trust_region=bound)
     train(model, optimizer, 1)
     for lr in (10.0, 5.0, 20.0, 5.0):
         for group in optimizer.param_groups:
@@ -429,7 +436,7 @@ def test_says_once_which_activation_is_not_known():
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"decay": -0.1}, r"decay must lie in \[0, 1\)"),
         ({"damping": -1.0}, "damping"),
-        ({"trust_region": 0.0}, "trust_region must be a finite number > 0"),
+        ({"step_rule": "trust-region", "trust_region": 0.0}, "trust_region must be a finite number > 0"),
         ({"stats_interval": 0}, "stats_interval"),
         ({"refresh_interval": 0}, "refresh_interval"),
         ({"weight_decay": -1.0}, "weight_decay"),

@@ -139,10 +139,14 @@ def test_learns(rule, structure):
 def test_rules_bring_their_own_learning_rate_and_momentum():
     model = nn.Sequential(nn.Linear(3, 2))
     options = [
-        {key: RNGD(model, step_rule=rule).param_groups[0][key] for key in ("lr", "momentum")}
+        {key: RNGD(model, step_rule=rule).param_groups[0][key] for key in ("lr", "momentum", "averaging")}
         for rule in ("trust-region", "normalized", "spectral")
     ]
-    assert options == [{"lr": 0.3, "momentum": 0.0}, *[{"lr": 0.01, "momentum": 0.9}] * 2]
+    assert options == [
+        {"lr": 0.3, "momentum": 0.0, "averaging": 0.0},
+        {"lr": 0.03, "momentum": 0.0, "averaging": 0.9},
+        {"lr": 0.01, "momentum": 0.9, "averaging": 0.0},
+    ]
     assert RNGD(model, 0.5, step_rule=Spectral(rms=1.0), momentum=0.0).param_groups[0]["momentum"] == 0.0
 
 
@@ -150,7 +154,8 @@ def test_rules_bring_their_own_learning_rate_and_momentum():
     ("options", "message"),
     [
         ({"step_rule": "newton"}, "step_rule must be one of trust-region, normalized, spectral, .*, got 'newton'"),
-        ({"trust_region": 0.0}, "trust_region must be a finite number > 0, got 0.0"),
+        ({"step_rule": "trust-region", "trust_region": 0.0}, "trust_region must be a finite number > 0, got 0.0"),
+        ({"trust_region": 1.0}, "trust_region must be left out where step_rule is not 'trust-region', got 1.0"),
     ],
 )
 def test_wrong_rules_are_named(options, message):

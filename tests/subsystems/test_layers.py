@@ -150,7 +150,9 @@ def speaks(seen: Moments, activation: str) -> bool:
 def stepped(model: nn.Module, damping: float, structure: str, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
     """Return the gradients and the moves of one step with learning rate 1, by the parameters' names."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with RNGD(model, 1.0, momentum=0, damping=damping, trust_region=None, structure=structure) as optimizer:
+    with RNGD(
+        model, 1.0, momentum=0, damping=damping, step_rule="trust-region", trust_region=None, structure=structure
+    ) as optimizer:
         output = model(*args, **kwargs)
         (output * torch.randn_like(output)).sum().backward()
         gradients = {name: parameter.grad.to_dense() for name, parameter in model.named_parameters()}

@@ -53,7 +53,7 @@ def _published(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
 
 
 def _trust_region(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return relfisher.RNGD(model, lr=learning_rate)
+    return relfisher.RNGD(model, lr=learning_rate, step_rule="trust-region")
 
 
 METHODS = {

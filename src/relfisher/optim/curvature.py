@@ -129,7 +129,7 @@ class Curvature:
                     f"{structure.label(layer.shape)!r} needs {structure.layout(layer.shape, self._form)}: load it into "
                     "an optimizer with the same structure"
                 )
-            for key in [key for key in state if key not in _ADAMW_KEYS]:
+            for key in [key for key in state if key not in _STEPS]:
                 del state[key]
             state.update(self._create(layer, structure))
         elif metric.device != layer.weight.device:
@@ -192,8 +192,11 @@ class Curvature:
 #: What the state of a weight holds where AdamW trained it.
 _ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
+#: What steps keep there, whatever the structure.
+_STEPS = _ADAMW_KEYS | {"momentum", "lead"}
+
 #: What it holds besides the metric and its inverse.
-_BESIDES = _ADAMW_KEYS | {"mass", "momentum"}
+_BESIDES = _STEPS | {"mass"}
 
 
 def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:

@@ -23,7 +23,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     betas = tuple(group["fallback_betas"])
     if len(betas) != 2:
         raise ValueError(f"fallback_betas must be two numbers, got {betas}")
-    for name, share in [("momentum", group["momentum"]), *[("fallback_betas", beta) for beta in betas]]:
+    shares = [(name, group[name]) for name in ("momentum", "averaging")]
+    for name, share in [*shares, *[("fallback_betas", beta) for beta in betas]]:
         check_interval(name, share, 0, 1)
     for name in ("weight_decay", "damping"):
         check_interval(name, group[name], 0, math.inf)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
+from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import adamw_state, adamw_step
 from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, names_of, split
@@ -28,19 +29,25 @@ from relfisher.validation import check_interval, check_positive
 
 __all__ = ["RNGD"]
 
+_BOUND = 2e-3
+
+# The first iterates are far from where the later ones are: up to this many iterations weights grow.
+_YOUNG = 500
+
 
 class RNGD(torch.optim.Optimizer):
     """Relative natural gradient descent on every layer that has a metric, AdamW on all other parameters.
 
     A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
-    information metric of the layer. A step whose squared length in the metric, lr^2 <D, M>, is above `trust_region` is
-    shortened to it, a layer at a time.
+    information metric of the layer. By default each layer's step has a fixed length, 0.2 lr in its root mean square,
+    and the model's weights are kept near the average of all that the steps have led to (Defazio et al. 2024), which
+    does what a schedule of learning rates would: it needs none, whatever the number of iterations.
 
     Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
-    kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `weight_decay`, `damping` and
-    `structure` hold; a layer belongs to the group of its weight. In the second, the AdamW of `fallback_betas` and
-    `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a group of such parameters alone has its
-    own.
+    kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `averaging`, `weight_decay`,
+    `damping` and `structure` hold; a layer belongs to the group of its weight. In the second, the AdamW of
+    `fallback_betas` and `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a group of such
+    parameters alone has its own.
 
     Args:
         model: the module to train; its first training forward pass tells the responses of its layers.
@@ -48,11 +55,14 @@ class RNGD(torch.optim.Optimizer):
         params: what to train, as for any optimizer of torch: parameters of the model, with or without names, or
             groups of them with options of their own; None for all parameters of the model.
         momentum: the share of the last step's momentum that is kept, in [0, 1). It is applied to the gradient, before
-            the metric, so that the trust region bounds the step that is taken. None for the step rule's own.
+            the metric, so that the step rule sets the length of the step that is taken. None for the step rule's own.
+        averaging: the share of the average in the model's weights, in [0, 1); 0 for no average, and None for the step
+            rule's own. An iterate weighs as much as the square of the highest learning rate so far, and those of the
+            first 500 iterations less, in proportion to the square of their number.
         weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
         damping: the multiple of the metric's mean eigenvalue (the mean trace over a layer's units) that is added to
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
-        step_rule: "trust-region" (the natural gradient, of bounded length), "normalized" (of fixed length) or
+        step_rule: "normalized" (of fixed length), "trust-region" (the natural gradient, of bounded length) or
             "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
         trust_region: the bound on the squared metric length of a layer's step, by the rule of this name; None for no
             bound. It is for the highest learning rate so far: a schedule that halves the rate halves the length.
@@ -85,10 +95,11 @@ class RNGD(torch.optim.Optimizer):
         *,
         params: Iterable[Any] | None = None,
         momentum: float | None = None,
+        averaging: float | None = None,
         weight_decay: float = 0.0,
         damping: float | Damping = 0.1,
-        step_rule: str | StepRule = "trust-region",
-        trust_region: float | None = 2e-3,
+        step_rule: str | StepRule = "normalized",
+        trust_region: float | None = _BOUND,
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
@@ -116,6 +127,7 @@ class RNGD(torch.optim.Optimizer):
         defaults = {
             "lr": self._rule.default_lr if lr is None else lr,
             "momentum": self._rule.default_momentum if momentum is None else momentum,
+            "averaging": self._rule.default_averaging if averaging is None else averaging,
             "weight_decay": weight_decay,
             "damping": self._damping.value,
             "fallback_lr": fallback_lr,
@@ -166,6 +178,7 @@ class RNGD(torch.optim.Optimizer):
             model,
             lr,
             damping=Damping(1e-4, per_parameter=False, pooled=False),
+            step_rule="trust-region",
             trust_region=None,
             structure="published",
             decay=0.995,
@@ -215,7 +228,7 @@ class RNGD(torch.optim.Optimizer):
             group["fallback_ratio"] = full["fallback_lr"] / float(full["lr"])
         else:
             group["fallback_ratio"] = 1.0
-        group["peak_lr"] = float(full["lr"])
+        group |= {"peak_lr": 0.0, "averaged": 0.0}
         if self.param_groups:
             group["iteration"] = self._iteration
         super().add_param_group(group)
@@ -224,6 +237,9 @@ class RNGD(torch.optim.Optimizer):
             mine = [layer for layer in layers if id(layer.weight) in added]
             self._place.update(dict.fromkeys(mine, len(self.param_groups) - 1))
             self._curvature.add(mine)
+            for layer in mine:
+                if full["averaging"] and self.state[layer.weight]:
+                    self.state[layer.weight]["lead"] = self.state[layer.weight]["metric"].new_zeros(layer.shape)
         else:
             for parameter in group["params"]:
                 if parameter.requires_grad and not self.state[parameter]:
@@ -257,7 +273,7 @@ class RNGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not _finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]):
+        if not _finite(self._unchecked()):
             self._curvature.capture.drop()
             self.health.skipped(self._iteration, "a gradient is not finite")
             return loss
@@ -305,7 +321,7 @@ class RNGD(torch.optim.Optimizer):
         Raises:
             ValueError: if it is another optimizer's, or of other parameters, or its metrics have other shapes.
         """
-        for key in ("fallback_ratio", "peak_lr"):
+        for key in ("fallback_ratio", "peak_lr", "averaged"):
             if not all(key in group for group in state_dict["param_groups"]):
                 raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {key!r}")
         check_names(self.param_groups, state_dict["param_groups"])
@@ -360,6 +376,15 @@ class RNGD(torch.optim.Optimizer):
         group: dict[str, Any] = self.param_groups[self._place[layer]]
         return group
 
+    def _unchecked(self) -> list[Tensor]:
+        """Return the gradients that must be finite for all to go on.
+
+        Where no statistics wait, what the step rule makes of the layers' gradients tells of those, and costs nothing.
+        """
+        waiting = self._curvature.capture.waiting
+        known = set() if waiting else {p for layer in self._place if layer.structure for p in layer.parameters}
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p not in known]
+
     def _damping_of(self, layer: Subsystem) -> Damping:
         return replace(self._damping, value=float(self._group(layer)["damping"]))
 
@@ -367,7 +392,9 @@ class RNGD(torch.optim.Optimizer):
         """Return the gradient and the metric of each layer that has both; no state is changed yet."""
         moves = []
         for group in self.param_groups:
-            group["peak_lr"] = max(group["peak_lr"], float(group["lr"]))
+            # A scheduler that begins low says how high it goes.
+            highest = group.get("max_lr", group.get("initial_lr", 0.0))
+            group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
         for layer in self._place:
             structure, gradient = layer.structure, layer.gradient()
             if structure is None or gradient is None:
@@ -396,11 +423,27 @@ class RNGD(torch.optim.Optimizer):
                 shrinking = [p for p in self.param_groups[index]["params"] if p in moved]
                 if shrinking:
                     torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
+        averages = [
+            Averaging(group["averaging"], group["averaged"], self._weight(group)) for group in self.param_groups
+        ]
         for move, step in zip(moves, steps, strict=True):
-            if self._group(move.layer)["momentum"]:
+            place = self._place[move.layer]
+            if self.param_groups[place]["momentum"]:
                 move.state["momentum"] = move.velocity
-            move.layer.move(step.direction, -step.scale)
+            if self.param_groups[place]["averaging"]:
+                lead = move.state["lead"] = _like(step.direction, move.state.get("lead"))
+                move.layer.move(averages[place].change(step.direction, step.scale, lead), 1.0)
+            else:
+                move.layer.move(step.direction, -step.scale)
+        for group in self.param_groups:
+            group["averaged"] += self._weight(group)
         return True
+
+    @staticmethod
+    def _weight(group: Mapping[str, Any]) -> float:
+        """Return the weight in the average of what the next step leads to."""
+        weight: float = group["peak_lr"] * min(1.0, (group["iteration"] + 1) / _YOUNG)
+        return weight**2
 
     def _take_fallback(self, moves: Sequence[Move]) -> None:
         """Step with AdamW on what has a gradient but no metric."""
@@ -438,6 +481,8 @@ _COPIED = (
 
 
 def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
+    if bound != _BOUND and rule != TrustRegion.name:
+        raise ValueError(f"trust_region must be left out where step_rule is not {TrustRegion.name!r}, got {bound}")
     match rule:
         case StepRule():
             return rule
@@ -449,6 +494,11 @@ def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
             return Spectral()
     names = ", ".join(kind.name for kind in (TrustRegion, Normalized, Spectral))
     raise ValueError(f"step_rule must be one of {names}, or a StepRule, got {rule!r}")
+
+
+def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """Return what was kept in a tensor's dtype and on its device, or zeros where nothing was."""
+    return torch.zeros_like(tensor) if kept is None else kept.to(tensor)
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from relfisher.information import Information, Isotropic, PulledBack
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
-from relfisher.structures.lowrank import check_rank, times
+from relfisher.structures.lowrank import check_rank, times, transposed_times
 
 __all__ = ["KroneckerFactors"]
 
@@ -76,4 +76,4 @@ class KroneckerFactors(Structure):
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Multiply by the input block from the right, and by the output block's transpose from the left."""
-        return times(times(field, factors["metric"]).mT, factors["output"]).mT
+        return transposed_times(factors["output"], times(field, factors["metric"]))

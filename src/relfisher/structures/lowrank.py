@@ -6,6 +6,7 @@ directions, and a product with them costs 4 d r for each row instead of 2 d^2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from relfisher.shapes import Float
 from relfisher.validation import check_positive
 
-__all__ = ["LowRank", "check_rank", "invert_leading", "times"]
+__all__ = ["LowRank", "check_rank", "invert_leading", "times", "transposed_times"]
 
 # Directions besides those asked for, and passes: what the range finder of Halko, Martinsson & Tropp (2011) needs where
-# eigenvalues decay slowly. A start at the last refresh's eigenvectors adds to the passes.
+# eigenvalues decay slowly. The last refresh's eigenvectors are a start that saves a pass.
 _SPARE = 8
 _PASSES = 2
+_PASSES_FROM_LAST = 1
 
 
 class LowRank(NamedTuple):
@@ -44,9 +46,20 @@ def times(field: Float[Tensor, "*g m d"], factor: Tensor | LowRank) -> Float[Ten
     """Multiply the rows of a field by a matrix [*g, d, d], from the right."""
     if isinstance(factor, Tensor):
         return field @ factor
-    product = torch.addmm if field.ndim == 2 else torch.baddbmm
-    rest = product(field, field @ factor.basis, factor.basis.mT, alpha=-1)
+    rest = _product(field)(field, field @ factor.basis, factor.basis.mT, alpha=-1)
     return rest.mul_(factor.scale[..., None, None])
+
+
+def transposed_times(factor: Tensor | LowRank, field: Float[Tensor, "*g m d"]) -> Float[Tensor, "*g m d"]:
+    """Multiply the columns of a field by the transpose of a matrix [*g, m, m], from the left."""
+    if isinstance(factor, Tensor):
+        return factor.mT @ field
+    rest = _product(field)(field, factor.basis, factor.basis.mT @ field, alpha=-1)
+    return rest.mul_(factor.scale[..., None, None])
+
+
+def _product(field: Tensor) -> Callable[..., Tensor]:
+    return torch.addmm if field.ndim == 2 else torch.baddbmm
 
 
 def invert_leading(
@@ -89,14 +102,18 @@ def _leading(
 ) -> tuple[Float[Tensor, "*q r"], Float[Tensor, "*q d r"], bool]:
     """Return about the leading eigenvalues and eigenvectors, by subspace iteration, and whether there are any."""
     rank = last.shape[-1]
-    # The same numbers each time, so that an interrupted run goes on as it would have.
-    fresh = torch.randn(last.shape[-2], rank + _SPARE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    fresh = fresh.to(last)
     known = last.square().sum(-2, keepdim=True)
-    start = torch.where(known > 0, last * known.clamp(min=torch.finfo(last.dtype).tiny).rsqrt(), fresh[:, :rank])
-    space = torch.cat([start, fresh[:, rank:].expand(*last.shape[:-1], _SPARE)], -1)
+    warm = bool((known > 0).all())
+    # The same numbers each time, so that an interrupted run goes on as it would have.
+    fresh = torch.randn(
+        last.shape[-2], _SPARE if warm else _SPARE + rank, generator=torch.Generator().manual_seed(0)
+    ).to(last)
+    start = last * known.clamp(min=torch.finfo(last.dtype).tiny).rsqrt()
+    if not warm:
+        start = torch.where(known > 0, start, fresh[:, _SPARE:])
+    space = torch.cat([start, fresh[:, :_SPARE].expand(*last.shape[:-1], _SPARE)], -1)
     try:
-        for _ in range(_PASSES):
+        for _ in range(_PASSES_FROM_LAST if warm else _PASSES):
             space, _ = torch.linalg.qr(blocks @ space)
         values, turned = torch.linalg.eigh(space.mT @ blocks @ space)
     except RuntimeError:  # an eigendecomposition that did not converge

@@ -114,6 +114,11 @@ class Capture:
         pending, self._pending = self._pending, {}
         return pending
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `take` has anything to return."""
+        return bool(self._pending or self._untold)
+
     def drop(self) -> None:
         """Forget the samples whose gradients have flowed back since the last step."""
         self._pending.clear()

@@ -144,7 +144,7 @@ def _published(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def _shared(model: nn.Module, lr: float = 0.03, damping: float = 0.1) -> torch.optim.Optimizer:
-    return relfisher.RNGD(model, lr, damping=damping, structure="shared", trust_region=None)
+    return relfisher.RNGD(model, lr, damping=damping, step_rule="trust-region", structure="shared", trust_region=None)
 
 
 def _ruled(rule: str) -> Callable[..., torch.optim.Optimizer]:

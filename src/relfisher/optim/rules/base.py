@@ -50,9 +50,10 @@ class StepRule(ABC):
     name: ClassVar[str]
     #: What of the metric it needs.
     form: ClassVar[Form] = "inverse"
-    #: The learning rate and momentum that it takes unless others are given.
+    #: The learning rate, momentum and averaging that it takes unless others are given.
     default_lr: ClassVar[float]
     default_momentum: ClassVar[float] = 0.0
+    default_averaging: ClassVar[float] = 0.0
     #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
 

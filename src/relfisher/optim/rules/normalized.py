@@ -18,8 +18,8 @@ class Normalized(StepRule):
     """D = M (G + damping)^-1 for each layer, scaled to the root mean square `rms * lr`.
 
     Nothing depends on the scale of the loss, and no gradient, however large, makes a long step; the learning rate means
-    what it means for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink by themselves: let
-    the learning rate decay.
+    what it means for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink by themselves:
+    average, or let the learning rate decay.
 
     Args:
         rms: of a layer's step, over the learning rate.
@@ -29,8 +29,8 @@ class Normalized(StepRule):
     """
 
     name = "normalized"
-    default_lr = 1e-2
-    default_momentum = 0.9
+    default_lr = 3e-2
+    default_averaging = 0.9
     nesterov = True
 
     def __init__(self, rms: float = 0.2) -> None:

@@ -1,0 +1,46 @@
+"""Averaging of iterates: steps are long, weights stay near the mean of where they led. Defazio et al. 2024.
+
+The iterate z takes the steps, x is the running average of all z, and the model's weights, at which gradients are
+taken, are y = (1 - share) z + share x. What a schedule does by making steps shorter, the average does by itself, for
+any number of iterations.
+
+Only `lead` is kept: z - x times the sum of the weights in the average so far, so that it needs no rescaling. Weights
+that are changed from outside take x and z with them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Averaging"]
+
+
+class Averaging(NamedTuple):
+    """One iteration of the average.
+
+    Args:
+        share: of the average in the model's weights, in [0, 1).
+        before: the sum of the weights of all iterates so far.
+        weight: that of the iterate that this step leads to.
+    """
+
+    share: float
+    before: float
+    weight: float
+
+    def change(self, direction: Tensor, scale: float, lead: Tensor) -> Tensor:
+        """Return how the model's weights change when z moves by `-scale * direction`.
+
+        Args:
+            direction: of the step.
+            scale: its length.
+            lead: of z before the step, which becomes that after it.
+        """
+        lead.add_(direction, alpha=-scale * self.before)
+        if self.before == 0:
+            return direction * -scale
+        pulled = self.share * self.weight / (self.before * (self.before + self.weight))
+        return torch.mul(lead, pulled).add_(direction, alpha=-scale * (1 - self.share))
