@@ -58,11 +58,11 @@ def test_averaged_weights_are_steadier_than_the_iterates():
     for averaging in (0.0, 0.9):
         model = network()
         optimizer = RNGD(model, lr=0.1, averaging=averaging)
-        learn(optimizer, model, 40)
+        learn(optimizer, model, 100)
         before = model[0].weight.detach().clone()
-        learn(optimizer, model, 10)
-        distances[averaging] = float((model[0].weight - before).norm())
-    assert distances[0.9] < 0.5 * distances[0.0]
+        learn(optimizer, model, 1)
+        distances[averaging] = float((model[0].weight.detach() - before).norm())
+    assert distances[0.9] < 0.3 * distances[0.0]
 
 
 def test_a_layer_that_joins_later_starts_where_it_is():
@@ -72,4 +72,4 @@ def test_a_layer_that_joins_later_starts_where_it_is():
     before = model[2].weight.detach().clone()
     optimizer.add_param_group({"params": list(model[2].parameters())})
     learn(optimizer, model, 1)
-    assert 0 < float((model[2].weight - before).norm()) < 0.1
+    assert 0 < float((model[2].weight.detach() - before).norm()) < 0.1

@@ -13,9 +13,10 @@ class Schedule:
 
     Args:
         stats_interval: from one update of the metric to the next.
-        refresh_interval: from one refresh of the inverse to the next.
-        early_refreshes: at which the metric is updated and the inverse refreshed besides: while the average is young,
+        refresh_interval: from one refresh of a layer's inverse to the next.
+        early_refreshes: at which the metric is updated and all inverses refreshed besides: while the average is young,
             each update changes it much.
+        staggered: True spreads the layers' refreshes over the interval, so that no step is slow.
 
     Raises:
         ValueError: if an interval is not a whole number of at least 1.
@@ -24,6 +25,7 @@ class Schedule:
     stats_interval: int
     refresh_interval: int
     early_refreshes: tuple[int, ...]
+    staggered: bool = True
 
     def __post_init__(self) -> None:
         for name in ("stats_interval", "refresh_interval"):
@@ -35,6 +37,15 @@ class Schedule:
         """Return whether the forward pass of this iteration updates the metric."""
         return iteration % self.stats_interval == 0 or iteration in self.early_refreshes
 
-    def refresh_due(self, iteration: int) -> bool:
-        """Return whether the inverse is refreshed before this iteration's step."""
-        return iteration % self.refresh_interval == 0 or iteration in self.early_refreshes
+    def refresh_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
+        """Return whether the inverse of a layer is refreshed before this iteration's step.
+
+        Args:
+            iteration: counted from 0.
+            place: of the layer, counted from 0.
+            layers: how many there are.
+        """
+        if iteration in self.early_refreshes:
+            return True
+        phase = place * self.refresh_interval // layers if self.staggered else 0
+        return iteration >= phase and (iteration - phase) % self.refresh_interval == 0
