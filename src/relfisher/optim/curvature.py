@@ -20,7 +20,7 @@ from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
 from relfisher.structures import Damping, Form, State, Structure
 from relfisher.subsystems import Capture, Subsystem
 
-__all__ = ["Curvature"]
+__all__ = ["HOST_KEYS", "Curvature"]
 
 
 class Curvature:
@@ -86,7 +86,7 @@ class Curvature:
         twin._health = copy.deepcopy(self._health, memo)
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.states = defaultdict(dict)
-        twin._moving = {}
+        twin._moving = copy.deepcopy(self._moving, memo)
         twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
         twin.capture.due = self.capture.due
@@ -133,7 +133,7 @@ class Curvature:
                 del state[key]
             state.update(self._create(layer, structure))
         elif metric.device != layer.weight.device:
-            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key != "mass"})
+            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key not in HOST_KEYS})
         self._fitting[layer] = state["metric"]
         return state
 
@@ -152,8 +152,10 @@ class Curvature:
             changed = moving != self._moving.get(layer, moving)
             if structure is None or not (batch or due or changed):
                 continue
-            self._moving[layer] = moving
             state = self.state(layer, structure)
+            if moving != self._moving.get(layer):
+                self._moving[layer] = moving
+                state["moving"] = _flags(moving)
             first = batch is not None and float(state["mass"]) == 0
             if batch is not None and not structure.update(state, batch.totals, batch.samples, self._decay):
                 self._health.dropped(iteration, layer.name)
@@ -161,12 +163,15 @@ class Curvature:
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers were softmax heads when they were saved.
+        """Learn from loaded states which layers were softmax heads when they were saved, and which parts moved.
 
-        The gradients that told so may have become too small since to tell it again.
+        The gradients that told of a head may have become too small since to tell it again.
         """
+        self._moving.clear()
         for layer in self.layers:
             state = self.states[layer.weight]
+            if "moving" in state:
+                self._moving[layer] = [bool(each) for each in state["moving"].tolist()]
             if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
                 layer.is_head = "output" in state
 
@@ -175,7 +180,8 @@ class Curvature:
         self.capture.due = self._schedule.statistics_due(iteration)
 
     def _create(self, layer: Subsystem, structure: Structure) -> State:
-        return structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
+        state = structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
+        return {**state, "moving": _flags(layer.moving())}
 
     def _holds_something(self, state: State) -> bool:
         return "mass" in state and float(state["mass"]) > float(not self._unbiased)
@@ -193,7 +199,15 @@ class Curvature:
 _ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 #: What it holds besides the metric and its inverse.
-_BESIDES = _ADAMW_KEYS | {"mass", "momentum"}
+_BESIDES = _ADAMW_KEYS | {"mass", "momentum", "moving"}
+
+#: What is read by the host at each iteration, and stays there.
+HOST_KEYS = frozenset(["mass", "moving"])
+
+
+def _flags(moving: Sequence[bool]) -> Tensor:
+    """Return for each part of a layer whether it moves; what it was at the last refresh is saved."""
+    return torch.tensor(moving, dtype=torch.float32)
 
 
 def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:
