@@ -20,7 +20,7 @@ from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
 from relfisher.structures import Damping, Form, State, Structure
 from relfisher.subsystems import Capture, Subsystem
 
-__all__ = ["HOST_KEYS", "Curvature"]
+__all__ = ["HOST_KEYS", "Curvature", "state_key"]
 
 
 class Curvature:
@@ -39,8 +39,8 @@ class Curvature:
 
     Attributes:
         layers: whose metrics are kept.
-        states: one state a parameter; a layer's is that of its weight. Whoever saves and loads them may put another
-            mapping here.
+        states: one state a parameter; a layer's is that of its weight, or of the first parameter that is not held.
+            Whoever saves and loads them may put another mapping here.
     """
 
     def __init__(
@@ -99,7 +99,20 @@ class Curvature:
         self.capture.add(layers)
         for layer, structure in zip(layers, self._choose(layers), strict=True):
             if any(parameter.requires_grad for parameter in layer.parameters):
-                self.states[layer.weight].update(self._create(layer, structure))
+                self.states[state_key(layer)].update(self._create(layer, structure))
+
+    def hold(self, layer: Subsystem, held: frozenset[nn.Parameter]) -> None:
+        """Say which parameters of a layer are not for us to move.
+
+        Args:
+            layer: one of the layers.
+            held: its parameters that stay.
+        """
+        before = state_key(layer)
+        layer.held = held
+        if state_key(layer) is not before:
+            old = self.states[before]
+            self.states[state_key(layer)].update({key: old.pop(key) for key in old.keys() - _ADAMW_KEYS})
 
     def state(self, layer: Subsystem, structure: Structure) -> State:
         """Return a layer's state: made anew if it is for another structure or dtype and holds nothing yet.
@@ -114,7 +127,7 @@ class Curvature:
         Raises:
             ValueError: if the state is that of another structure, and not empty.
         """
-        state = self.states[layer.weight]
+        state = self.states[state_key(layer)]
         metric = state.get("metric")
         fitting = self._fitting.get(layer)
         if fitting is not None and fitting.device == layer.weight.device and fitting is metric:
@@ -169,7 +182,7 @@ class Curvature:
         """
         self._moving.clear()
         for layer in self.layers:
-            state = self.states[layer.weight]
+            state = self.states[state_key(layer)]
             if "moving" in state:
                 self._moving[layer] = [bool(each) for each in state["moving"].tolist()]
             if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
@@ -208,6 +221,11 @@ HOST_KEYS = frozenset(["mass", "moving"])
 def _flags(moving: Sequence[bool]) -> Tensor:
     """Return for each part of a layer whether it moves; what it was at the last refresh is saved."""
     return torch.tensor(moving, dtype=torch.float32)
+
+
+def state_key(layer: Subsystem) -> Tensor:
+    """Return the parameter that a layer's state is kept with: one that is given, since torch saves no others."""
+    return next((parameter for parameter in layer.parameters if parameter not in layer.held), layer.weight)
 
 
 def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
-from relfisher.optim.curvature import Curvature
+from relfisher.optim.curvature import Curvature, state_key
 from relfisher.optim.fallback import adamw_state, adamw_step
-from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, names_of, split
+from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, check_shapes, named, names_of, split
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.rules import Move, Normalized, Spectral, StepRule, TrustRegion
 from relfisher.optim.schedule import Schedule
@@ -38,9 +38,9 @@ class RNGD(torch.optim.Optimizer):
 
     Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
     kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `weight_decay`, `damping` and
-    `structure` hold; a layer belongs to the group of its weight. In the second, the AdamW of `fallback_betas` and
-    `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a group of such parameters alone has its
-    own.
+    `structure` hold; a layer belongs to the group of its weight, or of its bias where that alone is given. In the
+    second, the AdamW of `fallback_betas` and `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a
+    group of such parameters alone has its own.
 
     Args:
         model: the module to train; its first training forward pass tells the responses of its layers.
@@ -143,7 +143,10 @@ class RNGD(torch.optim.Optimizer):
         self._known = layers
         self._place: dict[Subsystem, int] = {}  # the group of each layer
         self._without_metric: set[str] = set()
+        self._complete = False
         super().__init__(list(model.parameters()) if params is None else params, defaults)
+        self._complete = True
+        self._settle()
         weakref.finalize(self, self._curvature.capture.close)
 
     @classmethod
@@ -194,15 +197,37 @@ class RNGD(torch.optim.Optimizer):
         rules = param_group.get("structure", self._structure) if isinstance(param_group, dict) else self._structure
         check_rules(rules, self._known)
         rest = [layer for layer in self._known if layer not in self._place]
-        for layer in rest:
-            layer.rule = rule_for(layer, rules)
+        if isinstance(param_group, dict):
+            param_group = {**param_group, "params": named(param_group["params"], names)}
+            given = {id(parameter) for _, parameter in param_group["params"]}
+            for layer in rest:
+                if any(id(parameter) in given for parameter in layer.parameters):
+                    layer.rule = rule_for(layer, rules)
         ruled = [layer for layer in self._known if layer.rule != FALLBACK]
         self._curvature.states = self.state
         for half in split(param_group, {id(p) for layer in ruled for p in layer.parameters}, names):
             self._add_half(half, [layer for layer in rest if layer.rule != FALLBACK])
-        mine = {parameter for group in self.param_groups for parameter in group["params"]}
+        if self._complete:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Place layers of which all but the weight is given, and say what of each layer is not ours to move."""
+        home = {parameter: place for place, group in enumerate(self.param_groups) for parameter in group["params"]}
         for layer in self._place:
-            layer.held = frozenset(parameter for parameter in layer.parameters if parameter not in mine)
+            self._place[layer] = home.get(layer.weight, self._place[layer])
+            self._curvature.hold(layer, frozenset(p for p in layer.parameters if p not in home))
+        late = []
+        for layer in self._known:
+            place = next((home[parameter] for parameter in layer.parameters if parameter in home), None)
+            if layer not in self._place and place is not None and self.param_groups[place]["kind"] == METRIC:
+                self._place[layer] = place
+                layer.held = frozenset(p for p in layer.parameters if p not in home)
+                late.append(layer)
+        self._curvature.add(late)
+        covered = {parameter for layer in self._place for parameter in layer.parameters}
+        for parameter in home:
+            if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
+                self.state[parameter].update(adamw_state(parameter))
 
     def _add_half(self, group: dict[str, Any], layers: Sequence[Subsystem]) -> None:
         """Add a group of parameters that all have a metric, or that all have none."""
@@ -224,10 +249,6 @@ class RNGD(torch.optim.Optimizer):
             mine = [layer for layer in layers if id(layer.weight) in added]
             self._place.update(dict.fromkeys(mine, len(self.param_groups) - 1))
             self._curvature.add(mine)
-        else:
-            for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    self.state[parameter].update(adamw_state(parameter))
 
     def _discover_again(self, model: nn.Module) -> None:
         """Look for layers that the model has got since."""
@@ -309,6 +330,8 @@ class RNGD(torch.optim.Optimizer):
             if not all(key in group for group in state_dict["param_groups"]):
                 raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {key!r}")
         check_names(self.param_groups, state_dict["param_groups"])
+        shapes = {state_key(layer): layer.shape for layer in self._place}
+        check_shapes(self.param_groups, state_dict["param_groups"], state_dict["state"], shapes)
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
         # The base class casts a state to the dtype of its parameter; the metric of a low-precision layer has its own.
@@ -423,6 +446,7 @@ class RNGD(torch.optim.Optimizer):
 
 _COPIED = (
     "_curvature",  # first: it copies the model, and so all parameters
+    "_complete",
     "defaults",
     "state",
     "param_groups",
