@@ -252,6 +252,19 @@ def test_structures_by_name_pattern_and_class(structure, expected):
     assert {layer.name: layer.structure.name for layer in optimizer._place} == expected
 
 
+@pytest.mark.parametrize("structure", ["shared", "kronecker", "neuron", "published"])
+def test_embeddings_keep_tokens_squared_numbers_only_where_a_rule_is_theirs(structure):
+    model = nn.ModuleDict({"embed": nn.Embedding(3000, 4), "bag": nn.EmbeddingBag(3000, 4), "head": nn.Linear(4, 3)})
+    optimizer = RNGD(model, structure=structure)
+    for layer in ("embed", "bag"):
+        assert all(value.numel() <= 3000 for value in optimizer.state[model[layer].weight].values())
+    grouped = RNGD(model, params=[{"params": list(model.parameters()), "structure": structure}])
+    assert all(value.numel() <= 3000 for value in grouped.state[model["embed"].weight].values())
+    model["bag"] = nn.EmbeddingBag(30, 4)
+    optimizer = RNGD(model, structure={"bag": "shared", "Embedding": "diagonal"})
+    assert optimizer.state[model["bag"].weight]["metric"].shape == (30, 30)
+
+
 def test_the_state_is_there_before_the_first_step_and_as_large_afterwards():
     class Scaled(nn.Module):
         def __init__(self):

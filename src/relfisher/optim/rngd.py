@@ -59,6 +59,7 @@ class RNGD(torch.optim.Optimizer):
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
+            Embeddings keep the diagonal unless a rule by name, pattern or class says otherwise.
         structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
         decay: the share of the moving average that is kept an iteration, in [0, 1).
         stats_interval: iterations from one update of the metric to the next.
