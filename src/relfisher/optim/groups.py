@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from relfisher.subsystems.discover import plain_name
 from relfisher.validation import check_interval, check_positive
 
 __all__ = ["ADAMW", "METRIC", "check_names", "check_options", "check_shapes", "named", "names_of", "split"]
@@ -31,11 +32,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 def names_of(model: nn.Module) -> dict[int, str]:
     """Return the names of a model's parameters by their identity, without what wrappers put in front."""
-    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return {
-        id(parameter): (name.removeprefix("module.") if wrapped else name).replace("_orig_mod.", "")
-        for name, parameter in model.named_parameters()
-    }
+    return {id(parameter): plain_name(model, name) for name, parameter in model.named_parameters()}
 
 
 def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[int, str]) -> list[dict[str, Any]]:
