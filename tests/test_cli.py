@@ -283,6 +283,8 @@ def factories(tmp_path, monkeypatch):
         "import torch",
         "def bare(): return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))",
         "def with_inputs(): return torch.nn.Embedding(9, 3), torch.tensor([1, 2])",
+        "def tokens(): return torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.Linear(3, 2))",
+        "def images(): return torch.nn.BatchNorm2d(3)",
         "def nothing(): return 3",
         "def softmax(z): return -z.log_softmax(-1)[:, 0].mean()",
         "number = 3",
@@ -304,6 +306,19 @@ def test_plan_prints_a_row_a_layer(capsys):
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
     assert call(["plan", "--model", "factories:with_inputs"]) == 0
     assert "diagonal" in capsys.readouterr().out
+    assert call(["plan", "--model", "factories:tokens", "--inputs", "4x5:9"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["0", "3x9", "LinearGaussian", "diagonal"]
+
+
+@pytest.mark.usefixtures("factories")
+def test_plan_limits_samples_as_the_optimizer_does(capsys):
+    for options, operations in (
+        ([], "12.8 kFLOP"),
+        (["--samples", "0"], "25.6 kFLOP"),
+        (["--samples", "100"], "5 kFLOP"),
+    ):
+        assert call(["plan", "--model", "factories:bare", "--inputs", "512x6", *options]) == 0
+        assert f"  {operations}  " in capsys.readouterr().out.splitlines()[2]
 
 
 @pytest.mark.usefixtures("factories")
@@ -318,7 +333,15 @@ def test_plan_prints_a_row_a_layer(capsys):
         (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),
         (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
         (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
+        (["--model", "factories:bare", "--inputs", "5x6:0"], "'5x6:0' is not a shape"),
+        (["--model", "factories:bare", "--inputs", "5x6:"], "such as 4x9:100"),
         (["--model", "factories:bare", "--inputs", "5x7"], "the model cannot be called with them"),
+        (["--model", "factories:tokens", "--inputs", "5x7"], "with :N for whole numbers below N, or let the factory"),
+        (["--model", "factories:tokens", "--inputs", "5x7:10"], "index out of range in self; give the shape it takes"),
+        (
+            ["--model", "factories:images", "--inputs", "5x7"],
+            "--inputs: the model cannot be called with them: expected 4",
+        ),
         (["--model", "factories:bare", "--inputs", "5x6", "--structure", "kron"], "structure must be one of"),
     ],
 )

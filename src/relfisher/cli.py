@@ -80,7 +80,11 @@ def _plan(
     model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Called without arguments, it returns a model.")],
     inputs: Annotated[
         str | None,
-        typer.Option(metavar="AxBx...", help="Shape of a batch; not needed if the factory returns (model, inputs)."),
+        typer.Option(
+            metavar="AxBx...[:N]",
+            help="Shape of a batch of floats or, with :N, of whole numbers below N, as 4x9:100 for tokens; not needed "
+            "if the factory returns (model, inputs).",
+        ),
     ] = None,
     loss: Annotated[
         str | None,
@@ -88,6 +92,7 @@ def _plan(
     ] = None,
     structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
     mebibytes: Annotated[int, typer.Option(min=1, help="What auto may keep of one layer, in MiB.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, help="What goes into statistics at most; 0 for all samples.")] = 256,
 ) -> None:
     """Print what RNGD will keep and compute for each layer of a model, and what other structures would."""
     made = _imported("--model", model)()
@@ -99,16 +104,22 @@ def _plan(
         raise _wrong(
             "--model", f"{model} must return a torch.nn.Module or (model, inputs), got {type(network).__name__}"
         )
+    from relfisher.optim.assignment import check_rules
+
     if inputs is not None:
-        batch = torch.randn(_shape(inputs))
+        shape, limit = _batch_shape(inputs)
+        batch = torch.randn(shape) if limit is None else torch.randint(limit, shape)
     if batch is None:
         raise _wrong("--inputs", f"{model} returns no inputs: give the shape of a batch, such as 50x784")
     try:
-        print(relfisher.plan(network, batch, structure, mebibytes << 20, score))
+        check_rules(structure, ())
     except ValueError as error:
         raise _wrong("--structure", str(error)) from error
-    except (RuntimeError, TypeError) as error:
-        raise _wrong("--inputs", f"the model cannot be called with them: {error}") from error
+    try:
+        print(relfisher.plan(network, batch, structure, mebibytes << 20, score, samples or None))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        remedy = "give the shape it takes, with :N for whole numbers below N, or let the factory return (model, inputs)"
+        raise _wrong("--inputs", f"the model cannot be called with them: {error}; {remedy}") from error
 
 
 def _imported(option: str, spec: str) -> Callable[..., Any]:
@@ -128,11 +139,14 @@ def _imported(option: str, spec: str) -> Callable[..., Any]:
     return found
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise _wrong("--inputs", f"{text!r} is not a shape, allowed are whole numbers joined by x, such as 50x784")
-    return tuple(map(int, parts))
+def _batch_shape(text: str) -> tuple[tuple[int, ...], int | None]:
+    """Return the shape of a batch, and what its whole numbers are below; None for floats."""
+    shape, colon, limit = text.lower().partition(":")
+    parts = shape.split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in [*parts, *([limit] if colon else [])]):
+        allowed = "whole numbers joined by x, such as 50x784, and :N for whole numbers below N, such as 4x9:100"
+        raise _wrong("--inputs", f"{text!r} is not a shape, allowed are {allowed}")
+    return tuple(map(int, parts)), int(limit) if colon else None
 
 
 @reproduce_app.callback()

@@ -1,5 +1,7 @@
 """Compiled models: trained as eager ones, and compiled no more once the loop is warm."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,16 @@ from torch.nn.functional import cross_entropy
 from relfisher import RNGD
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
+
+INDUCTOR = pytest.param(
+    "inductor",
+    marks=[
+        pytest.mark.skipif(
+            not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
+        ),
+        pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # its own
+    ],
+)
 
 
 def network():
@@ -26,7 +38,7 @@ def losses(model, optimizer, steps):
         yield loss.item()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["the model", "the compiled model"])
 def test_nothing_is_compiled_again_after_warm_up(backend, wrapped):
     torch._dynamo.reset()
@@ -46,3 +58,14 @@ def test_nothing_is_compiled_again_after_warm_up(backend, wrapped):
     assert 0 < warm == len(graphs)
     assert found == pytest.approx(list(slow), rel=1e-4)
     assert found[-1] < found[0] / 2
+
+
+def test_a_whole_graph_is_refused_by_dynamo():
+    """The hooks that gather the metric break the graph; without the hooks there is nothing to break it."""
+    torch._dynamo.reset()
+    model = network()
+    x = torch.randn(4, 6)
+    with RNGD(model), pytest.raises(torch._dynamo.exc.Unsupported, match="Hook"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
+from torch.optim.swa_utils import SWALR
 
 from relfisher import RNGD
 
@@ -136,14 +137,28 @@ SCHEDULERS = {
     "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": True},
     "OneCycleLR": {"max_lr": [0.1, 0.01], "total_steps": 8, "cycle_momentum": False},
     "ReduceLROnPlateau": {"patience": 0},
+    "SWALR": {"swa_lr": [0.05, 0.01], "anneal_epochs": 3},
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+def scheduler_of(name, optimizer):
+    """Return a scheduler of torch; the two that are made of others from two that are tried by themselves."""
+    parts = "LinearLR", "ExponentialLR"
+    match name:
+        case "SequentialLR":
+            return lr_scheduler.SequentialLR(optimizer, [scheduler_of(part, optimizer) for part in parts], [2])
+        case "ChainedScheduler":
+            return lr_scheduler.ChainedScheduler([scheduler_of(part, optimizer) for part in parts])
+        case "SWALR":
+            return SWALR(optimizer, **SCHEDULERS[name])
+    return getattr(lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, "SequentialLR", "ChainedScheduler"])
 def test_every_scheduler_moves_the_learning_rates(name):
     model = net()
     optimizer = RNGD(model, momentum=0.5)
-    scheduler = getattr(lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+    scheduler = scheduler_of(name, optimizer)
     seen = set()
     for seed in range(6):
         seen.add(tuple(float(group["lr"]) for group in optimizer.param_groups))
@@ -154,8 +169,13 @@ def test_every_scheduler_moves_the_learning_rates(name):
 
 
 def test_each_scheduler_of_torch_is_tried():
-    known = {name for name in dir(lr_scheduler) if name.endswith(("LR", "Restarts", "Plateau")) and name[0] != "_"}
-    assert known - set(SCHEDULERS) == {"SequentialLR", "ChainedScheduler", "SWALR", "LRScheduler"} & known
+    known = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and name[0] != "_"
+    }
+    assert known - {"LRScheduler"} == {*SCHEDULERS, "SequentialLR", "ChainedScheduler"}
 
 
 def test_a_closure_is_evaluated_first_and_its_loss_returned():

@@ -125,6 +125,65 @@ def test_bias_alone_moves_in_its_own_metric():
     torch.testing.assert_close(model[0].bias.detach(), before - 0.5 * model[0].bias.grad)
 
 
+def test_biases_that_alone_are_given_move_as_those_of_frozen_weights_do():
+    """In their own metric, which is there before the first step, whether the weights are frozen or just not given."""
+    whole, filtered, unfrozen = network(), network(), network()
+    for model in (whole, filtered):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    one = RNGD(whole, momentum=0.5)
+    biases = [[p for name, p in model.named_parameters() if name.endswith("bias")] for model in (filtered, unfrozen)]
+    others = [RNGD(model, params=p, momentum=0.5) for model, p in zip((filtered, unfrozen), biases, strict=True)]
+    for other in others:
+        assert [group["kind"] for group in other.param_groups] == ["metric"]
+        assert all("metric" in other.state[parameter] for parameter in other.param_groups[0]["params"])
+    for seed in range(8):
+        expected = moves(whole, one, seed)
+        assert expected["0.bias"].any()
+        assert not expected["0.weight"].any()
+        for model, other in zip((filtered, unfrozen), others, strict=True):
+            for name, move in moves(model, other, seed).items():
+                torch.testing.assert_close(move, expected[name])
+    twin = network()
+    last = RNGD(twin, params=[p for name, p in twin.named_parameters() if name.endswith("bias")], momentum=0.5)
+    twin.load_state_dict(filtered.state_dict())
+    last.load_state_dict(others[0].state_dict())
+    assert step(twin, last, 8) == step(filtered, others[0], 8)
+    assert step(twin, last, 9) == step(filtered, others[0], 9)
+
+
+def test_a_weight_that_is_given_later_joins_its_bias_and_their_metric():
+    model = network()
+    names = dict(model.named_parameters())
+    optimizer = RNGD(model, params=[names["0.bias"], names["3.bias"]])
+    for seed in range(3):
+        step(model, optimizer, seed)
+    kept = optimizer.state[names["0.bias"]]["metric"].clone()
+    optimizer.add_param_group({"params": [names["0.weight"]], "lr": 0.05})
+    assert torch.equal(optimizer.state[names["0.weight"]]["metric"], kept)
+    assert not optimizer.state[names["0.bias"]]
+    found = moves(model, optimizer, 3)
+    assert found["0.weight"].any()
+    assert found["0.bias"].any()
+    assert not found["3.weight"].any()
+    assert optimizer.state_dict()["param_groups"][1]["lr"] == 0.05
+    layer = next(layer for layer in optimizer._place if layer.name == "0")
+    assert optimizer._group(layer)["lr"] == 0.05
+
+
+@pytest.mark.parametrize("first", ["weight", "bias"])
+def test_a_bias_whose_weight_is_left_to_adamw_is_so_too(first):
+    model = network()
+    groups = [
+        {"params": [model[0].weight], "structure": "fallback"},
+        {"params": [p for name, p in model.named_parameters() if name != "0.weight"]},
+    ]
+    optimizer = RNGD(model, params=groups if first == "weight" else groups[::-1])
+    assert set(structures(optimizer)) == {"2", "3"}
+    assert "exp_avg" in optimizer.state[model[0].bias]
+    assert moves(model, optimizer)["0.bias"].any()
+
+
 def test_a_group_added_later_joins_with_its_metric():
     model = network()
     optimizer = RNGD(model, params=list(model[3].parameters()))
@@ -197,6 +256,19 @@ def test_structures_by_name_pattern_and_class(structure, expected):
     assert {layer.name: layer.structure.name for layer in optimizer._place} == expected
 
 
+@pytest.mark.parametrize("structure", ["shared", "kronecker", "neuron", "published"])
+def test_embeddings_keep_tokens_squared_numbers_only_where_a_rule_is_theirs(structure):
+    model = nn.ModuleDict({"embed": nn.Embedding(3000, 4), "bag": nn.EmbeddingBag(3000, 4), "head": nn.Linear(4, 3)})
+    optimizer = RNGD(model, structure=structure)
+    for layer in ("embed", "bag"):
+        assert all(value.numel() <= 3000 for value in optimizer.state[model[layer].weight].values())
+    grouped = RNGD(model, params=[{"params": list(model.parameters()), "structure": structure}])
+    assert all(value.numel() <= 3000 for value in grouped.state[model["embed"].weight].values())
+    model["bag"] = nn.EmbeddingBag(30, 4)
+    optimizer = RNGD(model, structure={"bag": "shared", "Embedding": "diagonal"})
+    assert optimizer.state[model["bag"].weight]["metric"].shape == (30, 30)
+
+
 def test_the_state_is_there_before_the_first_step_and_as_large_afterwards():
     class Scaled(nn.Module):
         def __init__(self):
@@ -228,6 +300,24 @@ def test_a_state_of_other_parameters_is_refused_by_name():
     other = nn.ModuleDict({"first": model[0], "norm": model[2], "last": model[3]})
     with pytest.raises(ValueError, match=r"lacks first\.weight.*; it has 0\.weight"):
         RNGD(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("options", [{"structure": "fallback"}, {"momentum": 0.5, "structure": "shared"}])
+def test_a_state_of_parameters_of_other_shapes_is_refused_by_name(options):
+    model = network()
+    optimizer = RNGD(model, **options)
+    step(model, optimizer)
+    other = nn.Sequential(*model[:3], nn.Linear(5, 4).double())
+    last = RNGD(other, **options)
+    before = copy.deepcopy(last.state_dict())
+    with pytest.raises(ValueError, match=r"of '3\.weight' has the shape \[3, [56]\], but .* \[4, [56]\]"):
+        last.load_state_dict(optimizer.state_dict())
+    after = last.state_dict()
+    assert all(
+        torch.equal(after["state"][place][key], value)
+        for place in before["state"]
+        for key, value in before["state"][place].items()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")

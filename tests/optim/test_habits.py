@@ -113,6 +113,25 @@ def test_a_copy_of_the_optimizer_alone_has_a_model_of_its_own():
         copy.deepcopy(copy.deepcopy(twin))
 
 
+@pytest.mark.parametrize("frozen_first", [False, True], ids=["freezes", "unfreezes"])
+def test_what_is_frozen_right_after_a_copy_or_a_load_is_left_out_at_once(frozen_first):
+    model = network()
+    model[0].bias.requires_grad_(not frozen_first)
+    optimizer = RNGD(model)
+    for seed in range(12):
+        step(model, optimizer, inputs(seed))
+    twin, other = copy.deepcopy((model, optimizer))
+    loaded = copy.deepcopy(model)
+    last = RNGD(loaded)
+    last.load_state_dict(optimizer.state_dict())
+    for each in (model, twin, loaded):
+        each[0].bias.requires_grad_(frozen_first)
+    for seed in range(12, 16):
+        expected = step(model, optimizer, inputs(seed))
+        assert step(twin, other, inputs(seed)) == expected
+        assert step(loaded, last, inputs(seed)) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_models_train_and_resume_bitwise(dtype):
     model = network(dtype=dtype)

@@ -73,7 +73,8 @@ def test_training_does_what_coverage_and_plan_said(structure):
     train(model, optimizer, tokens)
     kept = {layer.name: layer.structure.name for layer in optimizer._place if layer.structure is not None}
     assert {row.subsystem: row.structure for row in said if row.by == "metric"} == kept
-    assert {layer.name: layer.chosen.structure for layer in planned} == kept
+    assert {layer.name: layer.chosen.structure for layer in planned if layer.samples} == kept
+    assert [layer.name for layer in planned if not layer.samples] == ["spare"]
     by = {name: group["kind"] for group in optimizer.param_groups for name in group["param_names"]}
     for row in said:
         if row.by != "frozen" and row.name not in ("spare.weight", "spare.bias"):
@@ -89,6 +90,28 @@ def test_the_state_takes_the_bytes_that_were_planned(structure):
     )  # fmt: skip
     x = torch.randn(8, 3, 8, 8)
     planned = plan(model, x, structure)
+    optimizer = RNGD(model, structure=structure)
+    train(model, optimizer, x)
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert measured == pytest.approx(planned.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("structure", ["auto", "neuron", "published"])
+def test_layers_that_are_not_reached_are_planned_too(structure):
+    class Spared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.spare, self.frozen = nn.Linear(10, 8), nn.Linear(60, 40), nn.Linear(30, 30)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x):
+            return torch.tanh(self.first(x))
+
+    model, x = Spared(), torch.randn(4, 10)
+    planned = plan(model, x, structure)
+    assert [(layer.name, layer.samples) for layer in planned] == [("first", 4), ("spare", 0)]
+    assert "not reached" in str(planned).splitlines()[2]
     optimizer = RNGD(model, structure=structure)
     train(model, optimizer, x)
     tensors = [value for state in optimizer.state.values() for value in state.values()]
@@ -158,6 +181,32 @@ def test_a_plan_counts_samples_and_positions_and_offers_others():
     assert layer.chosen.step == 2 * 16 * 28**2
     assert layer.chosen.statistics == 2 * 28**2 * 128
     assert {other.structure for other in layer.others} == {"neuron", "kronecker", "diagonal"}
+
+
+@pytest.mark.parametrize(("limit", "gathered"), [(None, 512), (100, 100), (1000, 512)])
+def test_a_plan_counts_the_samples_that_statistics_are_limited_to(limit, gathered):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
+    (layer,) = plan(model, torch.randn(8, 3, 8, 8), stats_samples=limit)
+    assert layer.samples == 8 * 8 * 8
+    assert layer.chosen.statistics == 2 * 28**2 * gathered
+    other = next(other for other in layer.others if other.structure == "neuron")
+    assert other.statistics % gathered == 0
+    (layer,) = plan(model, torch.randn(8, 3, 8, 8))
+    assert layer.chosen.statistics == 2 * 28**2 * 256, "RNGD's default"
+    with pytest.raises(ValueError, match="stats_samples must be"):
+        plan(model, torch.randn(8, 3, 8, 8), stats_samples=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_names_are_those_of_the_model_where_it_is_compiled():
+    model, tokens = net()
+    compiled = torch.compile(model, backend="eager")
+    rules = {"hidden": "diagonal", "attention*": "shared"}
+    assert str(coverage(compiled, tokens, rules)) == str(coverage(model, tokens, rules))
+    assert str(plan(compiled, tokens, rules)) == str(plan(model, tokens, rules))
+    optimizer = RNGD(torch.compile(model, backend="eager"), structure=rules)
+    assert {layer.name for layer in optimizer._place} >= {"hidden", "embed", "attention.out_proj"}
+    assert "tied: head.weight and twin.weight" in str(coverage(compiled, tokens))
 
 
 def test_tables_have_a_line_a_row():

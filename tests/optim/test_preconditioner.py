@@ -1,6 +1,9 @@
 """The preconditioner before optimizers of torch: the same direction as RNGD, and nothing else touched."""
 
+import copy
+import gc
 import io
+import pickle
 
 import pytest
 import torch
@@ -87,6 +90,49 @@ def test_resumes_bitwise():
     two.load_state_dict(torch.load(file, weights_only=True))
     for seed in range(6, 14):
         for each, preconditioner in ((model, one), (twin, two)):
+            backward(each, seed)
+            preconditioner.step()
+        assert torch.equal(model[0].weight.grad, twin[0].weight.grad)
+
+
+def test_a_copy_of_model_and_preconditioner_goes_on_as_the_original_does():
+    model = network()
+    preconditioner = Preconditioner(model, refresh_interval=4)
+    for seed in range(6):
+        backward(model, seed)
+        preconditioner.step()
+    twin, other = copy.deepcopy((model, preconditioner))
+    kept = copy.deepcopy(preconditioner.state_dict())
+    assert other.state_dict()["layers"].keys() == kept["layers"].keys()
+    for seed in range(6, 14):
+        found = []
+        for each, one in ((twin, other), (model, preconditioner)):
+            backward(each, seed)
+            one.step()
+            found.append(each[0].weight.grad)
+            if each is twin and seed == 6:
+                assert torch.equal(preconditioner.state_dict()["layers"]["0"]["metric"], kept["layers"]["0"]["metric"])
+        assert torch.equal(*found)
+    del other, one
+    gc.collect()
+    assert {type(hook).__name__ for hook in twin[0]._forward_hooks.values()} == {"_NoHook"}  # the original's, copied
+
+
+def test_pickling_says_what_to_do_instead():
+    with pytest.raises(TypeError, match=r"save its state_dict\(\)"):
+        pickle.dumps(Preconditioner(network()))
+
+
+def test_resumes_bitwise_where_a_part_is_frozen_at_once():
+    model, twin = network(), network()
+    one, two = Preconditioner(model), Preconditioner(twin)
+    for seed in range(12):
+        backward(model, seed)
+        one.step()
+    two.load_state_dict(one.state_dict())
+    for seed in range(12, 15):
+        for each, preconditioner in ((model, one), (twin, two)):
+            each[0].bias.requires_grad_(False)
             backward(each, seed)
             preconditioner.step()
         assert torch.equal(model[0].weight.grad, twin[0].weight.grad)

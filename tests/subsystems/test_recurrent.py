@@ -9,6 +9,7 @@ from torch.func import jacrev
 from torch.nn.utils.rnn import pack_sequence
 
 from relfisher import RNGD
+from relfisher.optim.rules import TrustRegion
 from relfisher.subsystems import Call, Sampling, subsystems_of
 
 KINDS = {
@@ -57,7 +58,7 @@ def nu(kind, size, z):
     return torch.where(place == 2, tanh, sigmoid)
 
 
-def expected(kind, module, x, side):
+def expected(kind, module, x, side, information=nu):
     """Return the metric of a one-layer module's input (0) or recurrent (1) weights from one sequence batch [T, B, in].
 
     The states before are reference: they are computed without the deltas.
@@ -79,7 +80,7 @@ def expected(kind, module, x, side):
 
             jacobian = jacrev(gates)(zeros[side]).flatten(1)
             z, h, c = run(kind, size, each, h, c, weights, zeros)
-            total = total + jacobian.T @ torch.diag(nu(kind, size, z)) @ jacobian
+            total = total + jacobian.T @ torch.diag(information(kind, size, z)) @ jacobian
             count += 1
     metric = total / count
     if not module.bias:
@@ -106,6 +107,41 @@ def test_metrics_equal_the_definition(kind, sizes, bias):
     found = metrics(module, x)
     for side, name in enumerate(("m.ih_l0", "m.hh_l0")):
         torch.testing.assert_close(found[name], expected(kind, module, x, side), rtol=1e-8, atol=1e-10)
+
+
+def ones(side):
+    """Return an information by which each gate's metric is x~ x~' alone, which is what the shared block takes."""
+
+    def information(kind, size, z):
+        found = torch.ones_like(z)
+        if kind == "gru" and side == 1:
+            found[2 * size :] /= torch.sigmoid(z[:size]).square()  # the new state sees these weights times r
+        return found
+
+    return information
+
+
+@supports("a step is the dense solve with the RFIM by automatic differentiation, to 1e-8")
+@kinds
+@pytest.mark.parametrize("structure", ["neuron", "shared"])
+def test_a_step_is_the_dense_solve(kind, structure):
+    """Of each side by itself: exact blocks with the gates' own information, the shared block with that of 1."""
+    torch.manual_seed(0)
+    module = KINDS[kind](3, 2).double()
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    dense = [expected(kind, module, x, side, nu if structure == "neuron" else ones(side)) for side in (0, 1)]
+    before = [weight.detach().clone() for weight in module.all_weights[0]]
+    optimizer = RNGD(module, 1.0, momentum=0, damping=0.1, step_rule=TrustRegion(None), structure=structure)
+    module(x)[0].square().sum().backward()
+    optimizer.step()
+    moves = [start - weight.detach() for start, weight in zip(before, module.all_weights[0], strict=True)]
+    gradients = [weight.grad for weight in module.all_weights[0]]
+    for side, metric in enumerate(dense):
+        gradient, move = (
+            torch.cat([each[side], each[side + 2].unsqueeze(1)], 1).flatten() for each in (gradients, moves)
+        )
+        damping = 0.1 * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
+        torch.testing.assert_close(move, torch.linalg.solve(metric + damping, gradient), rtol=1e-8, atol=1e-10)
 
 
 @supports("batch_first, unbatched, bidirectional, several layers")

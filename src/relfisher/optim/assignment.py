@@ -49,7 +49,8 @@ def rule_for(layer: Subsystem, rules: Rule | Mapping[str, Rule], default: Rule =
     Args:
         layer: a subsystem.
         rules: one rule for all, or rules by name: that of a layer or of its module, a pattern of such names as in
-            `fnmatch`, or a class of modules such as "Conv2d". Names win over patterns, and patterns over classes.
+            `fnmatch`, or a class of modules such as "Conv2d". Names win over patterns, and patterns over classes. One
+            name of a structure for all stands for the diagonal in embeddings, where others take tokens^2 numbers.
         default: the rule of what has no name there.
 
     Returns:
@@ -58,6 +59,8 @@ def rule_for(layer: Subsystem, rules: Rule | Mapping[str, Rule], default: Rule =
     Raises:
         ValueError: if the layer cannot keep such a structure.
     """
+    if isinstance(rules, str) and rules not in {"auto", FALLBACK} and layer.structures[0] == Diagonal.name:
+        return Diagonal.name
     rule = rules if isinstance(rules, str | Structure) else _entry(layer, rules, default)
     name = rule.name if isinstance(rule, Structure) else rule
     if name in _NAMED and name not in layer.structures and isinstance(rules, Mapping):

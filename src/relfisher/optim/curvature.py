@@ -20,7 +20,7 @@ from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
 from relfisher.structures import Damping, Form, State, Structure
 from relfisher.subsystems import Capture, Subsystem
 
-__all__ = ["Curvature"]
+__all__ = ["HOST_KEYS", "Curvature", "state_key"]
 
 
 class Curvature:
@@ -39,8 +39,8 @@ class Curvature:
 
     Attributes:
         layers: whose metrics are kept.
-        states: one state a parameter; a layer's is that of its weight. Whoever saves and loads them may put another
-            mapping here.
+        states: one state a parameter; a layer's is that of its weight, or of the first parameter that is not held.
+            Whoever saves and loads them may put another mapping here.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Curvature:
         twin._health = copy.deepcopy(self._health, memo)
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.states = defaultdict(dict)
-        twin._moving = {}
+        twin._moving = copy.deepcopy(self._moving, memo)
         twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
         twin.capture.due = self.capture.due
@@ -99,7 +99,20 @@ class Curvature:
         self.capture.add(layers)
         for layer, structure in zip(layers, self._choose(layers), strict=True):
             if any(parameter.requires_grad for parameter in layer.parameters):
-                self.states[layer.weight].update(self._create(layer, structure))
+                self.states[state_key(layer)].update(self._create(layer, structure))
+
+    def hold(self, layer: Subsystem, held: frozenset[nn.Parameter]) -> None:
+        """Say which parameters of a layer are not for us to move.
+
+        Args:
+            layer: one of the layers.
+            held: its parameters that stay.
+        """
+        before = state_key(layer)
+        layer.held = held
+        if state_key(layer) is not before:
+            old = self.states[before]
+            self.states[state_key(layer)].update({key: old.pop(key) for key in old.keys() - _ADAMW_KEYS})
 
     def state(self, layer: Subsystem, structure: Structure) -> State:
         """Return a layer's state: made anew if it is for another structure or dtype and holds nothing yet.
@@ -114,7 +127,7 @@ class Curvature:
         Raises:
             ValueError: if the state is that of another structure, and not empty.
         """
-        state = self.states[layer.weight]
+        state = self.states[state_key(layer)]
         metric = state.get("metric")
         fitting = self._fitting.get(layer)
         if fitting is not None and fitting.device == layer.weight.device and fitting is metric:
@@ -133,7 +146,7 @@ class Curvature:
                 del state[key]
             state.update(self._create(layer, structure))
         elif metric.device != layer.weight.device:
-            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key != "mass"})
+            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key not in HOST_KEYS})
         self._fitting[layer] = state["metric"]
         return state
 
@@ -145,15 +158,17 @@ class Curvature:
             damping: of each layer.
         """
         pending = self.capture.take()
-        due = self._schedule.refresh_due(iteration)
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
             batch, structure = pending.get(layer), layer.structure
+            due = self._schedule.refresh_due(iteration, place, len(self.layers))
             moving = layer.moving()
             changed = moving != self._moving.get(layer, moving)
             if structure is None or not (batch or due or changed):
                 continue
-            self._moving[layer] = moving
             state = self.state(layer, structure)
+            if moving != self._moving.get(layer):
+                self._moving[layer] = moving
+                state["moving"] = _flags(moving)
             first = batch is not None and float(state["mass"]) == 0
             if batch is not None and not structure.update(state, batch.totals, batch.samples, self._decay):
                 self._health.dropped(iteration, layer.name)
@@ -161,12 +176,15 @@ class Curvature:
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers were softmax heads when they were saved.
+        """Learn from loaded states which layers were softmax heads when they were saved, and which parts moved.
 
-        The gradients that told so may have become too small since to tell it again.
+        The gradients that told of a head may have become too small since to tell it again.
         """
+        self._moving.clear()
         for layer in self.layers:
-            state = self.states[layer.weight]
+            state = self.states[state_key(layer)]
+            if "moving" in state:
+                self._moving[layer] = [bool(each) for each in state["moving"].tolist()]
             if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
                 layer.is_head = "output" in state
 
@@ -175,7 +193,8 @@ class Curvature:
         self.capture.due = self._schedule.statistics_due(iteration)
 
     def _create(self, layer: Subsystem, structure: Structure) -> State:
-        return structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
+        state = structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
+        return {**state, "moving": _flags(layer.moving())}
 
     def _holds_something(self, state: State) -> bool:
         return "mass" in state and float(state["mass"]) > float(not self._unbiased)
@@ -196,7 +215,20 @@ _ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
 _STEPS = _ADAMW_KEYS | {"momentum", "lead"}
 
 #: What it holds besides the metric and its inverse.
-_BESIDES = _STEPS | {"mass"}
+_BESIDES = _STEPS | {"mass", "moving"}
+
+#: What is read by the host at each iteration, and stays there.
+HOST_KEYS = frozenset(["mass", "moving"])
+
+
+def _flags(moving: Sequence[bool]) -> Tensor:
+    """Return for each part of a layer whether it moves; what it was at the last refresh is saved."""
+    return torch.tensor(moving, dtype=torch.float32)
+
+
+def state_key(layer: Subsystem) -> Tensor:
+    """Return the parameter that a layer's state is kept with: one that is given, since torch saves no others."""
+    return next((parameter for parameter in layer.parameters if parameter not in layer.held), layer.weight)
 
 
 def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from relfisher.subsystems.discover import plain_name
 from relfisher.validation import check_interval, check_positive
 
-__all__ = ["ADAMW", "METRIC", "check_names", "check_options", "names_of", "split"]
+__all__ = ["ADAMW", "METRIC", "check_names", "check_options", "check_shapes", "named", "names_of", "split"]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
@@ -32,11 +33,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 def names_of(model: nn.Module) -> dict[int, str]:
     """Return the names of a model's parameters by their identity, without what wrappers put in front."""
-    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return {
-        id(parameter): (name.removeprefix("module.") if wrapped else name).replace("_orig_mod.", "")
-        for name, parameter in model.named_parameters()
-    }
+    return {id(parameter): plain_name(model, name) for name, parameter in model.named_parameters()}
 
 
 def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -56,7 +53,7 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     """
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
-    params = _named(group["params"], names)
+    params = named(group["params"], names)
     halves: dict[str, list[tuple[str, Tensor]]] = {METRIC: [], ADAMW: []}
     for name, parameter in params:
         halves[METRIC if id(parameter) in with_metric else ADAMW].append((name, parameter))
@@ -71,7 +68,19 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     return found
 
 
-def _named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
+def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names.
+
+    Args:
+        params: a parameter, or an iterable of parameters with or without names.
+        names: of parameters that come without, by identity.
+
+    Returns:
+        Pairs of a name and a parameter.
+
+    Raises:
+        TypeError: if they have no order, or are no tensors.
+    """
     if isinstance(params, Tensor):
         params = [params]
     if isinstance(params, set):
@@ -108,3 +117,36 @@ def check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, 
             + ("" if missing or unknown else "the same ones in another order or in other groups; ")
             + "load it into an optimizer of the same model"
         )
+
+
+def check_shapes(
+    mine: Iterable[Mapping[str, Any]],
+    saved: Iterable[Mapping[str, Any]],
+    states: Mapping[int, Mapping[str, Any]],
+    layers: Mapping[Tensor, Sequence[int]],
+) -> None:
+    """Raise ValueError unless the moments and the momentum in a state have the shapes of what they are of.
+
+    Args:
+        mine: the groups of an optimizer.
+        saved: the groups of a state that is to be loaded into it.
+        states: the state of each parameter by its place in the saved groups.
+        layers: the shape of each layer with a metric, by the parameter that its state is kept with.
+
+    Raises:
+        ValueError: with the name of the first parameter where one has another shape.
+    """
+    have = [pair for group in mine for pair in zip(group["param_names"], group["params"], strict=True)]
+    places = [place for group in saved for place in group["params"]]
+    for (name, parameter), place in zip(have, places, strict=False):
+        own = tuple(parameter.shape)
+        wanted = {"exp_avg": own, "exp_avg_sq": own}
+        if parameter in layers:
+            wanted["momentum"] = tuple(layers[parameter])
+        for key, shape in wanted.items():
+            moment = states.get(place, {}).get(key)
+            if moment is not None and tuple(moment.shape) != shape:
+                raise ValueError(
+                    f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
+                    f"{list(moment.shape)}, but here it would have {list(shape)}"
+                )

@@ -13,6 +13,7 @@ from relfisher.optim.groups import names_of
 from relfisher.responses import Response
 from relfisher.structures import Structure
 from relfisher.subsystems import Subsystem, discover, survey
+from relfisher.validation import check_positive
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -52,7 +53,8 @@ class LayerPlan:
         name: of the layer.
         shape: [*groups, out, d] of its parameters.
         response: what its units say.
-        samples: of one batch: samples and positions.
+        samples: of one batch: samples and positions; 0 if these inputs do not reach it, so that it is kept as it is
+            until others do.
         chosen: its structure.
         others: the other structures that it could keep.
     """
@@ -67,10 +69,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One `LayerPlan` a layer in the order of the forward pass, and the bytes that AdamW takes; prints as a table.
+    """One `LayerPlan` a layer, and the bytes that AdamW takes; prints as a table.
 
     Attributes:
-        layers: those with a metric.
+        layers: those with a metric, in the order of the forward pass, and after them those that it did not reach.
         fallback_bytes: of the two moments of all parameters without one.
     """
 
@@ -91,7 +93,7 @@ class Plan:
             (
                 layer.name,
                 "x".join(map(str, layer.shape)),
-                type(layer.response).__name__,
+                type(layer.response).__name__ if layer.samples else "not reached",
                 layer.chosen.structure,
                 _size(layer.chosen.bytes, "B", 1024),
                 _size(layer.chosen.step, "FLOP"),
@@ -111,8 +113,9 @@ def plan(
     structure: Rule | Mapping[str, Rule] = "auto",
     structure_bytes: int = 256 << 20,
     loss: Callable[[Any], Tensor] | None = None,
+    stats_samples: int | None = 256,
 ) -> Plan:
-    """Return what `RNGD(model, structure=..., structure_bytes=...)` will keep and compute, before it is made.
+    """Return what `RNGD(model, structure=..., structure_bytes=..., stats_samples=...)` will keep and compute.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left as it was.
@@ -121,30 +124,33 @@ def plan(
         structure_bytes: as for `RNGD`.
         loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
             known to be one, as it is to RNGD from the first gradients on.
+        stats_samples: as for `RNGD`: statistics are of so many samples at most.
 
     Returns:
-        A row a layer that has trained parameters and was reached.
+        A row a layer that has trained parameters.
 
     Raises:
-        ValueError: if the structure is none, or names no layer.
+        ValueError: if the structure is none, or names no layer, or `stats_samples` is not positive.
     """
-    layers, samples, _ = _surveyed(model, inputs, structure, structure_bytes, loss)
-    reached = [layer for layer in layers if layer in samples]
+    if stats_samples is not None:
+        check_positive("stats_samples", stats_samples)
+    structures, samples, _ = _surveyed(model, inputs, structure, structure_bytes, loss)
     rows = []
-    for layer in reached:
-        chosen = _structure(layer)
+    for layer, chosen in structures.items():
+        count = samples.get(layer, 0)
+        gathered = count if stats_samples is None else min(count, stats_samples)
         others = [each for each in candidates(layer) if each.label(layer.shape) != chosen.label(layer.shape)]
         rows.append(
             LayerPlan(
                 layer.name,
                 layer.shape,
                 layer.response,
-                samples[layer],
-                Choice.of(layer, chosen, samples[layer]),
-                tuple(Choice.of(layer, other, samples[layer]) for other in others),
+                count,
+                Choice.of(layer, chosen, gathered),
+                tuple(Choice.of(layer, other, gathered) for other in others),
             )
         )
-    covered = {id(parameter) for layer in layers for parameter in layer.parameters}
+    covered = {id(parameter) for layer in structures for parameter in layer.parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     return Plan(tuple(rows), sum(2 * parameter.numel() * parameter.element_size() for parameter in rest))
 
@@ -221,9 +227,8 @@ def coverage(
     Raises:
         ValueError: if the structure is none, or names no layer.
     """
-    layers, samples, refused = _surveyed(model, inputs, structure, structure_bytes, loss)
-    home = {id(parameter): layer for layer in layers for parameter in layer.parameters}
-    own_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    structures, samples, refused = _surveyed(model, inputs, structure, structure_bytes, loss)
+    home = {id(parameter): layer for layer in structures for parameter in layer.parameters}
     names = names_of(model)
     rows = []
     for parameter in model.parameters():
@@ -231,13 +236,13 @@ def coverage(
         if not parameter.requires_grad:
             rows.append(ParameterCoverage(name, shape, "frozen"))
         elif layer is None:
-            reason = refused.get(own_names[id(parameter)], "left to AdamW by the structure that was asked for")
+            reason = refused.get(name, "left to AdamW by the structure that was asked for")
             rows.append(ParameterCoverage(name, shape, "adamw", reason=reason))
         elif layer not in samples:
             rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
         else:
             response = type(layer.response).__name__
-            label = _structure(layer).label(layer.shape)
+            label = structures[layer].label(layer.shape)
             rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label))
     return Coverage(tuple(rows))
 
@@ -248,25 +253,23 @@ def _surveyed(
     structure: Rule | Mapping[str, Rule],
     budget: int,
     loss: Callable[[Any], Tensor] | None,
-) -> tuple[list[Subsystem], dict[Subsystem, int], dict[str, str]]:
-    """Return layers in the order of the forward pass with their structures, their samples, and what was refused."""
+) -> tuple[dict[Subsystem, Structure], dict[Subsystem, int], dict[str, str]]:
+    """Return the structures of trained layers, the samples of those that were reached, and why others were refused.
+
+    They are in the order of the forward pass, and those that it did not reach come last.
+    """
     found = discover(model)
     check_rules(structure, found.subsystems)
     for layer in found.subsystems:
         layer.rule = rule_for(layer, structure)
     layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
+    unseen = dict(zip(layers, assign(layers, budget), strict=True))
     seen = survey(model, layers, inputs, loss)
-    trained = [layer for layer in seen if any(parameter.requires_grad for parameter in layer.parameters)]
-    for layer, chosen in zip(trained, assign(trained, budget), strict=True):
-        layer.structure = chosen
-    unseen = [layer for layer in layers if layer not in seen]
-    return [*trained, *unseen], {layer: seen[layer] for layer in trained}, found.refused
-
-
-def _structure(layer: Subsystem) -> Structure:
-    if layer.structure is None:
-        raise ValueError(f"{layer.name!r} was not reached, so that its structure is not known")
-    return layer.structure
+    trained = [layer for layer in layers if any(parameter.requires_grad for parameter in layer.parameters)]
+    reached = [layer for layer in seen if layer in trained]
+    structures = dict(zip(reached, assign(reached, budget), strict=True))
+    structures.update({layer: unseen[layer] for layer in trained if layer not in seen})
+    return structures, seen, found.refused
 
 
 def _size(value: float, unit: str, base: int = 1000) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
-from relfisher.optim.curvature import Curvature
+from relfisher.optim.curvature import HOST_KEYS, Curvature
 from relfisher.optim.health import Health
 from relfisher.optim.schedule import Schedule
 from relfisher.structures import Damping
@@ -53,10 +54,10 @@ class Preconditioner:
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
-        stats_interval: int = 10,
+        stats_interval: int = 20,
         stats_samples: int | None = 256,
-        refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
+        refresh_interval: int = 200,
+        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
         grafted: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -145,7 +146,7 @@ class Preconditioner:
             state = self._curvature.states[layer.weight]
             state.clear()
             for key, value in state_dict["layers"][layer.name].items():
-                state[key] = value.to(value.device if key == "mass" else layer.weight.device, copy=True)
+                state[key] = value.to(value.device if key in HOST_KEYS else layer.weight.device, copy=True)
         self._curvature.recall()
         self._curvature.advance(self._iteration)
 
@@ -158,3 +159,19 @@ class Preconditioner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Preconditioner:
+        """Return the same for a copy of the model: the copy in the same `deepcopy`, where the model is in it."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for key, value in vars(self).items():
+            setattr(twin, key, copy.deepcopy(value, memo))
+        twin._curvature.states = copy.deepcopy(self._curvature.states, memo)
+        weakref.finalize(twin, twin._curvature.capture.close)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a Preconditioner is tied to its model by hooks and cannot be pickled: save its state_dict(), make a new "
+            "Preconditioner for the model and load the state there"
+        )

@@ -17,9 +17,9 @@ from torch.nn.utils import get_total_norm
 
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.averaging import Averaging
-from relfisher.optim.curvature import Curvature
+from relfisher.optim.curvature import Curvature, state_key
 from relfisher.optim.fallback import adamw_state, adamw_step
-from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, names_of, split
+from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, check_shapes, named, names_of, split
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.rules import Move, Normalized, Spectral, StepRule, TrustRegion
 from relfisher.optim.schedule import Schedule
@@ -45,9 +45,9 @@ class RNGD(torch.optim.Optimizer):
 
     Which layers have a metric, which have none and why is told by `relfisher.coverage`. Each group of parameters is
     kept as two, one with a metric and one without. In the first, `lr`, `momentum`, `averaging`, `weight_decay`,
-    `damping` and `structure` hold; a layer belongs to the group of its weight. In the second, the AdamW of
-    `fallback_betas` and `weight_decay` runs with the group's `lr`, which is `fallback_lr` unless a group of such
-    parameters alone has its own.
+    `damping` and `structure` hold; a layer belongs to the group of its weight, or of its bias where that alone is
+    given. In the second, the AdamW of `fallback_betas` and `weight_decay` runs with the group's `lr`, which is
+    `fallback_lr` unless a group of such parameters alone has its own.
 
     Args:
         model: the module to train; its first training forward pass tells the responses of its layers.
@@ -69,6 +69,7 @@ class RNGD(torch.optim.Optimizer):
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
             (AdamW); a `Structure`; or such rules by the name of a layer, a pattern of names or a class of modules, as
             in {"head": "kronecker", "encoder.*": "shared", "Embedding": "fallback"}. See `relfisher.optim.assign`.
+            Embeddings keep the diagonal unless a rule by name, pattern or class says otherwise.
         structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
         decay: the share of the moving average that is kept an iteration, in [0, 1).
         stats_interval: iterations from one update of the metric to the next.
@@ -76,7 +77,8 @@ class RNGD(torch.optim.Optimizer):
             go into its statistics at most, evenly spaced; None for all, so that accumulated batches count as one.
         refresh_interval: iterations from one refresh of the inverse to the next.
         early_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
-        unbiased: True starts the moving average empty and corrects its bias; False starts it at the identity.
+        unbiased: True starts the moving average empty and corrects its bias, and spreads the layers' refreshes over
+            the interval, so that no step is slow; False starts it at the identity, and refreshes all at once.
         relu_omega: the width of the smoothed ReLU whose information stands for a ReLU's, equation (18); None keeps the
             hard one, equation (16).
         fallback_lr: the learning rate of AdamW on parameters without a metric; schedulers that set the learning rate
@@ -103,10 +105,10 @@ class RNGD(torch.optim.Optimizer):
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
-        stats_interval: int = 10,
+        stats_interval: int = 20,
         stats_samples: int | None = 256,
-        refresh_interval: int = 100,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50),
+        refresh_interval: int = 200,
+        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
         unbiased: bool = True,
         relu_omega: float | None = None,
         fallback_lr: float = 1e-3,
@@ -140,7 +142,7 @@ class RNGD(torch.optim.Optimizer):
         self._structure = structure
         self._model = weakref.ref(model)
         self.health = Health()
-        self._schedule = Schedule(stats_interval, refresh_interval, early_refreshes)
+        self._schedule = Schedule(stats_interval, refresh_interval, early_refreshes, staggered=unbiased)
         self._curvature = Curvature(
             model,
             self.health,
@@ -155,7 +157,10 @@ class RNGD(torch.optim.Optimizer):
         self._known = layers
         self._place: dict[Subsystem, int] = {}  # the group of each layer
         self._without_metric: set[str] = set()
+        self._complete = False
         super().__init__(list(model.parameters()) if params is None else params, defaults)
+        self._complete = True
+        self._settle()
         weakref.finalize(self, self._curvature.capture.close)
 
     @classmethod
@@ -207,15 +212,41 @@ class RNGD(torch.optim.Optimizer):
         rules = param_group.get("structure", self._structure) if isinstance(param_group, dict) else self._structure
         check_rules(rules, self._known)
         rest = [layer for layer in self._known if layer not in self._place]
-        for layer in rest:
-            layer.rule = rule_for(layer, rules)
+        if isinstance(param_group, dict):
+            param_group = {**param_group, "params": named(param_group["params"], names)}
+            given = {id(parameter) for _, parameter in param_group["params"]}
+            for layer in rest:
+                if any(id(parameter) in given for parameter in layer.parameters):
+                    layer.rule = rule_for(layer, rules)
         ruled = [layer for layer in self._known if layer.rule != FALLBACK]
         self._curvature.states = self.state
         for half in split(param_group, {id(p) for layer in ruled for p in layer.parameters}, names):
             self._add_half(half, [layer for layer in rest if layer.rule != FALLBACK])
-        mine = {parameter for group in self.param_groups for parameter in group["params"]}
+        if self._complete:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Place layers of which all but the weight is given, and say what of each layer is not ours to move."""
+        home = {parameter: place for place, group in enumerate(self.param_groups) for parameter in group["params"]}
         for layer in self._place:
-            layer.held = frozenset(parameter for parameter in layer.parameters if parameter not in mine)
+            self._place[layer] = home.get(layer.weight, self._place[layer])
+            self._curvature.hold(layer, frozenset(p for p in layer.parameters if p not in home))
+        late = []
+        for layer in self._known:
+            place = next((home[parameter] for parameter in layer.parameters if parameter in home), None)
+            if layer not in self._place and place is not None and self.param_groups[place]["kind"] == METRIC:
+                self._place[layer] = place
+                layer.held = frozenset(p for p in layer.parameters if p not in home)
+                late.append(layer)
+        self._curvature.add(late)
+        for layer, place in self._place.items():
+            state = self.state[state_key(layer)]
+            if self.param_groups[place]["averaging"] and "metric" in state and "lead" not in state:
+                state["lead"] = state["metric"].new_zeros(layer.shape)
+        covered = {parameter for layer in self._place for parameter in layer.parameters}
+        for parameter in home:
+            if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
+                self.state[parameter].update(adamw_state(parameter))
 
     def _add_half(self, group: dict[str, Any], layers: Sequence[Subsystem]) -> None:
         """Add a group of parameters that all have a metric, or that all have none."""
@@ -237,13 +268,6 @@ class RNGD(torch.optim.Optimizer):
             mine = [layer for layer in layers if id(layer.weight) in added]
             self._place.update(dict.fromkeys(mine, len(self.param_groups) - 1))
             self._curvature.add(mine)
-            for layer in mine:
-                if full["averaging"] and self.state[layer.weight]:
-                    self.state[layer.weight]["lead"] = self.state[layer.weight]["metric"].new_zeros(layer.shape)
-        else:
-            for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    self.state[parameter].update(adamw_state(parameter))
 
     def _discover_again(self, model: nn.Module) -> None:
         """Look for layers that the model has got since."""
@@ -325,6 +349,8 @@ class RNGD(torch.optim.Optimizer):
             if not all(key in group for group in state_dict["param_groups"]):
                 raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {key!r}")
         check_names(self.param_groups, state_dict["param_groups"])
+        shapes = {state_key(layer): layer.shape for layer in self._place}
+        check_shapes(self.param_groups, state_dict["param_groups"], state_dict["state"], shapes)
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
         # The base class casts a state to the dtype of its parameter; the metric of a low-precision layer has its own.
@@ -466,6 +492,7 @@ class RNGD(torch.optim.Optimizer):
 
 _COPIED = (
     "_curvature",  # first: it copies the model, and so all parameters
+    "_complete",
     "defaults",
     "state",
     "param_groups",

@@ -22,7 +22,7 @@ from relfisher.subsystems.norm import (
 )
 from relfisher.subsystems.recurrent import RecurrentSubsystem
 
-__all__ = ["Discovery", "discover", "subsystems_of"]
+__all__ = ["Discovery", "discover", "plain_name", "subsystems_of"]
 
 _KINDS: tuple[type[Subsystem], ...] = (
     LinearSubsystem,
@@ -53,6 +53,21 @@ class Discovery:
 
     subsystems: list[Subsystem] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """Return the name of a module or parameter of a model without what wrappers put in front.
+
+    Args:
+        model: what may be compiled or made parallel.
+        name: as `named_modules()` and `named_parameters()` of it have it.
+
+    Returns:
+        The name in the model that was wrapped.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        name = "" if name == "module" else name.removeprefix("module.")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def subsystems_of(name: str, module: nn.Module) -> list[Subsystem]:
@@ -94,7 +109,7 @@ def discover(model: nn.Module) -> Discovery:
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{key}" if prefix else key
+            name = plain_name(model, f"{prefix}.{key}" if prefix else key)
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"model must be initialised, but {name} has no shape yet: run a forward pass first")
             names.setdefault(id(parameter), name)
@@ -105,7 +120,7 @@ def discover(model: nn.Module) -> Discovery:
         own = [parameter for parameter in module.parameters() if id(parameter) not in covered]
         reason = _reason(module, own, owners) if own else None
         if reason is None:
-            for subsystem in subsystems_of(prefix, module) if own else []:
+            for subsystem in subsystems_of(plain_name(model, prefix), module) if own else []:
                 found.subsystems.append(subsystem)
                 covered.update(id(parameter) for parameter in subsystem.parameters)
         else:
