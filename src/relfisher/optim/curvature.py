@@ -35,7 +35,7 @@ class Curvature:
         form: how inverses are kept.
         budget: bytes for the metric and inverse of a layer that chooses its structure itself.
         relu_omega: the width of the smoothed ReLU that stands for a ReLU; None for the hard one.
-        limit: at most about so many samples of a call go into its statistics; None for all.
+        limit: about so many samples of a layer and step go into its statistics at most; None for all.
 
     Attributes:
         layers: whose metrics are kept.

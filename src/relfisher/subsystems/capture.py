@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,9 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from relfisher.structures import Structure
-from relfisher.subsystems.base import Call, Gathered, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Gathered, Subsystem
 from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
+from relfisher.subsystems.samples import Held, Reservoir, Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 
 __all__ = ["Capture", "ResponseWarning"]
@@ -34,20 +36,30 @@ class ResponseWarning(UserWarning):
 
 
 class _Batch:
-    """A layer's samples in one forward pass, and their statistics once the layer's structure is known."""
+    """A layer's samples in one forward pass, or their statistics once all that they depend on is known.
 
-    def __init__(self, layer: Subsystem, *, due: bool) -> None:
+    Without a limit to the samples of a step these are made as soon as the layer has a structure, else at its end.
+    """
+
+    def __init__(self, layer: Subsystem, sampling: Sampling, *, due: bool) -> None:
         self.layer = layer
         self.due = due
+        self.start = sampling.start
+        self.count = sampling.count
+        self.share = 1.0
+        if sampling.count is not None and sampling.limit is not None:
+            self.share = min(1.0, sampling.limit / max(sampling.start + sampling.count, 1))
         self.gathered: Gathered | None = None
-        self.held: Rows | None = None
+        self.rows: Rows | None = None
 
-    def gather(self, rows: Rows) -> None:
-        """Make the statistics of the samples."""
+    def gather(self) -> None:
+        """Make the statistics of the samples, unless more may come that thin them out."""
         structure = self.layer.structure
-        self.held = None
-        if self.due and structure is not None and rows.z.shape[-2] > 0:
-            self.gathered = self.layer.gather(rows, structure)
+        if self.rows is None or structure is None or self.count is not None:
+            return
+        if self.due and self.rows.z.shape[-2] > 0:
+            self.gathered = self.layer.gather(self.rows, structure)
+        self.rows = None
 
 
 class Capture:
@@ -61,7 +73,7 @@ class Capture:
         model: the module whose forward pass tells the responses.
         choose: gives layers, in the order of the forward pass, their structures. It must not refer to what refers to
             this object, or the model would keep it alive.
-        limit: at most about so many samples of a call go into its statistics; None for all.
+        limit: about so many samples of a layer and step go into its statistics at most; None for all.
     """
 
     def __init__(
@@ -82,6 +94,8 @@ class Capture:
         self._held: list[_Batch] = []
         self._untold: list[_Batch] = []
         self._pending: dict[Subsystem, Gathered] = {}
+        self._reservoirs: dict[Subsystem, Reservoir] = {}
+        self._waiting: dict[Subsystem, weakref.WeakSet[_Batch]] = {}  # for gradients, if those ever flow back
         self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_Hook(self._enter)),
@@ -112,12 +126,19 @@ class Capture:
             for batch in untold:
                 self._add(batch)
         pending, self._pending = self._pending, {}
+        for layer, reservoir in self._reservoirs.items():
+            rows = reservoir.rows()
+            if rows is not None and layer.structure is not None:
+                pending[layer] = layer.gather(rows, layer.structure)
+        self.drop()
         return pending
 
     def drop(self) -> None:
         """Forget the samples whose gradients have flowed back since the last step."""
         self._pending.clear()
         self._untold.clear()
+        self._reservoirs.clear()
+        self._waiting.clear()
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
@@ -178,18 +199,28 @@ class Capture:
         if not told and self._inside and self._watch is None:
             self._missed.discard(layer)  # the next pass is watched
             return
-        batch = _Batch(layer, due=self.due)
-        sampling = Sampling(self._limit, self._mask)
-        if layer.structure is not None:
-            batch.gather(layer.rows(call, sampling))
+        sampling = Sampling(self._limit, self._mask, self._started(layer))
+        rows = layer.rows(call, sampling)
+        batch = _Batch(layer, sampling, due=self.due)
+        if layer.structure is not None and batch.count is None:
+            batch.rows = rows
+            batch.gather()
         else:
             # What works in place must not change what is held.
-            batch.held = layer.hold(call, sampling)
+            batch.rows = layer.hold(rows)
+            if batch.count is not None and self.due:
+                self._waiting.setdefault(layer, weakref.WeakSet()).add(batch)
             if self._watch is not None and not told:
                 self._held.append(batch)
                 if layer.followed:
                     self._watch.show(layer.name, z)
         z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
+
+    def _started(self, layer: Subsystem) -> int:
+        """Return how many samples a layer has seen in this step, gradients that are still to flow back included."""
+        reservoir = self._reservoirs.get(layer)
+        seen = 0 if reservoir is None else reservoir.seen
+        return seen + sum(batch.count or 0 for batch in self._waiting.get(layer, ()))
 
     def _count(self, batch: _Batch, gradient: Tensor) -> None:
         """Add a batch whose gradients have flowed back, once."""
@@ -202,19 +233,24 @@ class Capture:
             if layer not in self._outputs:
                 self._untold.append(batch)
             return
-        if batch.held is not None:
-            batch.gather(batch.held)
         self._add(batch)
 
     def _add(self, batch: _Batch) -> None:
+        batch.gather()
+        layer = batch.layer
         gathered, batch.gathered = batch.gathered, None
-        if gathered is None:
-            return
-        entry = self._pending.get(batch.layer)
-        if entry is None:
-            self._pending[batch.layer] = gathered
-        else:
-            entry.add(gathered)
+        rows, batch.rows = batch.rows, None
+        if gathered is not None:
+            if layer in self._pending:
+                self._pending[layer].add(gathered)
+            else:
+                self._pending[layer] = gathered
+        elif rows is not None and batch.due and batch.count is not None and self._limit is not None:
+            if layer in self._waiting:
+                self._waiting[layer].discard(batch)
+            if layer not in self._reservoirs:
+                self._reservoirs[layer] = Reservoir(self._limit)
+            self._reservoirs[layer].add(Held(rows, batch.start, batch.count, batch.share))
 
     def _enter(self, *_: object) -> None:
         self._inside = True
@@ -258,8 +294,7 @@ class Capture:
             named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in untold.items())
             self._warn(f"the activation is not known: {named}")
         for batch in batches:
-            if batch.held is not None and batch.layer.structure is not None:
-                batch.gather(batch.held)
+            batch.gather()
 
     def _settle(self, layers: Sequence[Subsystem]) -> None:
         """Give layers their structures."""

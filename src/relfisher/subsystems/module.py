@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from relfisher.evaluation import evaluation_mode
 from relfisher.metric import Metric
 from relfisher.responses import Response, UnitResponse
-from relfisher.subsystems.base import Call, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Subsystem
 from relfisher.subsystems.discover import subsystems_of
 from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
+from relfisher.subsystems.samples import Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 from relfisher.validation import check_finite
 
