@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relfisher import RNGD, Preconditioner
-from relfisher.subsystems import Rows, Sampling
+from relfisher.subsystems import MaskWarning, Rows, Sampling
 from relfisher.subsystems.samples import Held, Reservoir
 
 LAYERS = {
@@ -91,6 +91,78 @@ def test_masked_positions_of_attention_are_no_samples():
     plain.step()
     for name, metric in states(optimizer).items():
         torch.testing.assert_close(metric, states(plain)[name])
+
+
+FIRST = {
+    "LSTM": lambda: nn.LSTM(4, 3).double(),
+    "GRU": lambda: nn.GRU(4, 3, bidirectional=True).double(),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2).double(),
+}
+
+
+@pytest.mark.supports(
+    "[batch, length] masks of sequence-first inputs leave padding out", "LSTM", "GRU", "MultiheadAttention"
+)
+@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize("length", [5, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_masks_of_sequence_first_layers(kind, length, turned):
+    """As many sequences as positions or not; a mask that could be either is [batch, length]."""
+    layer = FIRST[kind]()
+    optimizer = RNGD(layer, decay=0.0, structure="shared")
+    mask = torch.arange(length) < torch.tensor([3, 2, 1])[:, None]
+    x = torch.randn(length, 3, 4, dtype=torch.float64)
+    x.transpose(0, 1)[~mask] = 1e3
+    with optimizer.masked(mask.T if turned and length != 3 else mask):
+        output = (layer(x, x, x, key_padding_mask=~mask) if kind == "MultiheadAttention" else layer(x))[0]
+        output.transpose(0, 1)[mask].sum().backward()
+    optimizer.step()
+    side = [metric for name, metric in states(optimizer).items() if not name.endswith("_reverse")]
+    assert all(float(metric.abs().max()) < 1e2 for metric in side)
+
+
+@pytest.mark.supports("padding left out by `masked`", "Conv1d")
+@pytest.mark.parametrize("limit", [None, 256, 2])
+def test_masked_positions_of_convolutions_are_no_samples(limit):
+    model = nn.Sequential(nn.Conv1d(2, 3, 1)).double()
+    optimizer = RNGD(model, decay=0.0, structure="shared", stats_samples=limit)
+    mask = torch.arange(4) < torch.tensor([2, 3])[:, None]
+    x = torch.ones(2, 2, 4, dtype=torch.float64)
+    x.transpose(1, 2)[~mask] = 1e3
+    with optimizer.masked(mask):
+        model(x).transpose(1, 2)[mask].sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[model[0].weight]["metric"], torch.ones(3, 3, dtype=torch.float64))
+
+
+def test_a_mask_that_does_not_fit_is_named_once():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(12, 2))
+    optimizer = RNGD(model, stats_interval=1)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    named = r"the mask \[2, 5\] was not applied to 0, whose samples are \[2, 3\]"
+    with pytest.warns(MaskWarning, match=named), optimizer.masked(mask):
+        model(torch.randn(2, 4, 5)).sum().backward()
+    optimizer.step()
+    with optimizer.masked(mask):
+        model(torch.randn(2, 4, 5)).sum().backward()  # warnings are errors here
+
+
+def test_masks_that_do_not_concern_a_layer_are_no_matter():
+    """One of pooled sequences, and one of positions that all sequences share."""
+    places = nn.Embedding(5, 4)
+    model = nn.ModuleList([nn.Linear(4, 4), places, nn.Linear(4, 2)])
+    model.forward = lambda x: model[2](torch.tanh(model[0](x) + places(torch.arange(5)[None])).mean(1))
+    optimizer = RNGD(model)
+    with optimizer.masked(torch.ones(2, 5, dtype=torch.bool)):
+        model(torch.randn(2, 5, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_flattened_positions_are_named():
+    model = nn.Sequential(nn.Linear(4, 2))
+    optimizer = RNGD(model)
+    with pytest.warns(MaskWarning, match="was not applied to 0"), optimizer.masked(torch.ones(2, 5, dtype=torch.bool)):
+        model(torch.randn(10, 4)).sum().backward()
 
 
 def test_masks_must_be_boolean():

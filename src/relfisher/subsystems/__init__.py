@@ -2,7 +2,7 @@
 
 from relfisher.subsystems.activations import response_of
 from relfisher.subsystems.base import Call, Gathered, Part, Subsystem
-from relfisher.subsystems.capture import Capture, ResponseWarning
+from relfisher.subsystems.capture import Capture, MaskWarning, ResponseWarning
 from relfisher.subsystems.discover import Discovery, discover, subsystems_of
 from relfisher.subsystems.module import module_metric, observe, survey
 from relfisher.subsystems.samples import Rows, Sampling
@@ -14,6 +14,7 @@ __all__ = [
     "Capture",
     "Discovery",
     "Gathered",
+    "MaskWarning",
     "Part",
     "ResponseWarning",
     "Rows",

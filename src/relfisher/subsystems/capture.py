@@ -24,7 +24,7 @@ from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_
 from relfisher.subsystems.samples import Held, Reservoir, Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 
-__all__ = ["Capture", "ResponseWarning"]
+__all__ = ["Capture", "MaskWarning", "ResponseWarning"]
 
 
 # The rules by which a layer's structure depends on what scores its outputs.
@@ -33,6 +33,10 @@ _LOOKING = ("auto", "kronecker")
 
 class ResponseWarning(UserWarning):
     """The activation that follows a layer could not be told, so that the layer has the linear response."""
+
+
+class MaskWarning(UserWarning):
+    """A mask does not fit the samples of a layer that ran inside `masked`."""
 
 
 class _Batch:
@@ -84,6 +88,7 @@ class Capture:
     ) -> None:
         self.due = True
         self._mask: Tensor | None = None
+        self._unmasked: set[Subsystem] = set()  # of which it was said that a mask did not fit
         self._choose = choose
         self._limit = limit
         self._layers: dict[nn.Module, list[Subsystem]] = {}
@@ -201,6 +206,14 @@ class Capture:
             return
         sampling = Sampling(self._limit, self._mask, self._started(layer))
         rows = layer.rows(call, sampling)
+        if sampling.unmasked is not None and self._mask is not None and layer not in self._unmasked:
+            self._unmasked.add(layer)
+            warnings.warn(
+                f"the mask {list(self._mask.shape)} was not applied to {layer.name}, whose samples are "
+                f"{list(sampling.unmasked)}: all of them count",
+                MaskWarning,
+                stacklevel=2,
+            )
         batch = _Batch(layer, sampling, due=self.due)
         if layer.structure is not None and batch.count is None:
             batch.rows = rows

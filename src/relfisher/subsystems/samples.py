@@ -83,8 +83,7 @@ class Sampling:
         if mask is None:
             return None
         if tuple(mask.shape) != tuple(leading[: mask.ndim]):
-            # What has fewer axes was pooled, unless it has just as many samples.
-            if len(leading) >= mask.ndim or math.prod(leading) == mask.numel():
+            if _is_for(mask, leading):
                 self.unmasked = tuple(leading)
             return None
         return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
@@ -159,6 +158,16 @@ class Reservoir:
     def _thin(self) -> None:
         for each in self._held:
             each.thin(self._share)
+
+
+def _is_for(mask: Tensor, leading: Sequence[int]) -> bool:
+    """Return whether samples of this leading shape look as if a mask that does not fit was meant for them, too.
+
+    What has fewer axes was pooled, unless it has as many samples; what all sequences share has an axis of size 1.
+    """
+    if len(leading) < mask.ndim:
+        return math.prod(leading) == mask.numel()
+    return any(size not in (1, wanted) for size, wanted in zip(leading, mask.shape, strict=False))
 
 
 @lru_cache(maxsize=1024)
