@@ -145,6 +145,10 @@ class Curvature:
             damping: of each layer.
         """
         pending = self.capture.take()
+        while self.capture.refused:
+            state = self.states[self.capture.refused.pop().weight]
+            for key in state.keys() - _ADAMW_KEYS:
+                del state[key]
         due = self._schedule.refresh_due(iteration)
         for layer in self.layers:
             batch, structure = pending.get(layer), layer.structure

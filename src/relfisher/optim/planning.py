@@ -256,6 +256,12 @@ def _surveyed(
         layer.rule = rule_for(layer, structure)
     layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
     seen = survey(model, layers, inputs, loss)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in layers:
+        if layer.refused is not None:
+            found.refused.update({names[id(parameter)]: layer.refused for parameter in layer.parameters})
+    layers = [layer for layer in layers if layer.refused is None]
+    seen = {layer: count for layer, count in seen.items() if layer.refused is None}
     trained = [layer for layer in seen if any(parameter.requires_grad for parameter in layer.parameters)]
     for layer, chosen in zip(trained, assign(trained, budget), strict=True):
         layer.structure = chosen

@@ -419,7 +419,7 @@ class RNGD(torch.optim.Optimizer):
         """Say once of each layer that it has a gradient, but was never seen in a forward pass."""
         for layer in self._place:
             new = layer.structure is None and layer.weight.grad is not None and layer.name not in self._without_metric
-            if new:
+            if new and not self._curvature.capture.explains(layer):
                 self._without_metric.add(layer.name)
                 message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
                 warnings.warn(message, HealthWarning, stacklevel=5)

@@ -2,7 +2,7 @@
 
 from relfisher.subsystems.activations import response_of
 from relfisher.subsystems.base import Call, Gathered, Part, Subsystem
-from relfisher.subsystems.capture import Capture, MaskWarning, ResponseWarning
+from relfisher.subsystems.capture import Capture, MaskWarning, ResponseWarning, TiedWarning
 from relfisher.subsystems.discover import Discovery, discover, subsystems_of
 from relfisher.subsystems.module import module_metric, observe, survey
 from relfisher.subsystems.samples import Rows, Sampling
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "Sampling",
     "Subsystem",
+    "TiedWarning",
     "discover",
     "module_metric",
     "observe",

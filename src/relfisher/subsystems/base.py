@@ -117,6 +117,7 @@ class Subsystem(ABC):
         structure: how its running metric is kept; None until it is chosen.
         rule: what the structure is chosen by.
         held: parameters of the layer that are not for us to move.
+        refused: why it has no metric after all; None as long as nothing speaks against one.
     """
 
     #: The modules that have such a subsystem.
@@ -142,6 +143,7 @@ class Subsystem(ABC):
         self.structure: Structure | None = None
         self.rule: str | Structure = "auto"
         self.held: frozenset[nn.Parameter] = frozenset()
+        self.refused: str | None = None
 
     @classmethod
     @abstractmethod

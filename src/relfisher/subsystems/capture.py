@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.structures import Structure
 from relfisher.subsystems.base import Call, Gathered, Subsystem
-from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
+from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, refuse, tell_roles
 from relfisher.subsystems.samples import Held, Reservoir, Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 
-__all__ = ["Capture", "MaskWarning", "ResponseWarning"]
+__all__ = ["Capture", "MaskWarning", "ResponseWarning", "TiedWarning"]
 
 
 # The rules by which a layer's structure depends on what scores its outputs.
@@ -33,6 +33,10 @@ _LOOKING = ("auto", "kronecker")
 
 class ResponseWarning(UserWarning):
     """The activation that follows a layer could not be told, so that the layer has the linear response."""
+
+
+class TiedWarning(UserWarning):
+    """The weights of a layer are also used outside its module, so that the layer has no metric."""
 
 
 class MaskWarning(UserWarning):
@@ -78,6 +82,10 @@ class Capture:
         choose: gives layers, in the order of the forward pass, their structures. It must not refer to what refers to
             this object, or the model would keep it alive.
         limit: about so many samples of a layer and step go into its statistics at most; None for all.
+
+    Attributes:
+        due: whether statistics are due in the passes that come.
+        refused: layers that were found to have no metric after all.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class Capture:
         limit: int | None = None,
     ) -> None:
         self.due = True
+        self.refused: list[Subsystem] = []
         self._mask: Tensor | None = None
         self._unmasked: set[Subsystem] = set()  # of which it was said that a mask did not fit
         self._choose = choose
@@ -110,6 +119,8 @@ class Capture:
     def add(self, layers: Sequence[Subsystem]) -> None:
         """Watch these layers, too."""
         for layer in layers:
+            if layer.refused is not None:
+                continue
             module = layer.module
             if module not in self._layers:
                 self._layers[module] = []
@@ -144,6 +155,10 @@ class Capture:
         self._untold.clear()
         self._reservoirs.clear()
         self._waiting.clear()
+
+    def explains(self, layer: Subsystem) -> bool:
+        """Return whether it is known why a layer has no structure: it is refused, or its gradients were all 0."""
+        return layer.refused is not None or layer in self._outputs
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
@@ -239,11 +254,13 @@ class Capture:
         """Add a batch whose gradients have flowed back, once."""
         layer = batch.layer
         if layer in self._outputs and bool(torch.isfinite(gradient).all()):
+            if not bool(gradient.any()):
+                return  # it tells nothing
             self._outputs.discard(layer)
             layer.is_head = is_softmax_gradient(gradient)
             self._settle([layer])
         if layer.structure is None:
-            if layer not in self._outputs:
+            if layer not in self._outputs and layer.refused is None:
                 self._untold.append(batch)
             return
         self._add(batch)
@@ -265,17 +282,19 @@ class Capture:
                 self._reservoirs[layer] = Reservoir(self._limit)
             self._reservoirs[layer].add(Held(rows, batch.start, batch.count, batch.share))
 
-    def _enter(self, *_: object) -> None:
+    def _enter(self, model: nn.Module, args: object) -> None:
         self._inside = True
         if self._watch is None and torch.is_grad_enabled() and self._unknown() - self._missed:
-            self._watch = ActivationWatch()
-            self._watch.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+            self._watch = ActivationWatch([each for layers in self._layers.values() for each in layers], model)
+            self._watch.__enter__()
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._inside = False
         watch = self._stop_watching()
         held, self._held = self._held, []
         raised = output is None and sys.exc_info()[0] is not None
+        if watch is not None and not raised:
+            self._refuse(watch)
         if watch is not None and held and not raised:
             self._conclude(held, watch)
             self._missed = self._unknown()
@@ -292,19 +311,32 @@ class Capture:
     def _stop_watching(self) -> ActivationWatch | None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+            watch.__exit__(None, None, None)
             watch.forget()
         return watch
 
+    def _refuse(self, watch: ActivationWatch) -> None:
+        """Let the layers go that have no metric after all, and say so."""
+        refused = refuse(watch)
+        for layer in refused:
+            self._layers[layer.module].remove(layer)
+            self._outputs.discard(layer)
+        self.refused += refused
+        if refused:
+            named = "; ".join(f"{layer.name}, {layer.refused}" for layer in refused)
+            warnings.warn(f"no metric for some layers: {named}", TiedWarning, stacklevel=2)
+
     def _conclude(self, batches: list[_Batch], watch: ActivationWatch) -> None:
         """Fix the responses and structures of layers, say which activations could not be told, gather what was held."""
-        layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer.structure is None))
+        layers = list(
+            dict.fromkeys(batch.layer for batch in batches if not (batch.layer.structure or batch.layer.refused))
+        )
         tell_roles(watch, layers, self._layers)
         self._outputs.update(layer for layer in layers if layer.rule in _LOOKING and could_be_head(watch, layer))
         self._settle([layer for layer in layers if layer not in self._outputs])
-        untold = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
-        if untold:
-            named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in untold.items())
+        strange = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
+        if strange:
+            named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in strange.items())
             self._warn(f"the activation is not known: {named}")
         for batch in batches:
             batch.gather()
