@@ -505,3 +505,42 @@ def test_a_gradient_of_zeros_does_not_say_what_scores_the_outputs():
         watcher.step()
     assert head.is_head is True
     assert vars(head.structure) == vars(list(other._place)[-1].structure)
+
+
+def test_a_layer_without_statistics_gets_them_at_once():
+    """One that is unfrozen, and one that is added, between two updates of the metric."""
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = RNGD(model, early_refreshes=(0,))
+    for seed in range(3):
+        step(model, optimizer, inputs(seed))
+    model[0].requires_grad_(True)
+    model.append(nn.Linear(3, 3).double())
+    optimizer.add_param_group({"params": model[5].parameters()})
+    masses = []
+    for seed in range(3, 12):
+        step(model, optimizer, inputs(seed))
+        masses.append([float(optimizer.state[model[place].weight]["mass"]) for place in (0, 2, 5)])
+    first, last = masses[0], masses[-1]
+    assert first[0] > 0
+    assert first[2] > 0
+    assert masses[6] == first  # no more than others from then on
+    assert last[1] > first[1]
+    weight = model[0].weight
+    state = optimizer.state[weight]
+    assert not torch.equal(state["inverse"], torch.eye(7, dtype=torch.float64).expand_as(state["inverse"]))
+
+
+def test_statistics_that_were_saved_are_not_due_at_once():
+    model = network()
+    optimizer = RNGD(model, early_refreshes=(0,))
+    step(model, optimizer, inputs())
+    twin = copy.deepcopy(model)
+    other = RNGD(twin, early_refreshes=(0,))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    first, second = copy.deepcopy((model, optimizer))
+    for each, watcher in ((model, optimizer), (twin, other), (first, second)):
+        step(each, watcher, inputs(1))
+    for mine, loaded, copied in zip(model.parameters(), twin.parameters(), first.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+        assert torch.equal(mine, copied)

@@ -90,6 +90,7 @@ class Curvature:
         twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
         twin.capture.due = self.capture.due
+        twin.capture.empty = copy.deepcopy(self.capture.empty, memo)
         twin.capture.add(twin.layers)
         return twin
 
@@ -97,6 +98,8 @@ class Curvature:
         """Keep the metrics of these layers, too; those that are trained have their state from now on."""
         self.layers.extend(layers)
         self.capture.add(layers)
+        if self._unbiased:  # else the identity is where the average starts
+            self.capture.empty.update(layers)
         for layer, structure in zip(layers, self._choose(layers), strict=True):
             if any(parameter.requires_grad for parameter in layer.parameters):
                 self.states[layer.weight].update(self._create(layer, structure))
@@ -159,18 +162,25 @@ class Curvature:
             self._moving[layer] = moving
             state = self.state(layer, structure)
             first = batch is not None and float(state["mass"]) == 0
-            if batch is not None and not structure.update(state, batch.totals, batch.samples, self._decay):
-                self._health.dropped(iteration, layer.name)
+            if batch is not None:
+                if structure.update(state, batch.totals, batch.samples, self._decay):
+                    self.capture.empty.discard(layer)
+                else:
+                    self._health.dropped(iteration, layer.name)
             if (due or first or changed) and not structure.refresh(state, damping(layer), layer.frozen()):
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers were softmax heads when they were saved.
+        """Learn from loaded states which layers have a metric, and which were softmax heads when they were saved.
 
         The gradients that told so may have become too small since to tell it again.
         """
         for layer in self.layers:
             state = self.states[layer.weight]
+            if self._holds_something(state):
+                self.capture.empty.discard(layer)
+            elif self._unbiased:
+                self.capture.empty.add(layer)
             if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
                 layer.is_head = "output" in state
 

@@ -86,6 +86,7 @@ class Capture:
     Attributes:
         due: whether statistics are due in the passes that come.
         refused: layers that were found to have no metric after all.
+        empty: layers whose metric holds nothing yet, so that their statistics are due in any case.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Capture:
     ) -> None:
         self.due = True
         self.refused: list[Subsystem] = []
+        self.empty: set[Subsystem] = set()
         self._mask: Tensor | None = None
         self._unmasked: set[Subsystem] = set()  # of which it was said that a mask did not fit
         self._choose = choose
@@ -199,7 +201,11 @@ class Capture:
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module has anything to tell."""
-        return self.due or any(layer.structure is None for layer in self._layers[module])
+        return self.due or any(self._due(layer) or layer.structure is None for layer in self._layers[module])
+
+    def _due(self, layer: Subsystem) -> bool:
+        """Return whether a layer's statistics are due."""
+        return self.due or layer in self.empty
 
     def _seer(self, module: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -208,7 +214,7 @@ class Capture:
             call = Call(args, kwargs, output, self._random_states.pop(module, None))
             for layer in self._layers[module]:
                 z = layer.output(output)
-                if z is not None and (self.due or layer.structure is None) and _counts(layer, z):
+                if z is not None and (self._due(layer) or layer.structure is None) and _counts(layer, z):
                     with torch.no_grad(), torch._C.DisableTorchFunction():
                         self._see(layer, call, z)
 
@@ -229,14 +235,14 @@ class Capture:
                 MaskWarning,
                 stacklevel=2,
             )
-        batch = _Batch(layer, sampling, due=self.due)
+        batch = _Batch(layer, sampling, due=self._due(layer))
         if layer.structure is not None and batch.count is None:
             batch.rows = rows
             batch.gather()
         else:
             # What works in place must not change what is held.
             batch.rows = layer.hold(rows)
-            if batch.count is not None and self.due:
+            if batch.count is not None and batch.due:
                 self._waiting.setdefault(layer, weakref.WeakSet()).add(batch)
             if self._watch is not None and not told:
                 self._held.append(batch)
