@@ -544,3 +544,32 @@ def test_statistics_that_were_saved_are_not_due_at_once():
     for mine, loaded, copied in zip(model.parameters(), twin.parameters(), first.parameters(), strict=True):
         assert torch.equal(mine, loaded)
         assert torch.equal(mine, copied)
+
+
+def test_hooks_that_return_the_same_values_hide_no_activation():
+    model = network()
+    seen = []
+    model[0].register_forward_hook(lambda _module, _args, output: output * 1)
+    model[0].register_forward_hook(lambda _module, _args, output: seen.append(output.norm()))
+    model[2].register_full_backward_hook(lambda *_: None)
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs().requires_grad_())
+    assert [layer.response for layer in optimizer._place][:2] == [TanhBernoulli(), TanhBernoulli()]
+    assert next(row.response for row in plan(model, inputs())) == TanhBernoulli()
+
+
+def test_hooks_that_return_other_values_are_named():
+    model = network()
+    model[0].register_forward_hook(lambda _module, _args, output: output * 2)
+    optimizer = RNGD(model)
+    with pytest.warns(ResponseWarning, match="0 feeds a forward hook"):
+        step(model, optimizer, inputs())
+    assert [layer.response for layer in optimizer._place][:2] == [LinearGaussian(), TanhBernoulli()]
+
+
+def test_a_hook_that_works_in_place_is_the_activation_that_it_is():
+    model = network(nn.Identity)
+    model[0].register_forward_hook(lambda _module, _args, output: output.relu_())
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    assert next(iter(responses(optimizer).values())) == ReLUGaussian()

@@ -156,7 +156,8 @@ def _run(
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True) for name, layer in layers.items()
+        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True, prepend=True)
+        for name, layer in layers.items()
     ]
     try:
         with evaluation_mode(model), watch:

@@ -51,13 +51,16 @@ class ActivationWatch(TorchFunctionMode):
     def __init__(self, layers: Iterable[Subsystem] = (), running: nn.Module | None = None) -> None:
         super().__init__()
         self.misused: dict[Subsystem, str] = {}
-        self._modules = list(dict.fromkeys(layer.module for layer in layers))
+        self._layers: dict[nn.Module, list[Subsystem]] = {}
         self._running: list[nn.Module] = [] if running is None else [running]
         self._handles: list[RemovableHandle] = []
         # Parameters, and what was made of them alone.
-        self._weights: dict[int, tuple[Subsystem, Tensor]] = {
-            id(parameter): (layer, parameter) for layer in layers for parameter in layer.parameters
-        }
+        self._weights: dict[int, tuple[Subsystem, Tensor]] = {}
+        for layer in layers:
+            self._layers.setdefault(layer.module, []).append(layer)
+            self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
+        # Outputs of calls that go on, their versions, and how many takers there were before them.
+        self._said: dict[str, tuple[Tensor, int, int]] = {}
         self._shown: dict[int, tuple[str, Tensor]] = {}
         self._takers: dict[str, list[_Taker]] = {}
         self._activated: dict[int, tuple[str, Tensor]] = {}
@@ -66,7 +69,7 @@ class ActivationWatch(TorchFunctionMode):
 
     def __enter__(self) -> ActivationWatch:
         """Start to watch."""
-        for module in self._modules:
+        for module in self._layers:
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
@@ -86,9 +89,29 @@ class ActivationWatch(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module in self._running:
             del self._running[self._running.index(module) :]
+        for layer in self._layers[module]:
+            said = self._said.pop(layer.name, None)
+            final = None if said is None or output is None else layer.output(output)
+            if said is not None and final is not None:
+                with torch._C.DisableTorchFunction():
+                    self._replace(layer.name, *said, final)
+
+    def _replace(self, key: str, z: Tensor, version: int, takers: int, final: Tensor) -> None:
+        """Go on with what other hooks made of an output: the same values, maybe in another tensor, or others."""
+        if z._version != version:
+            return  # they changed it in place, which was seen
+        if final is z or (z.shape == final.shape and torch.equal(z.detach(), final.detach())):
+            del self._takers[key][takers:]  # what hooks look at goes nowhere
+            self._note(key, final)
+        elif id(final) not in self._shown:
+            self._takers[key].append(_Taker("a forward hook", None, softmax=False))
 
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
+        self._said[key] = z, z._version, len(self._takers.get(key, ()))
+        self._note(key, z)
+
+    def _note(self, key: str, z: Tensor) -> None:
         self._shown[id(z)] = (key, z)
         self._takers.setdefault(key, [])
 
@@ -108,7 +131,7 @@ class ActivationWatch(TorchFunctionMode):
         if name in RESHAPING and args and id(args[0]) in taken:
             key = taken[id(args[0])][0]
             for part in _tensors(result if isinstance(result, tuple | list) else [result]):
-                self.show(key, part)
+                self._note(key, part)
         elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
             for place, (key, z) in taken.items():
                 in_place = z._version != versions[place]
@@ -183,6 +206,7 @@ class ActivationWatch(TorchFunctionMode):
         self._shown.clear()
         self._activated.clear()
         self._weights.clear()
+        self._said.clear()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
