@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from relfisher import RNGD
+from relfisher import RNGD, Preconditioner, coverage, plan
 from relfisher.optim import HealthWarning
 from relfisher.responses import LinearGaussian, ReLUGaussian, TanhBernoulli
-from relfisher.subsystems import ResponseWarning
+from relfisher.subsystems import ResponseWarning, TiedWarning
 
 
 def network(activation=nn.Tanh, dtype=torch.float64, bias=True):
@@ -409,3 +409,186 @@ def test_compiled_models_train_as_eager_ones():
     fast = torch.compile(compiled, backend="eager")
     for seed in range(7):
         assert step(plain, one, inputs(seed)) == pytest.approx(step(fast, two, inputs(seed)), rel=1e-12)
+
+
+TIES = {
+    "linear": lambda model, h: nn.functional.linear(h, model.embed.weight),
+    "transposed": lambda model, h: h @ model.embed.weight.t(),
+    "property": lambda model, h: h @ model.embed.weight.T,
+    "scaled": lambda model, h: nn.functional.linear(h, model.embed.weight * 0.5),
+    "einsum": lambda model, h: torch.einsum("...i,oi->...o", h, model.embed.weight),
+}
+
+
+class Tied(nn.Module):
+    """A language model whose head is the weight of its embedding, in a function."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.embed, self.hidden, self._head = nn.Embedding(9, 4), nn.Linear(4, 4), head
+
+    def forward(self, tokens):
+        return self._head(self, torch.tanh(self.hidden(self.embed(tokens))))
+
+
+def learn(model, optimizer, tokens, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens).flatten(0, -2), tokens.flatten()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_weights_tied_in_functions_are_left_to_adamw(tie):
+    torch.manual_seed(0)
+    model = Tied(TIES[tie])
+    tokens = torch.randint(9, (4, 5))
+    twin = copy.deepcopy(model)
+    optimizer, other = RNGD(model), RNGD(twin, structure={"embed": "fallback"})
+    with pytest.warns(TiedWarning, match="no metric for some layers: embed, tied: .* outside its own calls") as caught:
+        learn(model, optimizer, tokens)
+    assert len(caught) == 1
+    learn(twin, other, tokens)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert sorted(optimizer.state[model.embed.weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    rows = {row.name: row for row in coverage(model, tokens)}
+    assert rows["embed.weight"].by == "adamw"
+    assert rows["embed.weight"].reason.startswith("tied: ")
+    assert rows["hidden.weight"].by == "metric"
+    assert [row.name for row in plan(model, tokens)] == ["hidden"]
+
+
+def test_a_run_with_a_tied_weight_resumes():
+    tokens = torch.randint(9, (4, 5))
+    torch.manual_seed(0)
+    model = Tied(TIES["linear"])
+    optimizer = RNGD(model)
+    with pytest.warns(TiedWarning):
+        learn(model, optimizer, tokens)
+    twin = copy.deepcopy(model)
+    other = RNGD(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    learn(model, optimizer, tokens)
+    with pytest.warns(TiedWarning):
+        learn(twin, other, tokens)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_preconditioner_leaves_the_gradient_of_a_tied_weight():
+    model = Tied(TIES["linear"])
+    preconditioner = Preconditioner(model)
+    with pytest.warns(TiedWarning):
+        model(torch.randint(9, (4, 5))).square().mean().backward()
+    before = [model.embed.weight.grad.clone(), model.hidden.weight.grad.clone()]
+    preconditioner.step()
+    assert torch.equal(model.embed.weight.grad, before[0])
+    assert not torch.equal(model.hidden.weight.grad, before[1])
+
+
+def test_looking_at_a_weight_ties_nothing():
+    """Penalties, copies, casts and detached uses in the model's own code are no samples of the weight."""
+
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            weight = self.first.weight
+            h = torch.tanh(self.first(x.to(weight.dtype)))
+            frozen = nn.functional.linear(x, weight.detach()).mean()
+            flat = torch.cat([weight.flatten(), self.second.weight.t().reshape(-1)])
+            with torch.no_grad():
+                weight.clamp_(-10, 10)
+            return self.second(h) + 1e-3 * (weight.pow(2).sum() + flat.abs().sum() + frozen + weight.norm(dim=0).max())
+
+    model = Penalised().double()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    assert all(layer.structure is not None for layer in optimizer._place)
+    assert not any(layer.refused for layer in optimizer._place)
+
+
+def test_a_gradient_of_zeros_does_not_say_what_scores_the_outputs():
+    model, twin = network(), network()
+    optimizer, other = RNGD(model), RNGD(twin)
+    (0 * nn.functional.cross_entropy(model(inputs()), torch.arange(16) % 3)).backward()
+    optimizer.step()
+    head = list(optimizer._place)[-1]
+    assert head.is_head is None
+    for each, watcher in ((model, optimizer), (twin, other)):
+        watcher.zero_grad()
+        nn.functional.cross_entropy(each(inputs()), torch.arange(16) % 3).backward()
+        watcher.step()
+    assert head.is_head is True
+    assert vars(head.structure) == vars(list(other._place)[-1].structure)
+
+
+def test_a_layer_without_statistics_gets_them_at_once():
+    """One that is unfrozen, and one that is added, between two updates of the metric."""
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = RNGD(model, early_refreshes=(0,))
+    for seed in range(3):
+        step(model, optimizer, inputs(seed))
+    model[0].requires_grad_(True)
+    model.append(nn.Linear(3, 3).double())
+    optimizer.add_param_group({"params": model[5].parameters()})
+    masses = []
+    for seed in range(3, 12):
+        step(model, optimizer, inputs(seed))
+        masses.append([float(optimizer.state[model[place].weight]["mass"]) for place in (0, 2, 5)])
+    first, last = masses[0], masses[-1]
+    assert first[0] > 0
+    assert first[2] > 0
+    assert masses[6] == first  # no more than others from then on
+    assert last[1] > first[1]
+    weight = model[0].weight
+    state = optimizer.state[weight]
+    assert not torch.equal(state["inverse"], torch.eye(7, dtype=torch.float64).expand_as(state["inverse"]))
+
+
+def test_statistics_that_were_saved_are_not_due_at_once():
+    model = network()
+    optimizer = RNGD(model, early_refreshes=(0,))
+    step(model, optimizer, inputs())
+    twin = copy.deepcopy(model)
+    other = RNGD(twin, early_refreshes=(0,))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    first, second = copy.deepcopy((model, optimizer))
+    for each, watcher in ((model, optimizer), (twin, other), (first, second)):
+        step(each, watcher, inputs(1))
+    for mine, loaded, copied in zip(model.parameters(), twin.parameters(), first.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+        assert torch.equal(mine, copied)
+
+
+def test_hooks_that_return_the_same_values_hide_no_activation():
+    model = network()
+    seen = []
+    model[0].register_forward_hook(lambda _module, _args, output: output * 1)
+    model[0].register_forward_hook(lambda _module, _args, output: seen.append(output.norm()))
+    model[2].register_full_backward_hook(lambda *_: None)
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs().requires_grad_())
+    assert [layer.response for layer in optimizer._place][:2] == [TanhBernoulli(), TanhBernoulli()]
+    assert next(row.response for row in plan(model, inputs())) == TanhBernoulli()
+
+
+def test_hooks_that_return_other_values_are_named():
+    model = network()
+    model[0].register_forward_hook(lambda _module, _args, output: output * 2)
+    optimizer = RNGD(model)
+    with pytest.warns(ResponseWarning, match="0 feeds a forward hook"):
+        step(model, optimizer, inputs())
+    assert [layer.response for layer in optimizer._place][:2] == [LinearGaussian(), TanhBernoulli()]
+
+
+def test_a_hook_that_works_in_place_is_the_activation_that_it_is():
+    model = network(nn.Identity)
+    model[0].register_forward_hook(lambda _module, _args, output: output.relu_())
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    assert next(iter(responses(optimizer).values())) == ReLUGaussian()

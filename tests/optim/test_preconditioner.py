@@ -166,3 +166,19 @@ def test_a_gradient_that_is_not_finite_stays_as_it_is():
 def test_arguments_outside_what_is_allowed_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Preconditioner(network(), **options)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_forgotten_leave_no_samples(set_to_none):
+    """Those of a generator flow back through the critic before the critic's own."""
+    critic = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    preconditioner = Preconditioner(critic, decay=0.0, structure="shared", stats_interval=1)
+    ones = torch.ones(10, 1, dtype=torch.float64)
+    fake = torch.zeros(10, 1, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        critic(fake).sum().backward()
+        preconditioner.zero_grad(set_to_none)
+        assert critic[0].weight.grad is None or not critic[0].weight.grad.any()
+        critic(ones).sum().backward()
+        preconditioner.step()
+        assert float(preconditioner.state_dict()["layers"]["0"]["metric"]) == 1.0

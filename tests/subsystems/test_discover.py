@@ -47,6 +47,39 @@ def test_a_parametrized_weight_has_no_layer_of_its_own() -> None:
     assert names(model) == ["1"]
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight has mean 0."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Doubled(nn.Linear):
+    """A layer of another function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_modules_that_compute_otherwise_are_refused_with_the_reason() -> None:
+    replaced = nn.Linear(2, 2)
+    forward = replaced.forward
+    replaced.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    found = discover(nn.Sequential(Standardised(2, 3, 3), Doubled(2, 2), replaced, nn.Linear(2, 2)))
+    assert [layer.name for layer in found.subsystems] == ["3"]
+    assert found.refused["0.weight"] == "Standardised has a _conv_forward of its own"
+    assert found.refused["1.weight"] == "Doubled has a forward of its own"
+    assert found.refused["2.weight"] == found.refused["2.bias"] == "its forward was replaced"
+
+
+def test_what_accelerate_puts_around_forward_changes_nothing() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = nn.Sequential(nn.Linear(2, 2))
+    hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook(execution_device="cpu"))
+    assert "forward" in vars(model[0])
+    assert names(model) == ["0"]
+
+
 def watched(*functions) -> ActivationWatch:
     """Return a watch that saw the functions take one pre-activation, one after another."""
     watch = ActivationWatch()

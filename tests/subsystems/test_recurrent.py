@@ -251,3 +251,18 @@ def test_learns_and_leaves_nothing_to_adamw(kind):
 
 def test_projections_fall_back():
     assert subsystems_of("m", nn.LSTM(2, 4, proj_size=3)) == []
+
+
+def test_arguments_of_a_call_are_known_by_name():
+    torch.manual_seed(0)
+    x, states = torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    found = []
+    for call in (lambda module: module(x, states), lambda module: module(hx=states, input=x)):
+        torch.manual_seed(1)
+        module = nn.LSTM(3, 4)
+        optimizer = RNGD(module)
+        call(module)[0].sum().backward()
+        optimizer.step()
+        found.append([optimizer.state[layer.weight]["metric"] for layer in optimizer._place])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -35,7 +35,7 @@ class Curvature:
         form: how inverses are kept.
         budget: bytes for the metric and inverse of a layer that chooses its structure itself.
         relu_omega: the width of the smoothed ReLU that stands for a ReLU; None for the hard one.
-        limit: at most about so many samples of a call go into its statistics; None for all.
+        limit: about so many samples of a layer and step go into its statistics at most; None for all.
 
     Attributes:
         layers: whose metrics are kept.
@@ -90,6 +90,7 @@ class Curvature:
         twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
         twin.capture.due = self.capture.due
+        twin.capture.empty = copy.deepcopy(self.capture.empty, memo)
         twin.capture.add(twin.layers)
         return twin
 
@@ -97,6 +98,8 @@ class Curvature:
         """Keep the metrics of these layers, too; those that are trained have their state from now on."""
         self.layers.extend(layers)
         self.capture.add(layers)
+        if self._unbiased:  # else the identity is where the average starts
+            self.capture.empty.update(layers)
         for layer, structure in zip(layers, self._choose(layers), strict=True):
             if any(parameter.requires_grad for parameter in layer.parameters):
                 self.states[state_key(layer)].update(self._create(layer, structure))
@@ -158,6 +161,10 @@ class Curvature:
             damping: of each layer.
         """
         pending = self.capture.take()
+        while self.capture.refused:
+            state = self.states[state_key(self.capture.refused.pop())]
+            for key in state.keys() - _ADAMW_KEYS:
+                del state[key]
         for place, layer in enumerate(self.layers):
             batch, structure = pending.get(layer), layer.structure
             due = self._schedule.refresh_due(iteration, place, len(self.layers))
@@ -170,13 +177,16 @@ class Curvature:
                 self._moving[layer] = moving
                 state["moving"] = _flags(moving)
             first = batch is not None and float(state["mass"]) == 0
-            if batch is not None and not structure.update(state, batch.totals, batch.samples, self._decay):
-                self._health.dropped(iteration, layer.name)
+            if batch is not None:
+                if structure.update(state, batch.totals, batch.samples, self._decay):
+                    self.capture.empty.discard(layer)
+                else:
+                    self._health.dropped(iteration, layer.name)
             if (due or first or changed) and not structure.refresh(state, damping(layer), layer.frozen()):
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers were softmax heads when they were saved, and which parts moved.
+        """Learn from loaded states which layers have a metric, which were softmax heads, and which parts moved.
 
         The gradients that told of a head may have become too small since to tell it again.
         """
@@ -185,6 +195,10 @@ class Curvature:
             state = self.states[state_key(layer)]
             if "moving" in state:
                 self._moving[layer] = [bool(each) for each in state["moving"].tolist()]
+            if self._holds_something(state):
+                self.capture.empty.discard(layer)
+            elif self._unbiased:
+                self.capture.empty.add(layer)
             if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
                 layer.is_head = "output" in state
 

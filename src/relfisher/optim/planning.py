@@ -265,6 +265,11 @@ def _surveyed(
     layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
     unseen = dict(zip(layers, assign(layers, budget), strict=True))
     seen = survey(model, layers, inputs, loss)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in layers:
+        if layer.refused is not None:
+            found.refused.update({names[id(parameter)]: layer.refused for parameter in layer.parameters})
+    layers = [layer for layer in layers if layer.refused is None]
     trained = [layer for layer in layers if any(parameter.requires_grad for parameter in layer.parameters)]
     reached = [layer for layer in seen if layer in trained]
     structures = dict(zip(reached, assign(reached, budget), strict=True))

@@ -26,7 +26,8 @@ class Preconditioner:
     """Replaces the gradient M of each layer with a metric by (G + damping)^-1 M; other gradients stay as they are.
 
     Call `step()` after the backward pass, and after gradients were unscaled and clipped if they are, before the step of
-    any optimizer.
+    any optimizer. Samples count from one step to the next: where gradients flow back through the model that are not
+    for its own step, as those of the generator through a discriminator, call `zero_grad()` before those that are.
 
     Args:
         model: as for `RNGD`, and so are the other arguments.
@@ -107,6 +108,17 @@ class Preconditioner:
             layer.replace_gradient(direction)
         self._iteration += 1
         self._curvature.advance(self._iteration)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the model, and the samples whose gradients they are.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        model = self._curvature.model()
+        if model is not None:
+            model.zero_grad(set_to_none)
+        self._curvature.capture.drop()
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:

@@ -73,8 +73,10 @@ class RNGD(torch.optim.Optimizer):
         structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
         decay: the share of the moving average that is kept an iteration, in [0, 1).
         stats_interval: iterations from one update of the metric to the next.
-        stats_samples: about so many samples (rows of a batch, positions of a sequence or an image) of a forward call
-            go into its statistics at most, evenly spaced; None for all, so that accumulated batches count as one.
+        stats_samples: about so many samples (rows of a batch, positions of a sequence or an image) that a layer sees
+            within a step go into its statistics at most, evenly spread over all of its calls; None for all. Batches
+            accumulated give the sample of one large batch where a layer is called once a pass with samples first;
+            others, as those in which positions come first, give another one of that size.
         refresh_interval: iterations from one refresh of the inverse to the next.
         early_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
         unbiased: True starts the moving average empty and corrects its bias, and spreads the layers' refreshes over
@@ -328,7 +330,9 @@ class RNGD(torch.optim.Optimizer):
 
         Args:
             mask: True for what counts. It applies to layers whose input has this leading shape, such as
-                [batch, length] where inputs are [batch, length, in], or [batch].
+                [batch, length] where inputs are [batch, length, in], or [batch]. Convolutions take it for images or
+                output positions; recurrent layers and attention take [batch, length] also where their input is
+                [length, batch, in]. A layer with positions that the mask does not fit is named in a warning.
 
         Yields:
             Nothing.
@@ -484,7 +488,7 @@ class RNGD(torch.optim.Optimizer):
         """Say once of each layer that it has a gradient, but was never seen in a forward pass."""
         for layer in self._place:
             new = layer.structure is None and layer.weight.grad is not None and layer.name not in self._without_metric
-            if new:
+            if new and not self._curvature.capture.explains(layer):
                 self._without_metric.add(layer.name)
                 message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
                 warnings.warn(message, HealthWarning, stacklevel=5)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
 from relfisher.subsystems.linear import column, whole
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = ["InputProjectionSubsystem", "OutputProjectionSubsystem"]
 
@@ -66,22 +67,40 @@ class InputProjectionSubsystem(Subsystem):
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return inputs; what is projected is not seen, and not needed for a linear response."""
         given = {**dict(zip(_ROLES, call.args, strict=False)), **call.kwargs}
-        inputs = [sampling.rows(given[_ROLES[role]].detach())[0] for role in self._roles]
+        inputs = [
+            sampling.real(_batched(self.module, given[_ROLES[role]].detach(), sampling))[0] for role in self._roles
+        ]
+        most = max(len(rows) for rows in inputs)
+        chosen = sampling.chosen(most, inputs[0].device)
         ones = len(self.parts) - 1
-        if len(inputs) == 1:
-            x = augment(inputs[0], ones)
-        else:
-            # Fewer keys than queries count for more each: all three groups are averages over as many samples.
-            most = max(len(rows) for rows in inputs)
-            x = torch.stack([_stretched(augment(rows, ones), most) for rows in inputs])
+        each = [_stretched(augment(rows, ones), most, chosen) for rows in inputs]
+        x = each[0] if len(each) == 1 else torch.stack(each)
         return Rows(x, x.new_zeros(1).expand(*x.shape[:-1], self.out))
 
 
-def _stretched(rows: Tensor, count: int) -> Tensor:
-    """Return so many rows with the same mean of squares: zeros at the end make up for a scale."""
-    if len(rows) in (0, count):
-        return rows if len(rows) else rows.new_zeros(count, rows.shape[1])
-    return functional.pad(rows * (count / len(rows)) ** 0.5, (0, 0, 0, count - len(rows)))
+def _batched(module: Any, tensor: Tensor, sampling: Sampling) -> Tensor:
+    """Return sequences [batch, length, in], or a single one as it is."""
+    if module.batch_first or tensor.ndim != 3:
+        return tensor
+    sampling.turn(*tensor.shape[:2])
+    return tensor.transpose(0, 1)
+
+
+def _stretched(rows: Tensor, count: int, chosen: Tensor | None) -> Tensor:
+    """Return so many rows, or those of them at the chosen places, with the same mean of squares.
+
+    Fewer keys than queries count for more each: all groups are averages over as many samples.
+    """
+    if len(rows) == count:
+        return rows if chosen is None else rows[chosen]
+    places = torch.arange(count, device=rows.device) if chosen is None else chosen
+    if len(rows) == 0:
+        return rows.new_zeros(len(places), rows.shape[-1])
+    sources = places * len(rows) // count
+    # A row stands at all places from the first one whose source it is to that of the next row.
+    firsts = (torch.arange(len(rows) + 1, device=rows.device) * count + len(rows) - 1) // len(rows)
+    weights = count / (len(rows) * firsts.diff()[sources].to(rows.dtype))
+    return rows[sources] * weights.sqrt().unsqueeze(-1)
 
 
 class OutputProjectionSubsystem(Subsystem):
@@ -141,5 +160,6 @@ class OutputProjectionSubsystem(Subsystem):
                 v_proj_weight=module.v_proj_weight,
                 **{name: value for name, value in named.items() if name not in _ROLES},
             )
-        x, z = sampling.rows(attended.transpose(0, 1) if swap else attended, self.said(call))
+        said = _batched(module, self.said(call), sampling)
+        x, z = sampling.rows(attended.transpose(0, 1) if attended.ndim == 3 else attended, said)
         return Rows(augment(x, len(self.parts) - 1), z)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,12 @@ from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.responses import LinearGaussian, Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures import Diagonal, State, Structure
+from relfisher.subsystems.samples import Rows, Sampling
 
-__all__ = ["Call", "Gathered", "Kinds", "Part", "Rows", "Sampling", "Subsystem"]
+__all__ = ["Call", "Gathered", "Kinds", "Part", "Subsystem"]
 
 
 Kinds = tuple[type[nn.Module], ...]
-
-#: Its multiples modulo 1 are spread evenly.
-_GOLDEN = (5**0.5 - 1) / 2
-
-
-class Rows(NamedTuple):
-    """Samples of a subsystem: augmented inputs x [*g, n, d] and pre-activations z [*g, n, out]."""
-
-    x: Tensor
-    z: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +51,10 @@ class Call:
         """Return an argument by its place or name; one that is alone may have any name."""
         found: Any = self.kwargs[name] if name in self.kwargs else [*self.args, *self.kwargs.values()][place]
         return (found.data if isinstance(found, PackedSequence) else found).detach()
+
+    def argument(self, place: int, name: str) -> Any:
+        """Return an argument as it was given, by its name or place; None if it was not given."""
+        return self.kwargs.get(name, self.args[place] if len(self.args) > place else None)
 
     @contextmanager
     def random_numbers(self) -> Iterator[None]:
@@ -94,59 +89,6 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Which samples of a call go into its statistics.
-
-    Args:
-        limit: at most about so many, evenly spread; None for all.
-        mask: True for those that count; it applies to all tensors whose shape begins with its own, such as
-            [batch, length] for [batch, length, in].
-    """
-
-    limit: int | None = None
-    mask: Tensor | None = None
-
-    def rows(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
-        """Return tensors [*, k...] that share their leading shape as rows [n, k...], those that count.
-
-        Args:
-            tensors: one or more.
-            trailing: how many axes at the end belong to one sample.
-
-        Returns:
-            As many tensors, in their own dtypes.
-        """
-        leading = tensors[0].shape[: tensors[0].ndim - trailing]
-        flat = [tensor.reshape(-1, *tensor.shape[tensor.ndim - trailing :]) for tensor in tensors]
-        keep = self.kept(leading)
-        if keep is not None:
-            flat = [tensor[keep] for tensor in flat]
-        chosen = self.chosen(flat[0].shape[0], flat[0].device)
-        return flat if chosen is None else [tensor[chosen] for tensor in flat]
-
-    def kept(self, leading: Sequence[int]) -> Tensor | None:
-        """Return for each sample of a leading shape whether it counts, [n]; None if the mask does not apply."""
-        mask = self.mask
-        if mask is None or tuple(mask.shape) != tuple(leading[: mask.ndim]):
-            return None
-        return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
-
-    def chosen(self, samples: int, device: torch.device) -> Tensor | None:
-        """Return the places of the samples that count; None for all of them.
-
-        They are one of each run of as many, at a place that moves through the run: one place alone could be the same
-        position of every sequence, or the same column of every image.
-        """
-        if self.limit is None or samples <= self.limit:
-            return None
-        run = math.ceil(samples / self.limit)
-        starts = torch.arange(0, samples, run, device=device)
-        phases = (torch.arange(len(starts), device=device, dtype=torch.float64) * _GOLDEN).frac()
-        places = starts + (phases * run).long()
-        return places[places < samples]
-
-
-@dataclass(frozen=True)
 class Part:
     """Some columns of a subsystem's matrix.
 
@@ -175,6 +117,7 @@ class Subsystem(ABC):
         structure: how its running metric is kept; None until it is chosen.
         rule: what the structure is chosen by.
         held: parameters of the layer that are not for us to move.
+        refused: why it has no metric after all; None as long as nothing speaks against one.
     """
 
     #: The modules that have such a subsystem.
@@ -200,6 +143,7 @@ class Subsystem(ABC):
         self.structure: Structure | None = None
         self.rule: str | Structure = "auto"
         self.held: frozenset[nn.Parameter] = frozenset()
+        self.refused: str | None = None
 
     @classmethod
     @abstractmethod
@@ -274,9 +218,9 @@ class Subsystem(ABC):
         """Return samples with dense inputs."""
         return Rows(rows.x.to_dense(), rows.z) if rows.x.is_sparse else rows
 
-    def hold(self, call: Call, sampling: Sampling) -> Rows:
+    def hold(self, rows: Rows) -> Rows:
         """Return the samples of a call in the dtype of the state, sharing no memory with it."""
-        return Rows(*(tensor.clone() for tensor in self._cast(self.rows(call, sampling))))
+        return Rows(*(tensor.clone() for tensor in self._cast(rows)))
 
     def gather(self, rows: Rows, structure: Structure) -> Gathered:
         """Return the statistics of samples."""

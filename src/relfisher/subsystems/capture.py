@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,12 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from relfisher.structures import Structure
-from relfisher.subsystems.base import Call, Gathered, Rows, Sampling, Subsystem
-from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
+from relfisher.subsystems.base import Call, Gathered, Subsystem
+from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, refuse, tell_roles
+from relfisher.subsystems.samples import Held, Reservoir, Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 
-__all__ = ["Capture", "ResponseWarning"]
+__all__ = ["Capture", "MaskWarning", "ResponseWarning", "TiedWarning"]
 
 
 # The rules by which a layer's structure depends on what scores its outputs.
@@ -33,21 +35,39 @@ class ResponseWarning(UserWarning):
     """The activation that follows a layer could not be told, so that the layer has the linear response."""
 
 
-class _Batch:
-    """A layer's samples in one forward pass, and their statistics once the layer's structure is known."""
+class TiedWarning(UserWarning):
+    """The weights of a layer are also used outside its module, so that the layer has no metric."""
 
-    def __init__(self, layer: Subsystem, *, due: bool) -> None:
+
+class MaskWarning(UserWarning):
+    """A mask does not fit the samples of a layer that ran inside `masked`."""
+
+
+class _Batch:
+    """A layer's samples in one forward pass, or their statistics once all that they depend on is known.
+
+    Without a limit to the samples of a step these are made as soon as the layer has a structure, else at its end.
+    """
+
+    def __init__(self, layer: Subsystem, sampling: Sampling, *, due: bool) -> None:
         self.layer = layer
         self.due = due
+        self.start = sampling.start
+        self.count = sampling.count
+        self.share = 1.0
+        if sampling.count is not None and sampling.limit is not None:
+            self.share = min(1.0, sampling.limit / max(sampling.start + sampling.count, 1))
         self.gathered: Gathered | None = None
-        self.held: Rows | None = None
+        self.rows: Rows | None = None
 
-    def gather(self, rows: Rows) -> None:
-        """Make the statistics of the samples."""
+    def gather(self) -> None:
+        """Make the statistics of the samples, unless more may come that thin them out."""
         structure = self.layer.structure
-        self.held = None
-        if self.due and structure is not None and rows.z.shape[-2] > 0:
-            self.gathered = self.layer.gather(rows, structure)
+        if self.rows is None or structure is None or self.count is not None:
+            return
+        if self.due and self.rows.z.shape[-2] > 0:
+            self.gathered = self.layer.gather(self.rows, structure)
+        self.rows = None
 
 
 class Capture:
@@ -61,7 +81,12 @@ class Capture:
         model: the module whose forward pass tells the responses.
         choose: gives layers, in the order of the forward pass, their structures. It must not refer to what refers to
             this object, or the model would keep it alive.
-        limit: at most about so many samples of a call go into its statistics; None for all.
+        limit: about so many samples of a layer and step go into its statistics at most; None for all.
+
+    Attributes:
+        due: whether statistics are due in the passes that come.
+        refused: layers that were found to have no metric after all.
+        empty: layers whose metric holds nothing yet, so that their statistics are due in any case.
     """
 
     def __init__(
@@ -71,7 +96,10 @@ class Capture:
         limit: int | None = None,
     ) -> None:
         self.due = True
+        self.refused: list[Subsystem] = []
+        self.empty: set[Subsystem] = set()
         self._mask: Tensor | None = None
+        self._unmasked: set[Subsystem] = set()  # of which it was said that a mask did not fit
         self._choose = choose
         self._limit = limit
         self._layers: dict[nn.Module, list[Subsystem]] = {}
@@ -82,6 +110,8 @@ class Capture:
         self._held: list[_Batch] = []
         self._untold: list[_Batch] = []
         self._pending: dict[Subsystem, Gathered] = {}
+        self._reservoirs: dict[Subsystem, Reservoir] = {}
+        self._waiting: dict[Subsystem, weakref.WeakSet[_Batch]] = {}  # for gradients, if those ever flow back
         self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_Hook(self._enter)),
@@ -91,6 +121,8 @@ class Capture:
     def add(self, layers: Sequence[Subsystem]) -> None:
         """Watch these layers, too."""
         for layer in layers:
+            if layer.refused is not None:
+                continue
             module = layer.module
             if module not in self._layers:
                 self._layers[module] = []
@@ -112,17 +144,28 @@ class Capture:
             for batch in untold:
                 self._add(batch)
         pending, self._pending = self._pending, {}
+        for layer, reservoir in self._reservoirs.items():
+            rows = reservoir.rows()
+            if rows is not None and layer.structure is not None:
+                pending[layer] = layer.gather(rows, layer.structure)
+        self.drop()
         return pending
 
     @property
     def waiting(self) -> bool:
         """Whether `take` has anything to return."""
-        return bool(self._pending or self._untold)
+        return bool(self._pending or self._untold or self._reservoirs)
 
     def drop(self) -> None:
         """Forget the samples whose gradients have flowed back since the last step."""
         self._pending.clear()
         self._untold.clear()
+        self._reservoirs.clear()
+        self._waiting.clear()
+
+    def explains(self, layer: Subsystem) -> bool:
+        """Return whether it is known why a layer has no structure: it is refused, or its gradients were all 0."""
+        return layer.refused is not None or layer in self._outputs
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
@@ -163,7 +206,11 @@ class Capture:
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module has anything to tell."""
-        return self.due or any(layer.structure is None for layer in self._layers[module])
+        return self.due or any(self._due(layer) or layer.structure is None for layer in self._layers[module])
+
+    def _due(self, layer: Subsystem) -> bool:
+        """Return whether a layer's statistics are due."""
+        return self.due or layer in self.empty
 
     def _seer(self, module: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -172,7 +219,7 @@ class Capture:
             call = Call(args, kwargs, output, self._random_states.pop(module, None))
             for layer in self._layers[module]:
                 z = layer.output(output)
-                if z is not None and (self.due or layer.structure is None) and _counts(layer, z):
+                if z is not None and (self._due(layer) or layer.structure is None) and _counts(layer, z):
                     with torch.no_grad(), torch._C.DisableTorchFunction():
                         self._see(layer, call, z)
 
@@ -183,55 +230,82 @@ class Capture:
         if not told and self._inside and self._watch is None:
             self._missed.discard(layer)  # the next pass is watched
             return
-        batch = _Batch(layer, due=self.due)
-        sampling = Sampling(self._limit, self._mask)
-        if layer.structure is not None:
-            batch.gather(layer.rows(call, sampling))
+        sampling = Sampling(self._limit, self._mask, self._started(layer))
+        rows = layer.rows(call, sampling)
+        if sampling.unmasked is not None and self._mask is not None and layer not in self._unmasked:
+            self._unmasked.add(layer)
+            warnings.warn(
+                f"the mask {list(self._mask.shape)} was not applied to {layer.name}, whose samples are "
+                f"{list(sampling.unmasked)}: all of them count",
+                MaskWarning,
+                stacklevel=2,
+            )
+        batch = _Batch(layer, sampling, due=self._due(layer))
+        if layer.structure is not None and batch.count is None:
+            batch.rows = rows
+            batch.gather()
         else:
             # What works in place must not change what is held.
-            batch.held = layer.hold(call, sampling)
+            batch.rows = layer.hold(rows)
+            if batch.count is not None and batch.due:
+                self._waiting.setdefault(layer, weakref.WeakSet()).add(batch)
             if self._watch is not None and not told:
                 self._held.append(batch)
                 if layer.followed:
                     self._watch.show(layer.name, z)
         z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
 
+    def _started(self, layer: Subsystem) -> int:
+        """Return how many samples a layer has seen in this step, gradients that are still to flow back included."""
+        reservoir = self._reservoirs.get(layer)
+        seen = 0 if reservoir is None else reservoir.seen
+        return seen + sum(batch.count or 0 for batch in self._waiting.get(layer, ()))
+
     def _count(self, batch: _Batch, gradient: Tensor) -> None:
         """Add a batch whose gradients have flowed back, once."""
         layer = batch.layer
         if layer in self._outputs and bool(torch.isfinite(gradient).all()):
+            if not bool(gradient.any()):
+                return  # it tells nothing
             self._outputs.discard(layer)
             layer.is_head = is_softmax_gradient(gradient)
             self._settle([layer])
         if layer.structure is None:
-            if layer not in self._outputs:
+            if layer not in self._outputs and layer.refused is None:
                 self._untold.append(batch)
             return
-        if batch.held is not None:
-            batch.gather(batch.held)
         self._add(batch)
 
     def _add(self, batch: _Batch) -> None:
+        batch.gather()
+        layer = batch.layer
         gathered, batch.gathered = batch.gathered, None
-        if gathered is None:
-            return
-        entry = self._pending.get(batch.layer)
-        if entry is None:
-            self._pending[batch.layer] = gathered
-        else:
-            entry.add(gathered)
+        rows, batch.rows = batch.rows, None
+        if gathered is not None:
+            if layer in self._pending:
+                self._pending[layer].add(gathered)
+            else:
+                self._pending[layer] = gathered
+        elif rows is not None and batch.due and batch.count is not None and self._limit is not None:
+            if layer in self._waiting:
+                self._waiting[layer].discard(batch)
+            if layer not in self._reservoirs:
+                self._reservoirs[layer] = Reservoir(self._limit)
+            self._reservoirs[layer].add(Held(rows, batch.start, batch.count, batch.share))
 
-    def _enter(self, *_: object) -> None:
+    def _enter(self, model: nn.Module, args: object) -> None:
         self._inside = True
         if self._watch is None and torch.is_grad_enabled() and self._unknown() - self._missed:
-            self._watch = ActivationWatch()
-            self._watch.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+            self._watch = ActivationWatch([each for layers in self._layers.values() for each in layers], model)
+            self._watch.__enter__()
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._inside = False
         watch = self._stop_watching()
         held, self._held = self._held, []
         raised = output is None and sys.exc_info()[0] is not None
+        if watch is not None and not raised:
+            self._refuse(watch)
         if watch is not None and held and not raised:
             self._conclude(held, watch)
             self._missed = self._unknown()
@@ -248,23 +322,35 @@ class Capture:
     def _stop_watching(self) -> ActivationWatch | None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+            watch.__exit__(None, None, None)
             watch.forget()
         return watch
 
+    def _refuse(self, watch: ActivationWatch) -> None:
+        """Let the layers go that have no metric after all, and say so."""
+        refused = refuse(watch)
+        for layer in refused:
+            self._layers[layer.module].remove(layer)
+            self._outputs.discard(layer)
+        self.refused += refused
+        if refused:
+            named = "; ".join(f"{layer.name}, {layer.refused}" for layer in refused)
+            warnings.warn(f"no metric for some layers: {named}", TiedWarning, stacklevel=2)
+
     def _conclude(self, batches: list[_Batch], watch: ActivationWatch) -> None:
         """Fix the responses and structures of layers, say which activations could not be told, gather what was held."""
-        layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer.structure is None))
+        layers = list(
+            dict.fromkeys(batch.layer for batch in batches if not (batch.layer.structure or batch.layer.refused))
+        )
         tell_roles(watch, layers, self._layers)
         self._outputs.update(layer for layer in layers if layer.rule in _LOOKING and could_be_head(watch, layer))
         self._settle([layer for layer in layers if layer not in self._outputs])
-        untold = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
-        if untold:
-            named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in untold.items())
+        strange = {layer.name: takers for layer in layers if (takers := watch.untold(layer.name))}
+        if strange:
+            named = "; ".join(f"{name} feeds {', '.join(takers)}" for name, takers in strange.items())
             self._warn(f"the activation is not known: {named}")
         for batch in batches:
-            if batch.held is not None and batch.layer.structure is not None:
-                batch.gather(batch.held)
+            batch.gather()
 
     def _settle(self, layers: Sequence[Subsystem]) -> None:
         """Give layers their structures."""

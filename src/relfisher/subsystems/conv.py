@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = ["ConvSubsystem", "TransposedConvSubsystem"]
 
@@ -52,19 +53,20 @@ class ConvSubsystem(Subsystem):
         return cls(name, module, parts, shape if module.groups == 1 else (module.groups, *shape))
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return patches and outputs; a mask covers whole images."""
+        """Return patches and outputs; a mask covers whole images, or output positions."""
         dimensions = len(self.kernel)
         x, z = call.input(), self.said(call)
         if x.ndim == dimensions + 1:  # without a batch dimension
             x, z = x.unsqueeze(0), z.unsqueeze(0)
-        keep = sampling.kept(x.shape[:1])
-        if keep is not None:
-            x, z = x[keep], z[keep]
+        keep = sampling.kept(z.movedim(1, -1).shape[:-1])
         patches = self.patches(x)  # [b, in, *positions, *kernel]
         order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
         x_rows, z_rows = patches.permute(order), z.movedim(1, -1)
         places = z_rows.shape[:-1]
-        chosen = sampling.chosen(math.prod(places), z.device)
+        real = None if keep is None else keep.nonzero().squeeze(1)
+        chosen = sampling.chosen(math.prod(places) if real is None else len(real), z.device)
+        if real is not None:
+            chosen = real if chosen is None else real[chosen]
         if chosen is not None:
             where = torch.unravel_index(chosen, places)
             x_rows, z_rows = x_rows[where], z_rows[where]

@@ -41,6 +41,9 @@ _KINDS: tuple[type[Subsystem], ...] = (
     RecurrentSubsystem,
 )
 
+#: What decides how a module computes; one that overrides any of them does something of its own.
+_METHODS = ("forward", "_conv_forward")
+
 
 @dataclass
 class Discovery:
@@ -78,16 +81,28 @@ def subsystems_of(name: str, module: nn.Module) -> list[Subsystem]:
         module: any module.
 
     Returns:
-        New subsystems. A subclass counts as what it derives from if it has the same `forward`.
+        New subsystems. A subclass counts as what it derives from if it computes in the same way.
     """
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return TransposedLinearSubsystem.found_in(name, module)
     return [
         found
         for kind in _KINDS
-        if any(isinstance(module, base) and type(module).forward is base.forward for base in kind.kinds)
+        if any(isinstance(module, base) and _changed(module, base) is None for base in kind.kinds)
         for found in kind.found_in(name, module)
     ]
+
+
+def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Return what a module does otherwise than the class that it derives from, or None."""
+    # Accelerate replaces `forward` by one that moves or casts, and keeps the other beside it.
+    wrapped = "_original_forward" in vars(module) or "_hf_hook" in vars(module)
+    for method in _METHODS:
+        if hasattr(base, method) and getattr(type(module), method) is not getattr(base, method):
+            return f"{type(module).__name__} has a {method} of its own"
+        if method in vars(module) and not wrapped:
+            return f"its {method} was replaced"
+    return None
 
 
 def discover(model: nn.Module) -> Discovery:
@@ -139,7 +154,8 @@ def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int,
         return "a parametrization computes the weight from it"
     subsystems = subsystems_of("", module)
     if not subsystems:
-        return None
+        bases = [base for kind in _KINDS for base in kind.kinds if isinstance(module, base)]
+        return next((reason for base in bases if (reason := _changed(module, base))), None)
     if not all(isinstance(parameter, nn.Parameter) for found in subsystems for parameter in found.parameters):
         return "the weight is computed from it"
     for parameter in parameters:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = ["EmbeddingBagSubsystem", "EmbeddingSubsystem"]
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = ["BilinearSubsystem", "LinearSubsystem", "TransposedLinearSubsystem", "column", "whole"]
 

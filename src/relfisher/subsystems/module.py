@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from relfisher.evaluation import evaluation_mode
 from relfisher.metric import Metric
 from relfisher.responses import Response, UnitResponse
-from relfisher.subsystems.base import Call, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Subsystem
 from relfisher.subsystems.discover import subsystems_of
-from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, tell_roles
+from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, refuse, tell_roles
+from relfisher.subsystems.samples import Rows, Sampling
 from relfisher.subsystems.watch import ActivationWatch
 from relfisher.validation import check_finite
 
@@ -138,7 +139,7 @@ def _run(
     loss: Callable[[Any], Tensor] | None = None,
 ) -> None:
     """Run a model, show each call of a layer, and tell the layers that were reached what they are."""
-    watch = ActivationWatch()
+    watch = ActivationWatch(layers.values())
     reached: dict[str, Tensor] = {}
 
     def hook_of(name: str, layer: Subsystem) -> Any:
@@ -155,7 +156,8 @@ def _run(
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True) for name, layer in layers.items()
+        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True, prepend=True)
+        for name, layer in layers.items()
     ]
     try:
         with evaluation_mode(model), watch:
@@ -163,6 +165,7 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
+    refuse(watch)
     tell_roles(watch, [layers[name] for name in reached], [layer.module for layer in layers.values()])
     heads = [name for name in reached if could_be_head(watch, layers[name]) and reached[name].requires_grad]
     watch.forget()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = [
     "BatchNormSubsystem",

@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from relfisher.moments import augment
 from relfisher.responses import ReLUGaussian, SigmoidBernoulli, TanhBernoulli, UnitResponse
 from relfisher.shapes import Float, Num
-from relfisher.subsystems.base import Call, Kinds, Part, Rows, Sampling, Subsystem
+from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
 from relfisher.subsystems.linear import column, whole
+from relfisher.subsystems.samples import Rows, Sampling
 
 __all__ = ["Gates", "RecurrentSubsystem"]
 
@@ -139,13 +140,17 @@ class RecurrentSubsystem(Subsystem):
         lengths: Tensor | None = call.shared["lengths"]
         before = self._before(sequences, lengths)
         x, z = before if self._recurrent else sequences.inputs, self._gates(sequences.inputs, before)
+        length, batch = x.shape[:2]
+        x, z = x.transpose(0, 1), z.transpose(0, 1)
         if lengths is not None:
-            real = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
-            x, z = Sampling(sampling.limit).rows(x[real], z[real])
-        elif self.module.batch_first and call.input().ndim == 3:
-            x, z = sampling.rows(x.transpose(0, 1), z.transpose(0, 1))
+            real = torch.arange(length, device=x.device) < lengths[:, None]
+            x, z = sampling.taken(x[real], z[real])
+        elif call.input().ndim == 3:
+            if not self.module.batch_first:
+                sampling.turn(length, batch)
+            x, z = sampling.rows(x, z)
         else:
-            x, z = sampling.rows(*((x, z) if call.input().ndim == 3 else (x.squeeze(1), z.squeeze(1))))
+            x, z = sampling.rows(x.squeeze(0), z.squeeze(0))
         return Rows(augment(x, len(self.parts) - 1), z)
 
     def _before(self, sequences: _Sequences, lengths: Tensor | None) -> Tensor:
@@ -181,8 +186,7 @@ class RecurrentSubsystem(Subsystem):
 
     def _run(self, call: Call) -> tuple[list[_Sequences], Tensor | None]:
         """Run the layers one by one, and return what each one saw and said, and the lengths of packed sequences."""
-        module, given = self.module, [*call.args, *call.kwargs.values()]
-        sequence, states = given[0], given[1] if len(given) > 1 else None
+        module, sequence, states = self.module, call.argument(0, "input"), call.argument(1, "hx")
         packed = sequence if isinstance(sequence, PackedSequence) else None
         lengths = None
         if packed is not None:

@@ -11,7 +11,7 @@ from relfisher.subsystems.base import Subsystem
 from relfisher.subsystems.linear import LinearSubsystem
 from relfisher.subsystems.watch import ActivationWatch
 
-__all__ = ["could_be_head", "is_softmax_gradient", "tell_roles"]
+__all__ = ["could_be_head", "is_softmax_gradient", "refuse", "tell_roles"]
 
 # What rounding may make of the sum of a row of gradients, in half precision and in others: a share of the largest row.
 _HALF, _FULL = 0.05, 1e-3
@@ -39,6 +39,14 @@ def tell_roles(watch: ActivationWatch, layers: Iterable[Subsystem], linear: Iter
             layer.following = owners.get(id(watch.following(layer.name)))
             if not watch.is_output(layer.name):
                 layer.is_head = watch.is_softmax(layer.name)
+
+
+def refuse(watch: ActivationWatch) -> list[Subsystem]:
+    """Take their metric from layers whose parameters were seen at work outside their module, and return them."""
+    for layer, function in watch.misused.items():
+        layer.refused = f"tied: {function} uses its parameters outside its own calls"
+        layer.structure = None
+    return list(watch.misused)
 
 
 def could_be_head(watch: ActivationWatch, layer: Subsystem) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from relfisher.responses import LinearGaussian, UnitResponse
 from relfisher.subsystems.activations import JOINING, RESHAPING, canonical_name, response_of
+from relfisher.subsystems.base import Subsystem
 
 __all__ = ["ActivationWatch"]
 
@@ -36,18 +38,80 @@ class ActivationWatch(TorchFunctionMode):
 
     `show(key, z)` registers a layer's output. A layer's response is then the one activation that takes z; it is
     linear if z also goes elsewhere, if nothing takes it (the model's output), or if the taker is not known.
+
+    Args:
+        layers: whose weights are watched, too.
+        running: the module that is being called already.
+
+    Attributes:
+        misused: layers whose parameters met data outside the calls of their module, as those of an embedding that
+            scores the outputs, too; and the function that took them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[Subsystem] = (), running: nn.Module | None = None) -> None:
         super().__init__()
+        self.misused: dict[Subsystem, str] = {}
+        self._layers: dict[nn.Module, list[Subsystem]] = {}
+        self._running: list[nn.Module] = [] if running is None else [running]
+        self._handles: list[RemovableHandle] = []
+        # Parameters, and what was made of them alone.
+        self._weights: dict[int, tuple[Subsystem, Tensor]] = {}
+        for layer in layers:
+            self._layers.setdefault(layer.module, []).append(layer)
+            self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
+        # Outputs of calls that go on, their versions, and how many takers there were before them.
+        self._said: dict[str, tuple[Tensor, int, int]] = {}
         self._shown: dict[int, tuple[str, Tensor]] = {}
         self._takers: dict[str, list[_Taker]] = {}
         self._activated: dict[int, tuple[str, Tensor]] = {}
         # The weight of each linear function that took a layer's activated units, None for any other function.
         self._followers: dict[str, list[Tensor | None]] = {}
 
+    def __enter__(self) -> ActivationWatch:
+        """Start to watch."""
+        for module in self._layers:
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop it."""
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        while self._handles:
+            self._handles.pop().remove()
+
+    @_disable_dynamo
+    def _enter(self, module: nn.Module, args: object) -> None:
+        self._running.append(module)
+
+    @_disable_dynamo
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if module in self._running:
+            del self._running[self._running.index(module) :]
+        for layer in self._layers[module]:
+            said = self._said.pop(layer.name, None)
+            final = None if said is None or output is None else layer.output(output)
+            if said is not None and final is not None:
+                with torch._C.DisableTorchFunction():
+                    self._replace(layer.name, *said, final)
+
+    def _replace(self, key: str, z: Tensor, version: int, takers: int, final: Tensor) -> None:
+        """Go on with what other hooks made of an output: the same values, maybe in another tensor, or others."""
+        if z._version != version:
+            return  # they changed it in place, which was seen
+        if final is z or (z.shape == final.shape and torch.equal(z.detach(), final.detach())):
+            del self._takers[key][takers:]  # what hooks look at goes nowhere
+            self._note(key, final)
+        elif id(final) not in self._shown:
+            self._takers[key].append(_Taker("a forward hook", None, softmax=False))
+
     def show(self, key: str, z: Tensor) -> None:
         """Watch what becomes of a layer's output."""
+        self._said[key] = z, z._version, len(self._takers.get(key, ()))
+        self._note(key, z)
+
+    def _note(self, key: str, z: Tensor) -> None:
         self._shown[id(z)] = (key, z)
         self._takers.setdefault(key, [])
 
@@ -56,16 +120,18 @@ class ActivationWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = [id(each) for each in _tensors([*args, *kwargs.values()])]
+        tensors = list(_tensors([*args, *kwargs.values()]))
+        given = [id(each) for each in tensors]
         taken = {place: self._shown[place] for place in given if place in self._shown}
         units = [self._activated[place] for place in given if place in self._activated]
         versions = {place: z._version for place, (_, z) in taken.items()}
         result = func(*args, **kwargs)
         name = canonical_name(func)
+        self._note_weights(name, tensors, result)
         if name in RESHAPING and args and id(args[0]) in taken:
             key = taken[id(args[0])][0]
             for part in _tensors(result if isinstance(result, tuple | list) else [result]):
-                self.show(key, part)
+                self._note(key, part)
         elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
             for place, (key, z) in taken.items():
                 in_place = z._version != versions[place]
@@ -80,6 +146,25 @@ class ActivationWatch(TorchFunctionMode):
             for key, activated in units:
                 self._follow(key, activated, name, args, result)
         return result
+
+    def _note_weights(self, name: str, tensors: Sequence[Tensor], result: Any) -> None:
+        """Note which parameters a function took outside the calls of their own module.
+
+        What takes parameters alone, as a penalty on their size does, says nothing of their samples.
+        """
+        taken = [self._weights[id(each)][0] for each in tensors if id(each) in self._weights and each.requires_grad]
+        outside = [layer for layer in taken if layer.module not in self._running]
+        if not outside or not torch.is_grad_enabled():
+            return
+        parts = _tensors(result if isinstance(result, tuple | list) else [result])
+        made = [each for each in parts if each.is_floating_point() and each.requires_grad and each.ndim]
+        if not made:
+            return
+        if any(id(each) not in self._weights for each in tensors):
+            for layer in outside:
+                self.misused.setdefault(layer, name)
+        else:
+            self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
 
     def _follow(self, key: str, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Note what takes the activated units of a layer."""
@@ -120,6 +205,8 @@ class ActivationWatch(TorchFunctionMode):
         """Let the activations go."""
         self._shown.clear()
         self._activated.clear()
+        self._weights.clear()
+        self._said.clear()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

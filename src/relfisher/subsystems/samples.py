@@ -1,0 +1,178 @@
+"""Samples of layers: which rows of a call count, and an even sample of those that a layer sees within one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Held", "Reservoir", "Rows", "Sampling"]
+
+#: Its multiples modulo 1 are spread evenly.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class Rows(NamedTuple):
+    """Samples of a subsystem: augmented inputs x [*g, n, d] and pre-activations z [*g, n, out]."""
+
+    x: Tensor
+    z: Tensor
+
+
+@dataclass
+class Sampling:
+    """Which samples of a call go into its statistics.
+
+    The samples that a layer sees within one step are numbered, and number i has the priority i * golden ratio modulo 1.
+    Of N of them those with a priority below `limit` / N are taken: about `limit`, spread evenly, and some of those that
+    would have been taken of fewer.
+
+    Args:
+        limit: at most about so many of all samples of the step; None for all.
+        mask: True for those that count; it applies to all tensors whose shape begins with its own, such as
+            [batch, length] for [batch, length, in].
+        start: how many samples the layer saw before this call.
+
+    Attributes:
+        count: how many samples the call has, taken or not; None if there is no limit to them.
+        unmasked: the shape of samples that a mask was meant for, but did not fit.
+    """
+
+    limit: int | None = None
+    mask: Tensor | None = None
+    start: int = 0
+    count: int | None = field(default=None, init=False)
+    unmasked: tuple[int, ...] | None = field(default=None, init=False)
+
+    def rows(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
+        """Return tensors [*, k...] that share their leading shape as rows [n, k...], those that count and are taken.
+
+        Args:
+            tensors: one or more.
+            trailing: how many axes at the end belong to one sample.
+
+        Returns:
+            As many tensors, in their own dtypes.
+        """
+        return self.taken(*self.real(*tensors, trailing=trailing))
+
+    def taken(self, *flat: Tensor) -> list[Tensor]:
+        """Return those of as many rows [n, k...] that are taken."""
+        chosen = self.chosen(flat[0].shape[0], flat[0].device)
+        return list(flat) if chosen is None else [tensor[chosen] for tensor in flat]
+
+    def real(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
+        """Return tensors [*, k...] that share their leading shape as rows [n, k...], all that count."""
+        keep = self.kept(tensors[0].shape[: tensors[0].ndim - trailing])
+        flat = [tensor.reshape(-1, *tensor.shape[tensor.ndim - trailing :]) for tensor in tensors]
+        return flat if keep is None else [tensor[keep] for tensor in flat]
+
+    def turn(self, length: int, batch: int) -> None:
+        """Make a mask [length, batch] one of [batch, length]; one that could be either is the latter."""
+        if self.mask is not None and length != batch and tuple(self.mask.shape) == (length, batch):
+            self.mask = self.mask.T
+
+    def kept(self, leading: Sequence[int]) -> Tensor | None:
+        """Return for each sample of a leading shape whether it counts, [n]; None if the mask does not apply."""
+        mask = self.mask
+        if mask is None:
+            return None
+        if tuple(mask.shape) != tuple(leading[: mask.ndim]):
+            if _is_for(mask, leading):
+                self.unmasked = tuple(leading)
+            return None
+        return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
+
+    def chosen(self, samples: int, device: torch.device) -> Tensor | None:
+        """Return the places of the samples that are taken, of so many that count; None for all of them."""
+        if self.limit is None:
+            return None
+        self.count = samples
+        seen = self.start + samples
+        return None if seen <= self.limit else _places(self.start, samples, 1.0, self.limit / seen, device)
+
+
+@dataclass
+class Held:
+    """Rows of one call that are held until the end of the step.
+
+    Args:
+        rows: those that were taken.
+        start: how many samples the layer saw before the call.
+        count: how many the call had.
+        share: the priority below which they were taken.
+    """
+
+    rows: Rows
+    start: int
+    count: int
+    share: float
+
+    def thin(self, share: float) -> None:
+        """Keep what has a priority below a smaller one."""
+        if share < self.share:
+            places = _places(self.start, self.count, self.share, share, self.rows.x.device)
+            self.rows = Rows(self.rows.x.index_select(-2, places), self.rows.z.index_select(-2, places))
+            self.share = share
+
+
+class Reservoir:
+    """An even sample of the rows that one layer saw in calls whose gradients have flowed back since the last step.
+
+    Args:
+        limit: about so many.
+
+    Attributes:
+        seen: how many samples those calls had.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.seen = 0
+        self._limit = limit
+        self._held: list[Held] = []
+        self._share = 1.0
+
+    def add(self, held: Held) -> None:
+        """Add what was held of a call."""
+        self.seen += held.count
+        self._held.append(held)
+        # What was taken sparsely, next to calls that never flowed back, must not count for less than the rest.
+        self._share = min(self._share, held.share, self._limit / max(self.seen, 1))
+        if len(self._held) > 1 and sum(each.rows.z.shape[-2] for each in self._held) > 2 * self._limit:
+            self._thin()
+
+    def rows(self) -> Rows | None:
+        """Return the sample, or None if it is empty."""
+        if self._share < 1:
+            self._thin()
+        held = [each.rows for each in self._held if each.rows.z.shape[-2]]
+        if len(held) < 2:
+            return held[0] if held else None
+        return Rows(torch.cat([rows.x for rows in held], dim=-2), torch.cat([rows.z for rows in held], dim=-2))
+
+    def _thin(self) -> None:
+        for each in self._held:
+            each.thin(self._share)
+
+
+def _is_for(mask: Tensor, leading: Sequence[int]) -> bool:
+    """Return whether samples of this leading shape look as if a mask that does not fit was meant for them, too.
+
+    What has fewer axes was pooled, unless it has as many samples; what all sequences share has an axis of size 1.
+    """
+    if len(leading) < mask.ndim:
+        return math.prod(leading) == mask.numel()
+    return any(size not in (1, wanted) for size, wanted in zip(leading, mask.shape, strict=False))
+
+
+@lru_cache(maxsize=1024)
+def _places(start: int, count: int, before: float, share: float, device: torch.device) -> Tensor:
+    """Return which of so many samples have a priority below `share`: their places among those below `before`."""
+    numbers = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
+    priorities = (numbers * _GOLDEN).frac()
+    return (priorities[priorities < before] < share).nonzero().squeeze(1).to(device)
