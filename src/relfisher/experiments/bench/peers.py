@@ -147,14 +147,14 @@ def _shared(model: nn.Module, lr: float = 0.03, damping: float = 0.1) -> torch.o
     return relfisher.RNGD(model, lr, damping=damping, step_rule="trust-region", structure="shared", trust_region=None)
 
 
-def _ruled(rule: str) -> Callable[..., torch.optim.Optimizer]:
-    def make(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        try:
-            return relfisher.RNGD(model, **{"step_rule": rule, **options})
-        except (TypeError, ValueError) as error:
-            raise UnavailableError(f"not available: this version of RNGD has no step_rule={rule!r}") from error
+def _trust_region(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return relfisher.RNGD(model, step_rule="trust-region", **options)
 
-    return make
+
+def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
+    """The spectral rule, with an average or with momentum."""
+    momentum = None if averaging is None else 0.0 if averaging else 0.9
+    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=momentum)
 
 
 def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -189,8 +189,10 @@ PEERS = {
     "Shampoo": Peer(_shampoo, {"lr": (1e-3, 1e-2, 0.1, 1.0), "interval": (20, 100)}),
     "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
     "FOOF": Peer(_shared, {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1e-1)}),
-    "RNGD": Peer(_rngd, {"lr": (0.3, 3.0), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2)}),
-    "RNGD-normalized": Peer(_ruled("normalized"), {"lr": MIDDLE_RATES, "damping": (1e-2, 1e-1)}),
-    "RNGD-spectral": Peer(_ruled("spectral"), {"lr": MIDDLE_RATES, "damping": (1e-2, 1e-1)}),
+    "RNGD": Peer(_rngd, {"lr": (1e-2, 2e-2, 3e-2, 5e-2), "damping": (3e-2, 1e-1)}),
+    "RNGD-trust-region": Peer(
+        _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.9)}
+    ),
+    "RNGD-spectral": Peer(_spectral, {"lr": (3e-3, 1e-2, 3e-2, 5e-2), "averaging": (0.0, 0.9)}),
     "RNGD-published": Peer(_published, {"lr": LARGE_RATES}),
 }

@@ -39,7 +39,7 @@ __all__ = [
 EVALUATIONS = 30
 EVALUATED_AT_ONCE = 500
 OPTION = "option "
-OURS = ("FOOF", "RNGD", "RNGD-normalized", "RNGD-spectral")
+OURS = ("FOOF", "RNGD", "RNGD-trust-region", "RNGD-spectral")
 PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
 
 
