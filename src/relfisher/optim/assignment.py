@@ -27,7 +27,7 @@ _RULES = ("auto", *_NAMED, "published", FALLBACK)
 _EXACT_SHARE = 4
 
 # Of inverses of wide blocks that "auto" takes: with it the paper's network learns as with full inverses.
-_RANK = 128
+_RANK = 64
 
 
 def check_rules(rules: object, layers: Sequence[Subsystem]) -> None:

@@ -100,8 +100,8 @@ def invert(
     return inverse, bool(torch.isfinite(inverse).all())
 
 
-# A low rank pays where it is at most this share of a block's width.
-_NARROWEST = 4
+# A low rank pays where it is at most this part of a block's width.
+_NARROWEST = 8
 
 
 class Structure(ABC):
