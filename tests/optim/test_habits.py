@@ -458,6 +458,19 @@ def test_a_run_with_a_tied_weight_resumes():
         assert torch.equal(mine, theirs)
 
 
+def test_a_copy_of_a_model_with_a_tied_weight_learns_alike():
+    torch.manual_seed(0)
+    model, tokens = Tied(TIES["linear"]), torch.randint(9, (4, 5))
+    optimizer = RNGD(model)
+    with pytest.warns(TiedWarning):
+        learn(model, optimizer, tokens)
+    twin, other = copy.deepcopy((model, optimizer))
+    learn(model, optimizer, tokens)
+    learn(twin, other, tokens)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_preconditioner_leaves_the_gradient_of_a_tied_weight():
     model = Tied(TIES["linear"])
     preconditioner = Preconditioner(model)
