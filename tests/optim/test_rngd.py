@@ -16,7 +16,7 @@ from torch import nn
 from relfisher import RNGD
 from relfisher.optim import HealthWarning
 from relfisher.structures import NeuronBlocks, SharedBlock
-from relfisher.subsystems import ResponseWarning
+from relfisher.subsystems import ResponseWarning, TiedWarning
 
 
 def classifier(activation=nn.ReLU, seed=0, dtype=torch.float64):
@@ -278,10 +278,31 @@ def test_a_layer_whose_module_is_never_called_is_trained_all_the_same():
     model = Functional().double()
     before = model.first.weight.detach().clone()
     optimizer = RNGD(model)
-    with pytest.warns(HealthWarning, match=r"first.*AdamW"):
+    with pytest.warns(TiedWarning, match="first, tied: linear uses its parameters outside its own calls"):
         train(model, optimizer, 1)
     assert not torch.equal(model.first.weight, before)
     assert math.isfinite(train(model, optimizer, 5)[-1])
+
+
+def test_layers_without_a_part_in_the_first_step_are_named_once():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.spare, self.frozen = (
+                nn.Linear(6, 3),
+                nn.Linear(6, 3),
+                nn.Linear(6, 3).requires_grad_(False),
+            )
+            self.adam = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.first(x)
+
+    model = Spare().double()
+    optimizer = RNGD(model, structure={"adam": "fallback"})
+    with pytest.warns(HealthWarning, match="no part in the first step had spare: ") as caught:
+        train(model, optimizer, 3)
+    assert len(caught) == 1
 
 
 def test_tied_weights_are_trained_by_the_fallback_and_not_twice():

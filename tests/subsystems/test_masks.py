@@ -165,6 +165,19 @@ def test_flattened_positions_are_named():
         model(torch.randn(10, 4)).sum().backward()
 
 
+def test_a_mask_that_fits_no_layer_is_told_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = RNGD(model, stats_interval=1)
+    mask = torch.ones(7, 9, dtype=torch.bool)
+    with pytest.warns(MaskWarning, match=r"the mask \[7, 9\] was applied to no layer"), optimizer.masked(mask):
+        model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    with optimizer.masked(mask):
+        model(torch.randn(3, 4)).sum().backward()  # warnings are errors here
+    with optimizer.masked(torch.ones(3, dtype=torch.bool)):
+        model(torch.randn(3, 4)).sum().backward()
+
+
 def test_masks_must_be_boolean():
     model = nn.Sequential(nn.Linear(3, 2))
     for watcher in (RNGD(model), Preconditioner(model)):

@@ -485,12 +485,18 @@ class RNGD(torch.optim.Optimizer):
                 adamw_step(rest, [self.state[p] for p in rest], group["lr"] * group["fallback_ratio"], group)
 
     def _tell_without_metric(self) -> None:
-        """Say once of each layer that it has a gradient, but was never seen in a forward pass."""
+        """Say once of each layer that it has a gradient, but was never seen; at first, also which have none."""
         for layer in self._place:
             new = layer.structure is None and layer.weight.grad is not None and layer.name not in self._without_metric
             if new and not self._curvature.capture.explains(layer):
                 self._without_metric.add(layer.name)
                 message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
+                warnings.warn(message, HealthWarning, stacklevel=5)
+        if self._iteration == 0:
+            unseen = [layer for layer in self._place if layer.structure is None and _is_idle(layer)]
+            names = [layer.name for layer in unseen if not self._curvature.capture.explains(layer)]
+            if names:
+                message = f"no part in the first step had {', '.join(names)}: without a gradient, in no forward pass"
                 warnings.warn(message, HealthWarning, stacklevel=5)
 
 
@@ -530,6 +536,12 @@ def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
 def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:
     """Return what was kept in a tensor's dtype and on its device, or zeros where nothing was."""
     return torch.zeros_like(tensor) if kept is None else kept.to(tensor)
+
+
+def _is_idle(layer: Subsystem) -> bool:
+    """Return whether a layer is to be trained, but no part of it has a gradient."""
+    free = [parameter for parameter in layer.parameters if parameter.requires_grad and parameter not in layer.held]
+    return bool(free) and all(parameter.grad is None for parameter in free)
 
 
 def _finite(gradients: Sequence[Tensor]) -> bool:

@@ -99,6 +99,7 @@ class Capture:
         self.refused: list[Subsystem] = []
         self.empty: set[Subsystem] = set()
         self._mask: Tensor | None = None
+        self._masking: list[bool] = []  # for each call inside `masked`, whether it had an effect
         self._unmasked: set[Subsystem] = set()  # of which it was said that a mask did not fit
         self._choose = choose
         self._limit = limit
@@ -182,11 +183,15 @@ class Capture:
         """
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean, got {mask.dtype}: write mask.bool()")
-        before, self._mask = self._mask, mask
+        before = self._mask, self._masking
+        self._mask, self._masking = mask, []
         try:
             yield
         finally:
-            self._mask = before
+            applied, (self._mask, self._masking) = self._masking, before
+        if applied and not any(applied) and not self._unmasked:
+            self._unmasked.update(layer for layers in self._layers.values() for layer in layers)
+            warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", MaskWarning, stacklevel=4)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -232,14 +237,8 @@ class Capture:
             return
         sampling = Sampling(self._limit, self._mask, self._started(layer))
         rows = layer.rows(call, sampling)
-        if sampling.unmasked is not None and self._mask is not None and layer not in self._unmasked:
-            self._unmasked.add(layer)
-            warnings.warn(
-                f"the mask {list(self._mask.shape)} was not applied to {layer.name}, whose samples are "
-                f"{list(sampling.unmasked)}: all of them count",
-                MaskWarning,
-                stacklevel=2,
-            )
+        if self._mask is not None:
+            self._note_mask(layer, self._mask, sampling)
         batch = _Batch(layer, sampling, due=self._due(layer))
         if layer.structure is not None and batch.count is None:
             batch.rows = rows
@@ -254,6 +253,14 @@ class Capture:
                 if layer.followed:
                     self._watch.show(layer.name, z)
         z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
+
+    def _note_mask(self, layer: Subsystem, mask: Tensor, sampling: Sampling) -> None:
+        """Note whether a mask was applied, and say so once of a layer for which it was meant, but did not fit."""
+        self._masking.append(sampling.masked)
+        if sampling.unmasked is not None and layer not in self._unmasked:
+            self._unmasked.add(layer)
+            message = f"the mask {list(mask.shape)} was not applied to {layer.name}, whose samples are "
+            warnings.warn(f"{message}{list(sampling.unmasked)}: all of them count", MaskWarning, stacklevel=2)
 
     def _started(self, layer: Subsystem) -> int:
         """Return how many samples a layer has seen in this step, gradients that are still to flow back included."""

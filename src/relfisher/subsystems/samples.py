@@ -40,6 +40,7 @@ class Sampling:
 
     Attributes:
         count: how many samples the call has, taken or not; None if there is no limit to them.
+        masked: whether the mask fitted any samples.
         unmasked: the shape of samples that a mask was meant for, but did not fit.
     """
 
@@ -47,6 +48,7 @@ class Sampling:
     mask: Tensor | None = None
     start: int = 0
     count: int | None = field(default=None, init=False)
+    masked: bool = field(default=False, init=False)
     unmasked: tuple[int, ...] | None = field(default=None, init=False)
 
     def rows(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
@@ -86,6 +88,7 @@ class Sampling:
             if _is_for(mask, leading):
                 self.unmasked = tuple(leading)
             return None
+        self.masked = True
         return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
 
     def chosen(self, samples: int, device: torch.device) -> Tensor | None:
