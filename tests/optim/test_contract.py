@@ -14,9 +14,9 @@ from relfisher import RNGD
 
 
 class Net(nn.Module):
-    """Tokens through an embedding, convolution, attention and norms, with dropout inside attention."""
+    """Tokens through a layer of each kind, with dropout inside attention and between recurrent layers."""
 
-    def __init__(self, joined=True):
+    def __init__(self, without=()):
         super().__init__()
         self.embed = nn.Embedding(7, 6)
         self.conv = nn.Conv1d(6, 8, 3, padding=1, groups=2)
@@ -24,7 +24,15 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
         self.norm = nn.LayerNorm(8)
         self.slope = nn.PReLU(8)
-        self.pair = nn.Bilinear(8, 8, 5) if joined else nn.Linear(8, 5)
+        kind = nn.GRU if "LSTM" in without else nn.LSTM
+        self.lstm = kind(8, 4, num_layers=2, dropout=0.2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(8, 8, batch_first=True)
+        self.group = nn.GroupNorm(2, 8)
+        self.up = nn.ConvTranspose1d(8, 8, 3, padding=1)
+        self.rms = nn.RMSNorm(8)
+        self.wide, self.narrow = nn.Linear(8, 520), nn.Linear(520, 8)  # so wide that its inverse is of low rank
+        self.bag = nn.EmbeddingBag(7, 8)
+        self.pair = nn.Linear(8, 5) if "Bilinear" in without else nn.Bilinear(8, 8, 5)
         self.scale = nn.Parameter(torch.ones(5))
         self.head = nn.Linear(5, 7)
 
@@ -32,13 +40,22 @@ class Net(nn.Module):
         h = torch.relu(self.batch(self.conv(self.embed(tokens).mT))).mT
         h = self.norm(h + self.attention(h, h, h)[0])
         h = self.slope(h.mT).mT
+        h = h + self.lstm(h)[0]
+        h = h + self.gru(h)[0]
+        h = self.rms(torch.relu(self.up(self.group(h.mT))).mT)
+        h = torch.relu(self.narrow(torch.relu(self.wide(h)))) + self.bag(tokens).unsqueeze(1)
         z = self.pair(h, h) if isinstance(self.pair, nn.Bilinear) else self.pair(h)
         return self.head(torch.tanh(z) * self.scale)
 
 
-def supports(what):
-    layers = "Embedding", "Conv1d", "BatchNorm1d", "MultiheadAttention", "LayerNorm", "PReLU", "Bilinear", "Linear"
-    return pytest.mark.supports(what, *layers)
+LAYERS = (
+    *("Embedding", "EmbeddingBag", "Conv1d", "ConvTranspose1d", "MultiheadAttention", "LSTM", "GRU"),
+    *("BatchNorm1d", "LayerNorm", "RMSNorm", "GroupNorm", "PReLU", "Bilinear", "Linear"),
+)
+
+
+def supports(what, without=()):
+    return pytest.mark.supports(what, *(layer for layer in LAYERS if layer not in without))
 
 
 def net(dtype=torch.float64, **options):
@@ -73,6 +90,8 @@ def test_learns_with_every_kind_of_layer():
     assert {name for group in optimizer.param_groups for name in group["param_names"] if group["kind"] == "adamw"} == {
         "scale"
     }
+    ranked = {layer.name for layer in optimizer._place if "rank" in layer.structure.label(layer.shape)}
+    assert ranked == {"narrow"}
 
 
 @supports("resumes bitwise from a state in the middle of an interval, for each step rule")
@@ -251,11 +270,16 @@ def test_the_optimizer_is_a_context_that_takes_its_hooks_off():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.supports("autocast in float16 and bfloat16", "Embedding", "Conv1d", "MultiheadAttention", "LayerNorm")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_keeps_a_float32_state_for_every_layer(dtype):
-    """But for the bilinear one, which torch's autocast cannot run."""
-    model = net(torch.float32, joined=False)
+def autocast(dtype, *without):
+    return pytest.param(dtype, without, marks=supports(f"autocast in {str(dtype).removeprefix('torch.')}", without))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "without"), [autocast(torch.float16, "Bilinear", "LSTM"), autocast(torch.bfloat16, "Bilinear")]
+)
+def test_autocast_keeps_a_float32_state_for_every_layer(dtype, without):
+    """But for those that torch's autocast cannot run, or runs on some processors only."""
+    model = net(torch.float32, without=without)
     optimizer = RNGD(model, stats_interval=1, refresh_interval=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
