@@ -125,7 +125,7 @@ def check_shapes(
     states: Mapping[int, Mapping[str, Any]],
     layers: Mapping[Tensor, Sequence[int]],
 ) -> None:
-    """Raise ValueError unless the moments and the momentum in a state have the shapes of what they are of.
+    """Raise ValueError unless the moments, momentum and lead in a state have the shapes of what they are of.
 
     Args:
         mine: the groups of an optimizer.
@@ -142,7 +142,7 @@ def check_shapes(
         own = tuple(parameter.shape)
         wanted = {"exp_avg": own, "exp_avg_sq": own}
         if parameter in layers:
-            wanted["momentum"] = tuple(layers[parameter])
+            wanted |= dict.fromkeys(("momentum", "lead"), tuple(layers[parameter]))
         for key, shape in wanted.items():
             moment = states.get(place, {}).get(key)
             if moment is not None and tuple(moment.shape) != shape:

@@ -192,7 +192,7 @@ class RecurrentSubsystem(Subsystem):
         if packed is not None:
             padded, lengths = pad_packed_sequence(packed)
             lengths = lengths.to(padded.device)
-            current, inputs = packed.data.detach(), padded.detach()
+            current, inputs = packed.data.detach().to(self.weight.dtype), padded.detach().to(self.weight.dtype)
         else:
             inputs = sequence.detach()
             inputs = (
@@ -202,7 +202,7 @@ class RecurrentSubsystem(Subsystem):
             current = inputs
         initial = self._initial(states, inputs)
         found = []
-        with call.random_numbers():
+        with call.random_numbers(), torch.autocast(self.weight.device.type, enabled=False):
             for layer in range(module.num_layers):
                 output = self._one(current, [state[layer] for state in initial], layer, packed)
                 outputs = output if packed is None else pad_packed_sequence(packed._replace(data=output))[0]
