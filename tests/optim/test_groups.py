@@ -290,6 +290,7 @@ def test_frozen_layers_take_no_state():
     model = network()
     model[0].requires_grad_(False)
     optimizer = RNGD(model)
+    assert model[0].weight not in optimizer.state
     step(model, optimizer)
     assert model[0].weight not in optimizer.state or not optimizer.state[model[0].weight]
 
