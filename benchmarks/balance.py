@@ -1,4 +1,4 @@
-"""Who has a bound in the trust region: the whole step, or each layer its own (the default).
+"""Who has a bound in the trust region: the whole step, or each layer its own (as the rule has it).
 
     python benchmarks/balance.py
 

@@ -1,4 +1,4 @@
-"""What each structure learns on the paper's network, with everything else at its default.
+"""What each structure learns on the paper's network under the trust region, with everything else at its default.
 
     python benchmarks/structures.py --data mnist5k --epochs 10
 
@@ -67,7 +67,7 @@ def main():
         for name in [name for name in STRUCTURES if name not in options.without]:
             structure = STRUCTURES[name]
             cost, accuracy, seconds = train(
-                lambda model, choose=structure: RNGD(model, structure=choose(model)),
+                lambda model, choose=structure: RNGD(model, step_rule="trust-region", structure=choose(model)),
                 data, activation, batch, options.epochs,
             )  # fmt: skip
             print(f"| {workload} | {name} | {cost:.2g} | {accuracy:.1%} | {seconds:.2f} |", flush=True)

@@ -59,7 +59,7 @@ def test_it_learns_and_the_scheduler_follows(precision):
     run = Run(mixed_precision=precision)
     losses = [run.epoch() for _ in range(10)]
     assert losses[-1] < losses[0] / 2
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * 0.99**40)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(3e-2 * 0.99**40)
 
 
 def test_accumulated_batches_are_as_one():

@@ -84,8 +84,17 @@ def test_accumulated_batches_are_as_one():
         torch.testing.assert_close(parameter, expected, rtol=1e-8, atol=1e-8)
 
 
+class Bounded(Classifier):
+    """With steps that shrink with the gradient."""
+
+    def configure_optimizers(self):
+        return RNGD(self, step_rule="trust-region")
+
+
 def test_gradients_are_clipped_before_the_metric_takes_them():
-    start, free, clipped = classifier(), classifier(), classifier()
+    torch.manual_seed(0)
+    start = Bounded()
+    free, clipped = copy.deepcopy(start), copy.deepcopy(start)
     fit(free, 1)
     fit(clipped, 1, gradient_clip_val=1e-3)
 

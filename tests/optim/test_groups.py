@@ -259,10 +259,10 @@ def test_structures_by_name_pattern_and_class(structure, expected):
 @pytest.mark.parametrize("structure", ["shared", "kronecker", "neuron", "published"])
 def test_embeddings_keep_tokens_squared_numbers_only_where_a_rule_is_theirs(structure):
     model = nn.ModuleDict({"embed": nn.Embedding(3000, 4), "bag": nn.EmbeddingBag(3000, 4), "head": nn.Linear(4, 3)})
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, structure=structure, averaging=0)
     for layer in ("embed", "bag"):
         assert all(value.numel() <= 3000 for value in optimizer.state[model[layer].weight].values())
-    grouped = RNGD(model, params=[{"params": list(model.parameters()), "structure": structure}])
+    grouped = RNGD(model, params=[{"params": list(model.parameters()), "structure": structure}], averaging=0)
     assert all(value.numel() <= 3000 for value in grouped.state[model["embed"].weight].values())
     model["bag"] = nn.EmbeddingBag(30, 4)
     optimizer = RNGD(model, structure={"bag": "shared", "Embedding": "diagonal"})
@@ -290,6 +290,7 @@ def test_frozen_layers_take_no_state():
     model = network()
     model[0].requires_grad_(False)
     optimizer = RNGD(model)
+    assert model[0].weight not in optimizer.state
     step(model, optimizer)
     assert model[0].weight not in optimizer.state or not optimizer.state[model[0].weight]
 

@@ -544,7 +544,7 @@ def test_a_layer_without_statistics_gets_them_at_once():
     """One that is unfrozen, and one that is added, between two updates of the metric."""
     model = network()
     model[0].requires_grad_(False)
-    optimizer = RNGD(model, early_refreshes=(0,))
+    optimizer = RNGD(model, stats_interval=10, early_refreshes=(0,))
     for seed in range(3):
         step(model, optimizer, inputs(seed))
     model[0].requires_grad_(True)

@@ -215,7 +215,7 @@ def test_a_metric_that_cannot_be_factorised_leaves_the_last_good_inverse():
         if parameter in optimizer.state:
             optimizer.state[parameter]["metric"].neg_()
     with pytest.warns(HealthWarning, match="could not be factorised"):
-        train(model, optimizer, 1, first=5)
+        train(model, optimizer, 5, first=5)  # each layer's inverse is due once
     assert optimizer.health.failed_refreshes == 3
     for parameter in model.parameters():
         if parameter in optimizer.state:
@@ -303,6 +303,27 @@ def test_layers_without_a_part_in_the_first_step_are_named_once():
     with pytest.warns(HealthWarning, match="no part in the first step had spare: ") as caught:
         train(model, optimizer, 3)
     assert len(caught) == 1
+
+
+def test_a_layer_that_is_used_outside_the_model_alone_is_trained_all_the_same():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, h):
+            return self.second(torch.tanh(h))
+
+    def whole(x):
+        return model(nn.functional.linear(x, model.first.weight, model.first.bias))
+
+    model = Partly().double()
+    before = model.first.weight.detach().clone()
+    optimizer = RNGD(model)
+    with pytest.warns(HealthWarning, match=r"first.*AdamW"):
+        train(whole, optimizer, 1)
+    assert not torch.equal(model.first.weight, before)
+    assert math.isfinite(train(whole, optimizer, 5)[-1])
 
 
 def test_tied_weights_are_trained_by_the_fallback_and_not_twice():

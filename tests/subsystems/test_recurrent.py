@@ -233,7 +233,7 @@ def test_learns_and_leaves_nothing_to_adamw(kind):
 
     torch.manual_seed(0)
     model = Model()
-    optimizer = RNGD(model)
+    optimizer = RNGD(model, lr=0.1)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     losses = []
     for seed in range(60):

@@ -10,7 +10,17 @@ from relfisher.responses import Categorical, SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, Structure
 from relfisher.subsystems import Subsystem
 
-__all__ = ["FALLBACK", "Rule", "assign", "candidates", "check_rules", "matches", "rule_for", "state_bytes"]
+__all__ = [
+    "FALLBACK",
+    "Rule",
+    "assign",
+    "candidates",
+    "check_rules",
+    "matches",
+    "number_bytes",
+    "rule_for",
+    "state_bytes",
+]
 
 #: A rule, or rules by the name (or a pattern of names) or the class of a module.
 Rule = str | Structure
@@ -96,7 +106,7 @@ def assign(layers: Sequence[Subsystem], budget: int) -> list[Structure]:
             where they cost no more than others (the channels of a normalisation); a seen Kronecker factor of the
             outputs that is no larger than that of the inputs, if both fit into the budget; exact blocks where the units
             saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; else the shared block where it
-            fits, else the diagonal. Its shared blocks and Kronecker factors of 512 or more are inverted along 128
+            fits, else the diagonal. Its shared blocks and Kronecker factors of 512 or more are inverted along 64
             leading eigenvectors; `SharedBlock(rank)` and `KroneckerFactors(rank=rank)` take any rank, and the names
             stand for full inverses. A rule that a layer cannot keep gives way to the first one that it can.
         budget: bytes for the metric and the inverse of one layer.
@@ -154,4 +164,9 @@ def candidates(layer: Subsystem) -> list[Structure]:
 
 def state_bytes(layer: Subsystem, structure: Structure) -> int:
     """Return the bytes of a layer's metric and inverse."""
-    return structure.numbers(layer.shape) * max(layer.weight.element_size(), 4)
+    return structure.numbers(layer.shape) * number_bytes(layer)
+
+
+def number_bytes(layer: Subsystem) -> int:
+    """Return the bytes of a number in a layer's state."""
+    return max(layer.weight.element_size(), 4)

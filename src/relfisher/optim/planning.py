@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from relfisher.optim.assignment import FALLBACK, Rule, assign, candidates, check_rules, rule_for, state_bytes
+from relfisher.optim.assignment import (
+    FALLBACK,
+    Rule,
+    assign,
+    candidates,
+    check_rules,
+    number_bytes,
+    rule_for,
+    state_bytes,
+)
 from relfisher.optim.groups import names_of
 from relfisher.responses import Response
 from relfisher.structures import Structure
@@ -69,14 +79,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One `LayerPlan` a layer, and the bytes that AdamW takes; prints as a table.
+    """One `LayerPlan` a layer, and the bytes that the average and AdamW take; prints as a table.
 
     Attributes:
         layers: those with a metric, in the order of the forward pass, and after them those that it did not reach.
+        averaging_bytes: of the average of iterates, a number a parameter with a metric; `averaging=0` saves them, and
+            so do step rules that do not average by default.
         fallback_bytes: of the two moments of all parameters without one.
     """
 
     layers: tuple[LayerPlan, ...]
+    averaging_bytes: int
     fallback_bytes: int
 
     def __iter__(self) -> Iterator[LayerPlan]:
@@ -84,8 +97,8 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What the optimizer's state will take without momentum, but for a few scalars."""
-        return sum(layer.chosen.bytes for layer in self.layers) + self.fallback_bytes
+        """What the optimizer's state will take with the default averaging, no momentum, and but for a few scalars."""
+        return sum(layer.chosen.bytes for layer in self.layers) + self.averaging_bytes + self.fallback_bytes
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "response", "structure", "state", "step", "refresh", "statistics", "instead")]
@@ -103,8 +116,13 @@ class Plan:
             )
             for layer in self.layers
         )
-        total = f"state without momentum: {_size(self.bytes, 'B', 1024)}, {_size(self.fallback_bytes, 'B', 1024)} of it"
-        return f"{_table(rows)}\n{total} for AdamW on parameters without a metric"
+        total, averaging, fallback = (
+            _size(value, "B", 1024) for value in (self.bytes, self.averaging_bytes, self.fallback_bytes)
+        )
+        return (
+            f"{_table(rows)}\nstate without momentum: {total}, {averaging} of it for the average (none with "
+            f"averaging=0), {fallback} for AdamW on parameters without a metric"
+        )
 
 
 def plan(
@@ -152,7 +170,11 @@ def plan(
         )
     covered = {id(parameter) for layer in structures for parameter in layer.parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
-    return Plan(tuple(rows), sum(2 * parameter.numel() * parameter.element_size() for parameter in rest))
+    return Plan(
+        tuple(rows),
+        averaging_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in structures),
+        fallback_bytes=sum(2 * parameter.numel() * parameter.element_size() for parameter in rest),
+    )
 
 
 @dataclass(frozen=True)

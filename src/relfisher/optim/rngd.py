@@ -242,7 +242,7 @@ class RNGD(torch.optim.Optimizer):
                 late.append(layer)
         self._curvature.add(late)
         for layer, place in self._place.items():
-            state = self.state[state_key(layer)]
+            state = self.state.get(state_key(layer), {})  # a frozen layer has none, and is to get none
             if self.param_groups[place]["averaging"] and "metric" in state and "lead" not in state:
                 state["lead"] = state["metric"].new_zeros(layer.shape)
         covered = {parameter for layer in self._place for parameter in layer.parameters}

@@ -108,7 +108,7 @@ class Structure(ABC):
     """A way to keep the running metric of one layer.
 
     Attributes:
-        rank: of the inverses of blocks at least four times as wide, which are then those of the leading eigenvectors;
+        rank: of the inverses of blocks at least eight times as wide, which are then those of the leading eigenvectors;
             None inverts every block as it is.
     """
 
