@@ -246,7 +246,7 @@ def _step(
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     workloads: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Means of 100 iterations for each method.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Means of 200 iterations for each method.")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="What a method may use on a workload.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
     growth: Annotated[bool, typer.Option(help="Follow the cost to a width of 4096, too.")] = True,

@@ -23,6 +23,9 @@ _SPARE = 8
 _PASSES = 2
 _PASSES_FROM_LAST = 1
 
+# A column of a basis that is shorter than this, squared, is of rounding, not of data.
+_NOTHING = 1e-6
+
 
 class LowRank(NamedTuple):
     """The symmetric matrix `scale * (I - V V')`.
@@ -103,14 +106,14 @@ def _leading(
     """Return about the leading eigenvalues and eigenvectors, by subspace iteration, and whether there are any."""
     rank = last.shape[-1]
     known = last.square().sum(-2, keepdim=True)
-    warm = bool((known > 0).all())
+    warm = bool((known > _NOTHING).all())
     # The same numbers each time, so that an interrupted run goes on as it would have.
     fresh = torch.randn(
         last.shape[-2], _SPARE if warm else _SPARE + rank, generator=torch.Generator().manual_seed(0)
     ).to(last)
     start = last * known.clamp(min=torch.finfo(last.dtype).tiny).rsqrt()
     if not warm:
-        start = torch.where(known > 0, start, fresh[:, _SPARE:])
+        start = torch.where(known > _NOTHING, start, fresh[:, _SPARE:])
     space = torch.cat([start, fresh[:, :_SPARE].expand(*last.shape[:-1], _SPARE)], -1)
     try:
         for _ in range(_PASSES_FROM_LAST if warm else _PASSES):

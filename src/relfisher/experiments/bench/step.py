@@ -20,7 +20,7 @@ from relfisher.experiments.bench.workloads import WORKLOADS, Workload, batches, 
 __all__ = ["Cell", "Lane", "iterate", "measure", "peaks", "take_turns"]
 
 BLOCK = 10
-ITERATIONS = 100
+ITERATIONS = 200
 WARM_UP = 60
 WARM_UP_SHARE = 0.25
 PEAK_ITERATIONS = 25
