@@ -284,6 +284,24 @@ def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
     assert optimizer.health.skipped_steps == skipped
 
 
+@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_gradient_that_is_not_finite_changes_nothing_between_statistics(place, momentum):
+    model = network()
+    optimizer = RNGD(model, momentum=momentum)
+    for seed in range(3):
+        step(model, optimizer, inputs(seed))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.zero_grad()
+    (model(inputs(3)) - 1).square().mean().backward()
+    model[place].weight.grad[1, 2] = torch.nan
+    with pytest.warns(HealthWarning, match="step skipped"):
+        optimizer.step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    assert optimizer.health.skipped_steps == 1
+    assert moved(model, optimizer) == {name for name, _ in model.named_parameters()}
+
+
 def test_large_finite_gradients_are_not_called_infinite():
     model = network(dtype=torch.float32)
     optimizer = RNGD(model)
