@@ -1,5 +1,7 @@
 """When layers are refreshed: each once an interval, and not all in the same step."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ def test_each_layer_is_refreshed_once_an_interval(interval, layers, stats):
     for place in range(layers):
         due = [iteration for iteration in range(4 * interval) if schedule.refresh_due(iteration, place, layers)]
         assert len(due) == 4
-        assert all(after - before == interval for before, after in zip(due, due[1:], strict=False))
+        assert all(after - before == interval for before, after in itertools.pairwise(due))
 
 
 @given(interval=st.integers(1, 50), layers=st.integers(1, 50))
