@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "growing"]
+
+# The first iterates are far from where the later ones are: up to this many iterations weights grow.
+_YOUNG = 500
+
+
+def growing(iteration: int) -> float:
+    """Return the weight in an average of what happens at an iteration, counted from 0; 1 from the 500th on."""
+    return min(1.0, (iteration + 1) / _YOUNG) ** 2
 
 
 class Averaging(NamedTuple):

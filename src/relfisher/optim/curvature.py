@@ -226,13 +226,13 @@ class Curvature:
 _ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
 
 #: What steps keep there, whatever the structure.
-_STEPS = _ADAMW_KEYS | {"momentum", "lead"}
+_STEPS = _ADAMW_KEYS | {"momentum", "lead", "sizes"}
 
 #: What it holds besides the metric and its inverse.
 _BESIDES = _STEPS | {"mass", "moving"}
 
 #: What is read by the host at each iteration, and stays there.
-HOST_KEYS = frozenset(["mass", "moving"])
+HOST_KEYS = frozenset(["mass", "moving", "sizes"])
 
 
 def _flags(moving: Sequence[bool]) -> Tensor:

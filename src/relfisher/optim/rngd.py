@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
-from relfisher.optim.averaging import Averaging
+from relfisher.optim.averaging import Averaging, growing
 from relfisher.optim.curvature import Curvature, state_key
 from relfisher.optim.fallback import adamw_state, adamw_step
 from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, check_shapes, named, names_of, split
@@ -30,9 +30,6 @@ from relfisher.validation import check_interval, check_positive
 __all__ = ["RNGD"]
 
 _BOUND = 2e-3
-
-# The first iterates are far from where the later ones are: up to this many iterations weights grow.
-_YOUNG = 500
 
 
 class RNGD(torch.optim.Optimizer):
@@ -243,8 +240,11 @@ class RNGD(torch.optim.Optimizer):
         self._curvature.add(late)
         for layer, place in self._place.items():
             state = self.state.get(state_key(layer), {})  # a frozen layer has none, and is to get none
-            if self.param_groups[place]["averaging"] and "metric" in state and "lead" not in state:
+            if "metric" not in state:
+                continue
+            if self.param_groups[place]["averaging"] and "lead" not in state:
                 state["lead"] = state["metric"].new_zeros(layer.shape)
+            state.update({key: value for key, value in self._rule.create().items() if key not in state})
         covered = {parameter for layer in self._place for parameter in layer.parameters}
         for parameter in home:
             if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
@@ -472,8 +472,8 @@ class RNGD(torch.optim.Optimizer):
     @staticmethod
     def _weight(group: Mapping[str, Any]) -> float:
         """Return the weight in the average of what the next step leads to."""
-        weight: float = group["peak_lr"] * min(1.0, (group["iteration"] + 1) / _YOUNG)
-        return weight**2
+        weight: float = group["peak_lr"] ** 2 * growing(group["iteration"])
+        return weight
 
     def _take_fallback(self, moves: Sequence[Move]) -> None:
         """Step with AdamW on what has a gradient but no metric."""

@@ -57,6 +57,10 @@ class StepRule(ABC):
     #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
 
+    def create(self) -> State:
+        """Return what the rule keeps of a layer, on the host, before the first step; nothing by default."""
+        return {}
+
     @abstractmethod
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return a step for each move, or None if one is not finite."""

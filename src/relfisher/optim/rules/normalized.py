@@ -8,24 +8,91 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relfisher.optim.averaging import growing
 from relfisher.optim.rules.base import Move, Step, StepRule
-from relfisher.validation import check_positive
+from relfisher.structures import State
+from relfisher.validation import check_interval, check_positive
 
-__all__ = ["Normalized", "scaled"]
+__all__ = ["Normalized", "NormalizedRule"]
 
 
-class Normalized(StepRule):
-    """D = M (G + damping)^-1 for each layer, scaled to the root mean square `rms * lr`.
+class NormalizedRule(StepRule):
+    """Steps of a fixed length, as long as gradients are not far smaller than they were.
 
-    Nothing depends on the scale of the loss, and no gradient, however large, makes a long step; the learning rate means
-    what it means for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink by themselves:
-    average, or let the learning rate decay.
+    A step has the root mean square `rms * lr`. Where all samples are fitted, what is left of a gradient is noise of a
+    few of them, and steps of the same length would walk off at random: where the size of what the step is made of is
+    below the share `quiet` of its geometric mean over the run so far, the step is shorter in proportion.
 
     Args:
         rms: of a layer's step, over the learning rate.
+        quiet: the share of the geometric mean of sizes below which steps shrink; 0 for steps that never do.
 
     Raises:
-        ValueError: if it is not positive.
+        ValueError: if `rms` is not positive, or `quiet` negative.
+    """
+
+    def __init__(self, rms: float = 0.2, quiet: float = 0.1) -> None:
+        check_positive("rms", rms)
+        check_interval("quiet", quiet, 0, math.inf)
+        self.rms = rms
+        self.quiet = quiet
+
+    def create(self) -> State:
+        """Return how many steps there were, the sum of their weights, and the mean of the logarithms of their sizes."""
+        return {"sizes": torch.zeros(3, dtype=torch.float64)}
+
+    def scaled(
+        self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
+    ) -> list[Step] | None:
+        """Return steps along directions, or None if one is not finite.
+
+        Args:
+            moves: what moves.
+            directions: one a move; one of length 0 stays so.
+            made_of: of each direction, what grows with the gradient as the direction itself may not.
+        """
+        if not directions:
+            return []
+        norms = _norms(directions)
+        sizes = norms if made_of is directions else _norms(made_of)
+        if not all(map(math.isfinite, [*norms, *sizes])):
+            return None
+        return [
+            Step(direction, self._length(move, size) * math.sqrt(direction.numel()) / norm if norm else 0.0)
+            for move, direction, norm, size in zip(moves, directions, norms, sizes, strict=True)
+        ]
+
+    def _length(self, move: Move, size: float) -> float:
+        """Return the root mean square of a step, and count its size."""
+        if size == 0:
+            return 0.0
+        kept = move.state.setdefault("sizes", self.create()["sizes"])
+        count, total, mean = kept.tolist()
+        weight = growing(int(count))
+        total += weight
+        mean += weight / total * (math.log(size) - mean)
+        kept.copy_(torch.tensor([count + 1, total, mean], dtype=kept.dtype))
+        floor = self.quiet * math.exp(mean)
+        return move.lr * self.rms * min(1.0, size / floor if floor else 1.0)
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    return [float(norm) for norm in torch._foreach_norm(list(tensors))]
+
+
+class Normalized(NormalizedRule):
+    """D = M (G + damping)^-1 for each layer, scaled to the root mean square `rms * lr`.
+
+    Nothing depends on the scale of the loss, and no gradient, however large, makes a long step; the learning rate means
+    what it means for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink by themselves but
+    where gradients have nearly vanished: average, or let the learning rate decay.
+
+    Args:
+        rms: of a layer's step, over the learning rate.
+        quiet: see `NormalizedRule`.
+
+    Raises:
+        ValueError: if `rms` is not positive, or `quiet` negative.
     """
 
     name = "normalized"
@@ -33,29 +100,7 @@ class Normalized(StepRule):
     default_averaging = 0.9
     nesterov = True
 
-    def __init__(self, rms: float = 0.2) -> None:
-        check_positive("rms", rms)
-        self.rms = rms
-
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a direction is not finite."""
-        return scaled(moves, [move.structure.precondition(move.state, move.gradient) for move in moves], self.rms)
-
-
-def scaled(moves: Sequence[Move], directions: Sequence[Tensor], rms: float) -> list[Step] | None:
-    """Return steps along directions with the root mean square `rms * lr`, or None if one is not finite.
-
-    Args:
-        moves: what moves.
-        directions: one a move; one of length 0 stays so.
-        rms: over the learning rate.
-    """
-    if not directions:
-        return []
-    norms = [float(norm) for norm in torch._foreach_norm(list(directions))]
-    if not all(map(math.isfinite, norms)):
-        return None
-    return [
-        Step(direction, move.lr * rms * math.sqrt(direction.numel()) / norm if norm else 0.0)
-        for move, direction, norm in zip(moves, directions, norms, strict=True)
-    ]
+        directions = [move.structure.precondition(move.state, move.gradient) for move in moves]
+        return self.scaled(moves, directions, directions)

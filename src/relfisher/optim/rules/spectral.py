@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relfisher.optim.rules.base import Move, Step, StepRule
-from relfisher.optim.rules.normalized import scaled
+from relfisher.optim.rules.base import Move, Step
+from relfisher.optim.rules.normalized import NormalizedRule
 from relfisher.shapes import Float
 from relfisher.validation import check_positive
 
@@ -19,7 +19,7 @@ __all__ = ["Spectral", "polar_factor"]
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-class Spectral(StepRule):
+class Spectral(NormalizedRule):
     """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
 
     The layer's response to the input x~ changes by D x~. In coordinates u = R x~, in which the inputs have the unit
@@ -33,9 +33,10 @@ class Spectral(StepRule):
     Args:
         rms: of a layer's step, over the learning rate.
         iterations: of Newton and Schulz, towards the polar factor.
+        quiet: see `NormalizedRule`; the size is that of M R'.
 
     Raises:
-        ValueError: if one of them is not positive.
+        ValueError: if `rms` or `iterations` is not positive, or `quiet` negative.
     """
 
     name = "spectral"
@@ -44,21 +45,22 @@ class Spectral(StepRule):
     default_momentum = 0.9
     nesterov = True
 
-    def __init__(self, rms: float = 0.2, iterations: int = 5) -> None:
-        check_positive("rms", rms)
+    def __init__(self, rms: float = 0.2, iterations: int = 5, quiet: float = 0.1) -> None:
+        super().__init__(rms, quiet)
         check_positive("iterations", iterations)
-        self.rms = rms
         self.iterations = iterations
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a direction is not finite."""
-        return scaled(moves, [self._direction(move) for move in moves], self.rms)
+        whitened = [move.structure.whiten(move.state, move.gradient) for move in moves]
+        directions = [
+            move.structure.unwhiten(move.state, self._orthogonal(field))
+            for move, field in zip(moves, whitened, strict=True)
+        ]
+        return self.scaled(moves, directions, whitened)
 
-    def _direction(self, move: Move) -> Tensor:
-        whitened = move.structure.whiten(move.state, move.gradient)
-        if whitened.shape[-2] > 1:
-            whitened = polar_factor(whitened, self.iterations)
-        return move.structure.unwhiten(move.state, whitened)
+    def _orthogonal(self, field: Tensor) -> Tensor:
+        return polar_factor(field, self.iterations) if field.shape[-2] > 1 else field
 
 
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
