@@ -39,7 +39,7 @@ class NormalizedRule(StepRule):
 
     def create(self) -> State:
         """Return how many steps there were, the sum of their weights, and the mean of the logarithms of their sizes."""
-        return {"sizes": torch.zeros(3, dtype=torch.float64)}
+        return {"sizes": torch.zeros(3, dtype=torch.float32)}
 
     def scaled(
         self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
