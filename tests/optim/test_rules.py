@@ -1,5 +1,7 @@
 """The step rules: what each one bounds, and what it does not depend on."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,28 @@ def test_normalised_and_spectral_steps_do_not_depend_on_the_losss_scale(size, sc
         torch.testing.assert_close(taken(one), taken(other), rtol=1e-6, atol=1e-9)
         rms = float(taken(one).square().mean().sqrt())
         assert rms == pytest.approx(0.2 * 0.1)
+
+
+@pytest.mark.parametrize("rule", [Normalized(), Spectral()])
+@given(scales=st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=8), whole=st.floats(1e-3, 1e3))
+def test_steps_are_shorter_where_gradients_are_a_tenth_of_what_they_were_or_less(rule, scales, whole):
+    moves = move((6, 3, 2))
+    weights, logarithms = [], []
+    for number, scale in enumerate(scales, start=1):
+        (step,) = rule.steps([moves._replace(gradient=moves.gradient * scale * whole)])
+        weights.append((number / 500) ** 2)
+        logarithms.append(math.log(scale))
+        usual = math.exp(sum(w * each for w, each in zip(weights, logarithms, strict=True)) / sum(weights))
+        shorter = min(1.0, scale / (0.1 * usual))
+        assert float(taken(step).square().mean().sqrt()) == pytest.approx(0.2 * 0.1 * shorter, rel=1e-3)
+
+
+def test_a_gradient_of_zeros_makes_no_step_and_is_not_counted():
+    rule, moves = Normalized(), move((6, 3, 2))
+    (step,) = rule.steps([moves._replace(gradient=torch.zeros_like(moves.gradient))])
+    assert not taken(step).any()
+    (step,) = rule.steps([moves])
+    assert float(taken(step).square().mean().sqrt()) == pytest.approx(0.2 * 0.1)
 
 
 @given(size=sizes, scale=st.floats(1e3, 1e9))
