@@ -35,7 +35,7 @@ LOOKS = {
     "K-FAC": Look("#a6761d"),
     "FOOF": Look("#e69f00", "--"),
     "RNGD": Look("#d1345b", width=2.6),
-    "RNGD-trust-region": Look("#e69f00", width=2.6),
+    "RNGD-trust-region": Look("#0b7a75", width=2.6),
     "RNGD-spectral": Look("#8c1d40", width=2.6),
 }
 
