@@ -250,6 +250,7 @@ def _step(
     seconds: Annotated[float, typer.Option(min=0, help="What a method may use on a workload.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
     growth: Annotated[bool, typer.Option(help="Follow the cost to a width of 4096, too.")] = True,
+    peak: Annotated[bool, typer.Option(help="Measure peak memory, too, in a process a method.")] = True,
 ) -> None:
     """Measure what a training iteration costs with each optimizer, in time and memory."""
     import torch
@@ -280,7 +281,7 @@ def _step(
     for name in chosen:
         with console.status(name):
             cells = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
-            found[name] = peaks(name, cells, data)
+            found[name] = peaks(name, cells, data) if peak else cells
         console.print(shown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(found[name])))
     for width in WIDTHS if growth else ():
         with console.status(f"width {width}"):
