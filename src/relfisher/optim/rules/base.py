@@ -17,7 +17,7 @@ __all__ = ["Move", "Step", "StepRule"]
 class Move(NamedTuple):
     """What a layer's step is made of.
 
-    Args:
+    Attributes:
         layer: what moves.
         structure: how its metric is kept.
         state: where.
