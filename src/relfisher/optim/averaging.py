@@ -44,7 +44,7 @@ class Averaging(NamedTuple):
 
         Args:
             direction: of the step.
-            scale: its length.
+            scale: what it is multiplied by, and subtracted.
             lead: of z before the step, which becomes that after it.
         """
         lead.add_(direction, alpha=-scale * self.before)
