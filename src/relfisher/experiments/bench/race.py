@@ -36,7 +36,8 @@ __all__ = [
     "running_mean",
 ]
 
-EVALUATIONS = 30
+EVALUATIONS = 20
+TUNING_EVALUATIONS = 1
 EVALUATED_AT_ONCE = 500
 OPTION = "option "
 OURS = ("FOOF", "RNGD", "RNGD-trust-region", "RNGD-spectral")
@@ -63,7 +64,9 @@ RACES = {
     "mlp-sigmoid": Race("mlp-sigmoid", (*PLAIN, *OURS), target=0.2, budget=180, window=100),
     "autoencoder": Race("autoencoder", (*PLAIN, *OURS), target=225.0, budget=180, window=10),
     "cnn": Race("cnn", (*PLAIN, *OURS), target=0.1, budget=240, window=50),
-    "transformer": Race("transformer", ("AdamW", "Muon", "SOAP", *OURS), target=None, budget=300, window=20),
+    "transformer": Race(
+        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", "RNGD-spectral"), target=None, budget=300, window=20
+    ),
 }
 
 
@@ -81,20 +84,27 @@ class RacePlan:
 
     def candidates(self, method: str) -> list[Run]:
         """The tuning runs of a method, one a configuration."""
-        return [self._run(method, options, 0, self.tuning) for options in PEERS[method].configurations]
+        return [
+            self._run(method, options, 0, self.tuning, TUNING_EVALUATIONS) for options in PEERS[method].configurations
+        ]
 
     def repeats(self, method: str, options: Configuration) -> list[Run]:
         """The runs of a method's configuration, one a seed."""
-        return [self._run(method, options, seed, self.budget) for seed in range(self.seeds)]
+        return [self._run(method, options, seed, self.budget, EVALUATIONS) for seed in range(self.seeds)]
 
     @property
     def planned(self) -> int:
         """The number of runs, if every method has a configuration that does not diverge."""
         return sum(len(self.candidates(method)) + self.seeds for method in self.methods)
 
-    def _run(self, method: str, options: Configuration, seed: int, seconds: float) -> Run:
+    def _run(self, method: str, options: Configuration, seed: int, seconds: float, evaluations: int) -> Run:
         others = {f"{OPTION}{name}": value for name, value in options.items() if name != "lr"}
-        settings: dict[str, str | int | float] = {**self.settings, **others, "seconds": seconds}
+        settings: dict[str, str | int | float] = {
+            **self.settings,
+            **others,
+            "seconds": seconds,
+            "evaluations": evaluations,
+        }
         return Run(f"race-{self.name}", method, options["lr"], seed, tuple(sorted(settings.items())))
 
 
@@ -150,7 +160,6 @@ def plan(
         "data": data.name,
         "fingerprint": data.fingerprint,
         "batch_size": workload.batch_size,
-        "evaluations": EVALUATIONS,
         "threads": threads,
         "relfisher": version("relfisher"),
     }

@@ -24,7 +24,7 @@ CONTEXT = 128
 TRANSFORMER_WIDTH = 256
 TRANSFORMER_LAYERS = 4
 HEADS = 4
-HELD_OUT_WINDOWS = 256
+HELD_OUT_WINDOWS = 64
 
 Kind = Literal["classes", "images", "text"]
 
