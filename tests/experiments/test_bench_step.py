@@ -83,6 +83,20 @@ def test_state_bytes_are_exact():
     assert state_bytes(shared) >= 2 * 4 * (6 * 6 + 5 * 5)  # metric and inverse
 
 
+def test_muon_in_single_precision_takes_the_step_of_a_more_exact_polar_factor():
+    def moved(name, dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
+        before = model[0].weight.detach().double().clone()
+        model(torch.ones(8, 5, dtype=dtype)).square().sum().backward()
+        PEERS[name].make(model).step()
+        return model[0].weight.detach().double() - before
+
+    exact = moved("Muon-float32", torch.float64)
+    assert (moved("Muon-float32", torch.float32) - exact).norm() < 1e-4 * exact.norm()
+    assert (moved("Muon", torch.float32) - exact).norm() > 1e-3 * exact.norm()
+
+
 def test_every_method_has_as_many_configurations():
     for peer in PEERS.values():
         found = peer.configurations

@@ -126,6 +126,16 @@ def test_the_spectral_direction_is_the_steepest_of_its_bound(size, seed):
     assert float(torch.sum(near * gradient)) > 0.6 * float(steepest)
 
 
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), iterations=st.integers(1, 6))
+def test_polar_factors_are_the_quintic_of_the_singular_values(rows, columns, iterations):
+    matrix = draw(rows, columns, rows + 13 * columns)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(iterations):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(polar_factor(matrix, iterations), left * values @ right)
+
+
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6), groups=st.sampled_from([(), (2,)]))
 def test_polar_factors_share_the_singular_vectors(rows, columns, groups):
     generator = torch.Generator().manual_seed(rows + 7 * columns)

@@ -18,6 +18,9 @@ __all__ = ["Spectral", "polar_factor"]
 # 0.01 and 1 to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
+# Five iterations on m x n take 20 m^2 n + 10 m^3 operations, on the m x m Gram matrix 4 m^2 n + 34 m^3.
+_ELONGATED = 1.5
+
 
 class Spectral(NormalizedRule):
     """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
@@ -73,11 +76,30 @@ def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[
     Returns:
         U V' of the singular value decomposition U S V', about; zeros for zeros.
     """
-    a, b, c = _COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = _by_gram(x, iterations) if x.shape[-1] > _ELONGATED * x.shape[-2] else _plain(x, iterations)
+    return x.mT if tall else x
+
+
+def _plain(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
+    a, b, c = _COEFFICIENTS
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x
+
+
+def _by_gram(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
+    """Return the same from the m x m Gram matrix alone: an iteration multiplies x by a polynomial of it."""
+    a, b, c = _COEFFICIENTS
+    gram = x @ x.mT
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    constant, linear, product = a * eye, b * eye, eye
+    for iteration in range(iterations):
+        factor = torch.add(linear, gram, alpha=c) @ gram + constant
+        product = factor @ product if iteration else factor
+        if iteration < iterations - 1:
+            gram = factor @ gram @ factor
+    return product @ x
