@@ -249,7 +249,7 @@ def _step(
     repeats: Annotated[int, typer.Option(min=1, help="Means of 200 iterations for each method.")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="What a method may use on a workload.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
-    growth: Annotated[bool, typer.Option(help="Follow the cost to a width of 4096, too.")] = True,
+    growth: Annotated[bool, typer.Option(help="Follow the cost to a width and a batch of 4096, too.")] = True,
     peak: Annotated[bool, typer.Option(help="Measure peak memory, too, in a process a method.")] = True,
 ) -> None:
     """Measure what a training iteration costs with each optimizer, in time and memory."""
@@ -258,8 +258,10 @@ def _step(
 
     from relfisher.experiments.bench.peers import PEERS
     from relfisher.experiments.bench.report import shown
-    from relfisher.experiments.bench.step import measure, peaks
+    from relfisher.experiments.bench.step import Cell, measure, peaks
     from relfisher.experiments.bench.step_report import (
+        BATCHES,
+        BATCHES_WIDTH,
         GROWTH_METHODS,
         HEADER,
         STEP_WORKLOADS,
@@ -267,7 +269,7 @@ def _step(
         rows,
         write_steps,
     )
-    from relfisher.experiments.bench.workloads import WORKLOADS, growing
+    from relfisher.experiments.bench.workloads import WORKLOADS, Workload, growing
     from relfisher.experiments.reproduce import Invocation
 
     chosen = _selected(workloads, STEP_WORKLOADS, "--workloads")
@@ -277,17 +279,20 @@ def _step(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     console = Console()
     found = {}
-    grown = {}
     for name in chosen:
         with console.status(name):
             cells = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
             found[name] = peaks(name, cells, data) if peak else cells
         console.print(shown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(found[name])))
-    for width in WIDTHS if growth else ():
-        with console.status(f"width {width}"):
-            both = {name: PEERS[name] for name in GROWTH_METHODS}
-            grown[width] = measure(growing(width), both, data, repeats=repeats, seconds=seconds)
-    for path in write_steps(found, grown, Invocation(_command(), jobs=1), out):
+    both = {name: PEERS[name] for name in GROWTH_METHODS}
+
+    def grown(workload: Workload) -> list[Cell]:
+        with console.status(workload.title):
+            return measure(workload, both, data, repeats=repeats, seconds=seconds)
+
+    widths = {width: grown(growing(width)) for width in WIDTHS if growth}
+    batches = {batch: grown(growing(BATCHES_WIDTH, batch)) for batch in BATCHES if growth}
+    for path in write_steps(found, widths, batches, Invocation(_command(), jobs=1), out):
         print(path)
 
 

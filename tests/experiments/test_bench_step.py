@@ -183,15 +183,17 @@ def test_measurement_leaves_tables_numbers_and_a_picture(tmp_path):
     assert [cell.method for cell in cells] == list(methods)
     assert [len(cell.steps) for cell in cells] == [2, 0, 2]
     both = {name: methods[name] for name in step_report.GROWTH_METHODS}
-    growth = {width: measure(growing(width), both, "noise", repeats=1, seconds=0.0) for width in (8, 16)}
-    paths = step_report.write_steps({"mlp": cells}, growth, Invocation("relfisher bench step", 1), tmp_path)
+    widths = {width: measure(growing(width), both, "noise", repeats=1, seconds=0.0) for width in (8, 16)}
+    sizes = {batch: measure(growing(8, batch), both, "noise", repeats=1, seconds=0.0) for batch in (2, 4)}
+    paths = step_report.write_steps({"mlp": cells}, widths, sizes, Invocation("relfisher bench step", 1), tmp_path)
     assert paths == [tmp_path / "table.md", tmp_path / "growth.png"]
     assert "| gone | not available: it is a test |" in paths[0].read_text()
     about = json.loads((tmp_path / "steps.json").read_text())
     assert about["command"] == "relfisher bench step"
     assert {"versions", "machine", "peers"} <= set(about)
     assert [len(cell["repeats"]) for cell in about["workloads"]["mlp"]] == [2, 0, 2]
-    assert list(about["growth"]) == ["8", "16"]
+    assert list(about["growth with the width"]) == ["8", "16"]
+    assert list(about["growth with the batch"]) == ["2", "4"]
 
 
 @pytest.mark.usefixtures("noise")

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from relfisher.experiments.bench.report import ABSENT, markdown, spread, write
@@ -18,6 +19,8 @@ from relfisher.experiments.figures import STYLE, save
 from relfisher.experiments.reproduce import Invocation
 
 __all__ = [
+    "BATCHES",
+    "BATCHES_WIDTH",
     "GROWTH_METHODS",
     "HEADER",
     "STEP_WORKLOADS",
@@ -31,8 +34,11 @@ __all__ = [
 BASE = "Adam"
 STEP_WORKLOADS = ("mlp", "mlp-500", "autoencoder", "cnn", "transformer")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+BATCHES = (16, 64, 256, 1024, 4096)
+BATCHES_WIDTH = 256
 GROWTH_METHODS = (BASE, "RNGD")
 COLOURS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
+LINE: dict[str, Any] = {"linewidth": 2, "marker": "o"}
 HEADER = (
     "method",
     "ms",
@@ -69,62 +75,59 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
     return [_row(cell, base) for cell in cells]
 
 
-def _growth_header(growth: Growth) -> list[str]:
-    """Returns the names of the columns of `growth_rows`."""
-    return ["width", *(f"{cell.method}, {unit}" for cell in next(iter(growth.values())) for unit in ("ms", "state MB"))]
-
-
 def growth_rows(growth: Growth) -> list[list[str]]:
-    """Returns time and state of each method, a line a width."""
+    """Returns time and state of each method, and the ratio of their times, a line a size."""
     return [
-        [str(width), *(text for cell in cells for text in (f"{1e3 * cell.seconds:.2f}", _megabytes(cell.state_bytes)))]
-        for width, cells in growth.items()
+        [
+            str(size),
+            *(text for cell in cells for text in (f"{1e3 * cell.seconds:.2f}", _megabytes(cell.state_bytes))),
+            f"{_ratio(cells):.2f}",
+        ]
+        for size, cells in growth.items()
     ]
 
 
-def growth_figure(growth: Growth) -> Figure:
-    """Draws time and state against width.
+def growth_figure(widths: Growth, batches: Growth) -> Figure:
+    """Draws time and state against width, and the ratio of times against the batch.
 
     Args:
-        growth: The cells of each width.
+        widths: The cells of each width.
+        batches: The cells of each batch size.
 
     Returns:
         The figure.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.6), dpi=150)
-        time, state = figure.subplots(1, 2)
-        widths = list(growth)
-        for number, first in enumerate(next(iter(growth.values()))):
-            cells = [cells[number] for cells in growth.values()]
-            style: dict[str, Any] = {
-                "color": COLOURS[first.method],
-                "linewidth": 2,
-                "marker": "o",
-                "label": first.method,
-            }
-            time.plot(widths, [1e3 * cell.seconds for cell in cells], **style)
-            state.plot(widths, [cell.state_bytes / 1e6 for cell in cells], **style)
-        time.set(ylabel="an iteration (ms)")
-        state.set(ylabel="optimizer state (MB)")
+        figure = Figure(figsize=(15, 4.6), dpi=150)
+        time, state, ratio = figure.subplots(1, 3)
+        for number, first in enumerate(next(iter(widths.values()))):
+            cells = [cells[number] for cells in widths.values()]
+            style: dict[str, Any] = {"color": COLOURS[first.method], "label": first.method, **LINE}
+            time.plot(list(widths), [1e3 * cell.seconds for cell in cells], **style)
+            state.plot(list(widths), [cell.state_bytes / 1e6 for cell in cells], **style)
+        time.set(ylabel="an iteration (ms)", yscale="log")
+        state.set(ylabel="optimizer state (MB)", yscale="log")
         for axes in (time, state):
-            axes.set(xscale="log", yscale="log", xlabel="width")
-            axes.set_xticks(widths, [str(width) for width in widths])
-            axes.minorticks_off()
             axes.legend(loc="upper left", frameon=False)
-        figure.suptitle("784-width-width-10 ReLU network, batch 256", x=0.07, ha="left", fontsize=13, weight="bold")
+            _count(axes, "width, batch 256", list(widths))
+        ratio.plot(list(batches), [_ratio(cells) for cells in batches.values()], color=COLOURS["RNGD"], **LINE)
+        ratio.axhline(1.0, color=COLOURS[BASE], linewidth=1)
+        ratio.set(ylabel=f"an iteration of RNGD over {BASE}'s", ylim=(0, None))
+        _count(ratio, f"batch, width {BATCHES_WIDTH}", list(batches))
+        figure.suptitle("784-width-width-10 ReLU network", x=0.05, ha="left", fontsize=13, weight="bold")
         figure.tight_layout()
     return figure
 
 
 def write_steps(
-    found: Mapping[str, Sequence[Cell]], growth: Growth, invocation: Invocation, directory: Path
+    found: Mapping[str, Sequence[Cell]], widths: Growth, batches: Growth, invocation: Invocation, directory: Path
 ) -> list[Path]:
     """Writes tables, numbers and picture.
 
     Args:
         found: The cells of each workload.
-        growth: Those of each width; empty if it was not measured.
+        widths: Those of each width; empty if growth was not measured.
+        batches: Those of each batch size, likewise.
         invocation: How it was measured.
         directory: Where to.
 
@@ -134,14 +137,31 @@ def write_steps(
     tables = [markdown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(cells)) for name, cells in found.items()]
     content: dict[str, object] = {"workloads": {name: list(map(_numbers, cells)) for name, cells in found.items()}}
     paths = [directory / "table.md"]
-    if growth:
-        tables.append(
-            markdown("growth: 784-width-width-10 ReLU, batch 256", _growth_header(growth), growth_rows(growth))
-        )
-        content["growth"] = {width: list(map(_numbers, cells)) for width, cells in growth.items()}
-        paths += save(growth_figure(growth), directory, "growth")[:1]
+    if widths:
+        for size, growth in (("width", widths), ("batch", batches)):
+            fixed = "batch 256" if size == "width" else f"width {BATCHES_WIDTH}"
+            title = f"growth with the {size}: 784-width-width-10 ReLU, {fixed}"
+            tables.append(markdown(title, _growth_header(size, growth), growth_rows(growth)))
+            content[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
+        paths += save(growth_figure(widths, batches), directory, "growth")[:1]
     write(directory, "steps", "\n".join(tables) + NOTES, content, invocation)
     return paths
+
+
+def _growth_header(size: str, growth: Growth) -> list[str]:
+    columns = (f"{cell.method}, {unit}" for cell in next(iter(growth.values())) for unit in ("ms", "state MB"))
+    return [size, *columns, f"RNGD x {BASE}"]
+
+
+def _ratio(cells: Sequence[Cell]) -> float:
+    base, ours = cells
+    return ours.seconds / base.seconds
+
+
+def _count(axes: Axes, label: str, sizes: Sequence[int]) -> None:
+    axes.set(xscale="log", xlabel=label)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
 
 
 def _row(cell: Cell, base: Cell | None) -> list[str]:

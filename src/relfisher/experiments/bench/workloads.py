@@ -116,10 +116,13 @@ def samples(kind: Kind, source: str) -> Samples:
     return Samples(data.name, data.fingerprint(), data.train_images, targets[0], data.validation_images, targets[1])
 
 
-def growing(width: int) -> Workload:
-    """Returns a plain network with two hidden layers of a width, whose cost is followed as it grows."""
+def growing(width: int, batch_size: int = 256) -> Workload:
+    """Returns a plain network with two hidden layers of a width, whose cost is followed as it or its batch grows."""
     return Workload(
-        f"784-{width}-{width}-10 ReLU, batch 256", "classes", 256, partial(_stack, (784, width, width, 10), nn.ReLU)
+        f"784-{width}-{width}-10 ReLU, batch {batch_size}",
+        "classes",
+        batch_size,
+        partial(_stack, (784, width, width, 10), nn.ReLU),
     )
 
 
