@@ -9,8 +9,10 @@ momentum. A row of the table is all runs of a rule on a network. The exit status
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 import warnings
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,13 @@ DAMPINGS = (1e-5, 1e-3, 0.1, 1.0)
 BATCHES = (8, 64, 1024)
 MOMENTUMS = (0.0, 0.9)
 RULES = ("normalized", "trust-region", "spectral")
+UNITS = {"ReLU units": nn.ReLU, "tanh units": nn.Tanh, "sigmoid units": nn.Sigmoid}
+
+
+@lru_cache
+def digits():
+    """Return the embedded digits."""
+    return load("mnist5k")
 
 
 def convolutional():
@@ -41,21 +50,21 @@ def convolutional():
     )
 
 
-def networks():
-    """Return what makes each network."""
-    generator = torch.Generator()
-    units = {"ReLU": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-    found = {
-        f"{name} units": lambda unit=unit: network("none", generator.manual_seed(0), unit)
-        for name, unit in units.items()
-    }
-    return {**found, "convolutions": convolutional}
+def build(name):
+    """Return the network of a name."""
+    if name == "convolutions":
+        torch.manual_seed(0)
+        return convolutional()
+    return network("none", torch.Generator().manual_seed(0), UNITS[name])
 
 
-def run(make, rule, rate, damping, batch, momentum, data, iterations):
+def run(rule, name, iterations, options):
     """Return whether all weights are finite after a run, whether its loss fell, and how many steps were left out."""
-    torch.manual_seed(0)
-    model = make()
+    rate, damping, batch, momentum = options
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    data = digits()
+    model = build(name)
     optimizer = RNGD(model, rate, step_rule=rule, damping=damping, momentum=momentum)
     losses = []
     for iteration in range(iterations):
@@ -74,21 +83,20 @@ def main():
     """Run the grid and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    data = load("mnist5k")
     grid = list(itertools.product(RATES, DAMPINGS, BATCHES, MOMENTUMS))
     lines = ["| rule | network | runs | weights not finite | loss below the first | steps left out |", "|" + "---|" * 6]
     lost = 0
-    for rule, (name, make) in itertools.product(RULES, networks().items()):
-        found = [run(make, rule, *each, data, options.iterations) for each in grid]
-        broken = sum(not finite for finite, _, _ in found)
-        lost += broken
-        learned, skipped = (sum(result[place] for result in found) for place in (1, 2))
-        lines.append(f"| {rule} | {name} | {len(found)} | {broken} | {learned} | {skipped} |")
-        print(lines[-1], flush=True)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for rule, name in itertools.product(RULES, (*UNITS, "convolutions")):
+            found = pool.map(partial(run, rule, name, options.iterations), grid, chunksize=1)
+            broken = sum(not finite for finite, _, _ in found)
+            lost += broken
+            learned, skipped = (sum(result[place] for result in found) for place in (1, 2))
+            lines.append(f"| {rule} | {name} | {len(found)} | {broken} | {learned} | {skipped} |")
+            print(lines[-1], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("\n".join(lines) + "\n")
     sys.exit(int(lost > 0))
