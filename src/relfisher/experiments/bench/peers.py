@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each with as many configurations to choose from."""
+"""The optimizers that are compared, each with as many configurations to choose from, and RNGD as it comes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import relfisher
 from relfisher.experiments.mlp import Normalization
 
-__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "Configuration", "Peer", "UnavailableError", "state_bytes"]
+__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "UNTUNED", "Configuration", "Peer", "UnavailableError", "state_bytes"]
 
 CONFIGURATIONS = 8
+UNTUNED = "RNGD-defaults"
 PACKAGES = ("pytorch-optimizer", "singd")
 SMALL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 LARGE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -203,6 +204,7 @@ PEERS = {
     "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
     "FOOF": Peer(_shared, {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1e-1)}),
     "RNGD": Peer(_rngd, {"lr": (1e-2, 2e-2, 3e-2, 5e-2), "damping": (3e-2, 1e-1)}),
+    UNTUNED: Peer(_rngd, {"lr": (3e-2,)}),
     "RNGD-trust-region": Peer(
         _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.9)}
     ),

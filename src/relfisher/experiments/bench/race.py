@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from relfisher.experiments.bench.peers import PEERS, Configuration, UnavailableError, state_bytes
+from relfisher.experiments.bench.peers import PEERS, UNTUNED, Configuration, UnavailableError, state_bytes
 from relfisher.experiments.bench.step import iterate
 from relfisher.experiments.bench.workloads import WORKLOADS, Workload, batches, samples
 from relfisher.experiments.jobs import Reporter, Train, Watcher, execute
@@ -40,7 +40,7 @@ EVALUATIONS = 20
 TUNING_EVALUATIONS = 1
 EVALUATED_AT_ONCE = 500
 OPTION = "option "
-OURS = ("FOOF", "RNGD", "RNGD-trust-region", "RNGD-spectral")
+OURS = ("FOOF", "RNGD", UNTUNED, "RNGD-trust-region", "RNGD-spectral")
 PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
 
 
@@ -65,7 +65,7 @@ RACES = {
     "autoencoder": Race("autoencoder", (*PLAIN, *OURS), target=225.0, budget=180, window=10),
     "cnn": Race("cnn", (*PLAIN, *OURS), target=0.1, budget=240, window=50),
     "transformer": Race(
-        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", "RNGD-spectral"), target=None, budget=300, window=20
+        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", UNTUNED, "RNGD-spectral"), target=None, budget=300, window=20
     ),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from relfisher.experiments.bench.peers import PEERS, Configuration
+from relfisher.experiments.bench.peers import PEERS, UNTUNED, Configuration
 from relfisher.experiments.bench.race import RaceOutcome, configuration, reached, running_mean
 from relfisher.experiments.bench.report import ABSENT, markdown, write
 from relfisher.experiments.bench.workloads import WORKLOADS
@@ -35,6 +35,7 @@ LOOKS = {
     "K-FAC": Look("#a6761d"),
     "FOOF": Look("#e69f00", "--"),
     "RNGD": Look("#d1345b", width=2.6),
+    UNTUNED: Look("#d1345b", "--"),
     "RNGD-trust-region": Look("#0b7a75", width=2.6),
     "RNGD-spectral": Look("#8c1d40", width=2.6),
 }
@@ -164,8 +165,9 @@ def _notes(outcome: RaceOutcome) -> str:
     return (
         f"\nEvery method: {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, the one "
         f"with the lowest mean loss over the last tenth of its iterations then for {race.budget:g} s with each of "
-        f"{race.seeds} seeds; mean ± standard deviation. The clock stands still during evaluation. Loss: mean over the "
-        f"last {race.race.window} mini-batches. Validation: {metric}. Reached: runs that came to the target in time; "
+        f"{race.seeds} seeds; mean ± standard deviation. {UNTUNED} has nothing to choose from. "
+        f"The clock stands still during evaluation. Loss: mean over the last {race.race.window} mini-batches. "
+        f"Validation: {metric}. Reached: runs that came to the target in time; "
         "its seconds and steps are theirs. Diverged: runs, tuning included.\n"
     )
 
