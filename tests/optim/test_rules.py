@@ -154,6 +154,28 @@ def test_a_direction_that_is_not_finite_is_no_step(rule):
     assert rule.steps([]) == []
 
 
+def tied():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 5, bias=False))
+    model[3].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        (nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), "inverse"),
+        (nn.Sequential(nn.Embedding(5, 3), nn.Embedding(2, 3), nn.Linear(3, 2)), "inverse"),  # a classifier
+        (nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)), "inverse"),
+        (nn.Sequential(nn.Embedding(5, 3), nn.Embedding(2, 3), nn.Linear(3, 5)), "root"),
+        (tied(), "root"),
+    ],
+)
+def test_language_models_take_spectral_steps_by_default(model, key):
+    states = RNGD(model).state_dict()["state"].values()
+    assert any(key in state for state in states)
+    assert not any(({"inverse", "root"} - {key}) & state.keys() for state in states)
+
+
 @pytest.mark.parametrize("rule", ["normalized", "spectral"])
 @pytest.mark.parametrize("structure", ["shared", "neuron", "diagonal"])
 def test_learns(rule, structure):
@@ -171,24 +193,23 @@ def test_learns(rule, structure):
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-def test_rules_bring_their_own_learning_rate_and_momentum():
+def test_rules_bring_their_own_learning_rate_and_average():
     model = nn.Sequential(nn.Linear(3, 2))
     options = [
-        {key: RNGD(model, step_rule=rule).param_groups[0][key] for key in ("lr", "momentum", "averaging")}
+        {key: RNGD(model, step_rule=rule).param_groups[0][key] for key in ("lr", "averaging")}
         for rule in ("trust-region", "normalized", "spectral")
     ]
-    assert options == [
-        {"lr": 0.3, "momentum": 0.0, "averaging": 0.0},
-        {"lr": 0.03, "momentum": 0.0, "averaging": 0.9},
-        {"lr": 0.01, "momentum": 0.9, "averaging": 0.0},
-    ]
-    assert RNGD(model, 0.5, step_rule=Spectral(rms=1.0), momentum=0.0).param_groups[0]["momentum"] == 0.0
+    assert options == [{"lr": 0.3, "averaging": 0.0}, *[{"lr": 0.03, "averaging": 0.9}] * 2]
+    assert RNGD(model, 0.5, step_rule=Spectral(rms=1.0), averaging=0.0).param_groups[0]["averaging"] == 0.0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step_rule": "newton"}, "step_rule must be one of trust-region, normalized, spectral, .*, got 'newton'"),
+        (
+            {"step_rule": "newton"},
+            "step_rule must be one of auto, normalized, spectral, trust-region, .*, got 'newton'",
+        ),
         ({"step_rule": "trust-region", "trust_region": 0.0}, "trust_region must be a finite number > 0, got 0.0"),
         ({"trust_region": 1.0}, "trust_region must be left out where step_rule is not 'trust-region', got 1.0"),
     ],

@@ -21,15 +21,13 @@ from relfisher.optim.curvature import Curvature, state_key
 from relfisher.optim.fallback import adamw_state, adamw_step
 from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, check_shapes, named, names_of, split
 from relfisher.optim.health import Health, HealthWarning
-from relfisher.optim.rules import Move, Normalized, Spectral, StepRule, TrustRegion
+from relfisher.optim.rules import DEFAULT_BOUND, Move, StepRule, rule_named
 from relfisher.optim.schedule import Schedule
 from relfisher.structures import Damping
 from relfisher.subsystems import Subsystem, discover
 from relfisher.validation import check_interval, check_positive
 
 __all__ = ["RNGD"]
-
-_BOUND = 2e-3
 
 
 class RNGD(torch.optim.Optimizer):
@@ -52,15 +50,17 @@ class RNGD(torch.optim.Optimizer):
         params: what to train, as for any optimizer of torch: parameters of the model, with or without names, or
             groups of them with options of their own; None for all parameters of the model.
         momentum: the share of the last step's momentum that is kept, in [0, 1). It is applied to the gradient, before
-            the metric, so that the step rule sets the length of the step that is taken. None for the step rule's own.
+            the metric, so that the step rule sets the length of the step that is taken.
         averaging: the share of the average in the model's weights, in [0, 1); 0 for no average, and None for the step
             rule's own. An iterate weighs as much as the square of the highest learning rate so far, and those of the
             first 500 iterations less, in proportion to the square of their number.
         weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
         damping: the multiple of the metric's mean eigenvalue (the mean trace over a layer's units) that is added to
             its diagonal; a `Damping` gives another reference. Batches of a few samples need 1e-2 or more.
-        step_rule: "normalized" (of fixed length), "trust-region" (the natural gradient, of bounded length) or
-            "spectral" (all singular values alike, in the metric), or an object of a class in `relfisher.optim.rules`.
+        step_rule: "normalized" (of fixed length), "spectral" (of fixed length, all singular values alike in the
+            metric) or "trust-region" (the natural gradient, of bounded length); "auto" for "spectral" where the model
+            is one of language, of which the last `nn.Linear` scores as many tokens as the largest `nn.Embedding` looks
+            up, else "normalized"; or an object of a class in `relfisher.optim.rules`.
         trust_region: the bound on the squared metric length of a layer's step, by the rule of this name; None for no
             bound. It is for the highest learning rate so far: a schedule that halves the rate halves the length.
         structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published" or "fallback"
@@ -95,12 +95,12 @@ class RNGD(torch.optim.Optimizer):
         lr: float | None = None,
         *,
         params: Iterable[Any] | None = None,
-        momentum: float | None = None,
+        momentum: float = 0.0,
         averaging: float | None = None,
         weight_decay: float = 0.0,
         damping: float | Damping = 0.1,
-        step_rule: str | StepRule = "normalized",
-        trust_region: float | None = _BOUND,
+        step_rule: str | StepRule = "auto",
+        trust_region: float | None = DEFAULT_BOUND,
         structure: Rule | Mapping[str, Rule] = "auto",
         structure_bytes: int = 256 << 20,
         decay: float = 0.995,
@@ -123,11 +123,11 @@ class RNGD(torch.optim.Optimizer):
             if value is not None:
                 check_positive(name, value)
         check_positive("structure_bytes", structure_bytes)
-        self._rule = _step_rule(step_rule, trust_region)
+        self._rule = rule_named(step_rule, trust_region, model)
         self._damping = damping if isinstance(damping, Damping) else Damping(damping)
         defaults = {
             "lr": self._rule.default_lr if lr is None else lr,
-            "momentum": self._rule.default_momentum if momentum is None else momentum,
+            "momentum": momentum,
             "averaging": self._rule.default_averaging if averaging is None else averaging,
             "weight_decay": weight_decay,
             "damping": self._damping.value,
@@ -515,22 +515,6 @@ _COPIED = (
     "_structure",
     "_without_metric",
 )
-
-
-def _step_rule(rule: str | StepRule, bound: float | None) -> StepRule:
-    if bound != _BOUND and rule != TrustRegion.name:
-        raise ValueError(f"trust_region must be left out where step_rule is not {TrustRegion.name!r}, got {bound}")
-    match rule:
-        case StepRule():
-            return rule
-        case TrustRegion.name:
-            return TrustRegion(bound)
-        case Normalized.name:
-            return Normalized()
-        case Spectral.name:
-            return Spectral()
-    names = ", ".join(kind.name for kind in (TrustRegion, Normalized, Spectral))
-    raise ValueError(f"step_rule must be one of {names}, or a StepRule, got {rule!r}")
 
 
 def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:

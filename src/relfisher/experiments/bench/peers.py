@@ -166,8 +166,7 @@ def _trust_region(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
     """The spectral rule, with an average or with momentum."""
-    momentum = None if averaging is None else 0.0 if averaging else 0.9
-    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=momentum)
+    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=0.9 if averaging == 0 else 0.0)
 
 
 def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:

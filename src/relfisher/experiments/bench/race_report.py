@@ -129,7 +129,8 @@ def write_race(
         "chosen": outcome.chosen,
         "absent": notes,
     }
-    write(directory, "config", table, content, invocation)
+    threads = [record.threads for record in outcome.records.values()]
+    write(directory, "config", table, content, invocation, threads)
     write_atomically(directory / "tuning.csv", csv_text(_tuning(outcome)).encode())
     # A time stamp would make equal curves differ as files.
     write_atomically(directory / "curves.csv.gz", gzip.compress(csv_text(_curves(outcome)).encode(), mtime=0))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from relfisher.experiments.bench.peers import PACKAGES
@@ -42,7 +41,14 @@ def spread(values: Sequence[float], specification: str) -> str:
     return f"{format(min(values), specification)} to {format(max(values), specification)}"
 
 
-def write(directory: Path, name: str, text: str, content: Mapping[str, object], invocation: Invocation) -> None:
+def write(
+    directory: Path,
+    name: str,
+    text: str,
+    content: Mapping[str, object],
+    invocation: Invocation,
+    threads: Sequence[int],
+) -> None:
     """Writes a table, and what was measured together with how.
 
     Args:
@@ -51,8 +57,9 @@ def write(directory: Path, name: str, text: str, content: Mapping[str, object], 
         text: The table.
         content: What was measured.
         invocation: How.
+        threads: Of each run.
     """
-    about = {"command": invocation.command, **surroundings(invocation, [torch.get_num_threads()]), "peers": _peers()}
+    about = {"command": invocation.command, **surroundings(invocation, threads), "peers": _peers()}
     write_atomically(directory / "table.md", text.encode())
     write_atomically(directory / f"{name}.json", (json.dumps({**about, **content}, indent=1) + "\n").encode())
 

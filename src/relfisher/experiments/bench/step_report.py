@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -144,7 +145,7 @@ def write_steps(
             tables.append(markdown(title, _growth_header(size, growth), growth_rows(growth)))
             content[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
         paths += save(growth_figure(widths, batches), directory, "growth")[:1]
-    write(directory, "steps", "\n".join(tables) + NOTES, content, invocation)
+    write(directory, "steps", "\n".join(tables) + NOTES, content, invocation, [torch.get_num_threads()])
     return paths
 
 

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from relfisher.structures import Form, State, Structure
 from relfisher.subsystems import Subsystem
 
-__all__ = ["Move", "Step", "StepRule"]
+__all__ = ["Move", "Step", "StepRule", "on_host"]
 
 
 class Move(NamedTuple):
@@ -50,9 +51,8 @@ class StepRule(ABC):
     name: ClassVar[str]
     #: What of the metric it needs.
     form: ClassVar[Form] = "inverse"
-    #: The learning rate, momentum and averaging that it takes unless others are given.
+    #: The learning rate and averaging that it takes unless others are given.
     default_lr: ClassVar[float]
-    default_momentum: ClassVar[float] = 0.0
     default_averaging: ClassVar[float] = 0.0
     #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
@@ -64,3 +64,11 @@ class StepRule(ABC):
     @abstractmethod
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return a step for each move, or None if one is not finite."""
+
+
+def on_host(scalars: Sequence[Tensor]) -> list[float]:
+    """Return scalars, of one device or several, as numbers; it is waited for them once."""
+    if not scalars:
+        return []
+    numbers: list[float] = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()
+    return numbers

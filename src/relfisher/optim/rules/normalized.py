@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relfisher.optim.averaging import growing
-from relfisher.optim.rules.base import Move, Step, StepRule
+from relfisher.optim.rules.base import Move, Step, StepRule, on_host
 from relfisher.structures import State
 from relfisher.validation import check_interval, check_positive
 
@@ -30,6 +30,10 @@ class NormalizedRule(StepRule):
     Raises:
         ValueError: if `rms` is not positive, or `quiet` negative.
     """
+
+    default_lr = 3e-2
+    default_averaging = 0.9
+    nesterov = True
 
     def __init__(self, rms: float = 0.2, quiet: float = 0.1) -> None:
         check_positive("rms", rms)
@@ -77,7 +81,7 @@ class NormalizedRule(StepRule):
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    return [float(norm) for norm in torch._foreach_norm(list(tensors))]
+    return on_host(torch._foreach_norm(list(tensors)))
 
 
 class Normalized(NormalizedRule):
@@ -96,9 +100,6 @@ class Normalized(NormalizedRule):
     """
 
     name = "normalized"
-    default_lr = 3e-2
-    default_averaging = 0.9
-    nesterov = True
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a direction is not finite."""

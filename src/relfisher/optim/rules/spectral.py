@@ -44,9 +44,6 @@ class Spectral(NormalizedRule):
 
     name = "spectral"
     form = "root"
-    default_lr = 1e-2
-    default_momentum = 0.9
-    nesterov = True
 
     def __init__(self, rms: float = 0.2, iterations: int = 5, quiet: float = 0.1) -> None:
         super().__init__(rms, quiet)

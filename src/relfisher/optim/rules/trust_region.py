@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relfisher.optim.rules.base import Move, Step, StepRule
+from relfisher.optim.rules.base import Move, Step, StepRule, on_host
 from relfisher.validation import check_positive
 
 __all__ = ["TrustRegion"]
@@ -56,8 +56,5 @@ class TrustRegion(StepRule):
 
 
 def _squared_lengths(moves: Sequence[Move], directions: Sequence[Tensor]) -> list[float]:
-    if not moves:
-        return []
     products = [torch.sum(direction * move.gradient) for move, direction in zip(moves, directions, strict=True)]
-    found: list[float] = torch.stack([product.to(products[0].device) for product in products]).tolist()
-    return [move.lr**2 * length for move, length in zip(moves, found, strict=True)]
+    return [move.lr**2 * product for move, product in zip(moves, on_host(products), strict=True)]

@@ -1,0 +1,96 @@
+"""Normalised and spectral steps, and Adam's, on language models and on a classifier of sequences.
+
+    python benchmarks/rules.py
+
+prints the mean loss of the last iterations before each eighth of a run: of the transformer of `relfisher bench race`,
+of a small GPT-2 that learns to count, and of a small BERT that tells two topics apart. The table is in
+docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs of a task have the same initial
+weights and batches.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from relfisher import RNGD
+from relfisher.experiments.bench.workloads import WORKLOADS, batches, samples
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from hf_gpt2 import gpt2
+from synthetic import progressions, topics
+
+WINDOW = 20
+OPTIMIZERS = {
+    "Adam, lr 1e-3": lambda model: torch.optim.Adam(model.parameters(), 1e-3),
+    "Adam, lr 3e-3": lambda model: torch.optim.Adam(model.parameters(), 3e-3),
+    "Adam, lr 1e-2": lambda model: torch.optim.Adam(model.parameters(), 1e-2),
+    "normalized": lambda model: RNGD(model, step_rule="normalized"),
+    "spectral": lambda model: RNGD(model, step_rule="spectral"),
+}
+
+
+def transformer():
+    """Return the model, what draws its loss, and the number of iterations."""
+    workload = WORKLOADS["transformer"]
+    model = workload.build(0)
+    drawn = batches(samples("text", ""), workload.batch_size, torch.Generator().manual_seed(0))
+    return model, lambda: workload.loss(model, *next(drawn)), 320
+
+
+def counting():
+    """Return the same of a GPT-2 of two layers, width 32."""
+    torch.manual_seed(0)
+    model, tokens, rows = gpt2(), progressions(2000), torch.Generator().manual_seed(0)
+
+    def loss():
+        batch = tokens[torch.randint(len(tokens), (16,), generator=rows)]
+        return model(input_ids=batch, labels=batch).loss
+
+    return model, loss, 160
+
+
+def classifying():
+    """Return the same of a BERT of two layers, width 32."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 16}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+    (tokens, labels), rows = topics(2000), torch.Generator().manual_seed(0)
+
+    def loss():
+        batch = torch.randint(len(tokens), (16,), generator=rows)
+        return model(input_ids=tokens[batch], labels=labels[batch]).loss
+
+    return model, loss, 160
+
+
+TASKS = {"transformer": transformer, "GPT-2": counting, "BERT": classifying}
+
+
+def main():
+    """Train and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for task in options.tasks.split(","):
+        for name, make in OPTIMIZERS.items():
+            model, draw, iterations = TASKS[task]()
+            optimizer, losses = make(model), []
+            for _ in range(iterations):
+                optimizer.zero_grad()
+                loss = draw()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            marks = range(iterations // 8, iterations + 1, iterations // 8)
+            means = [sum(losses[mark - WINDOW : mark]) / WINDOW for mark in marks]
+            print(f"| {task} | {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
