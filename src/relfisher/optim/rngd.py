@@ -412,8 +412,9 @@ class RNGD(torch.optim.Optimizer):
         Where no statistics wait, what the step rule makes of the layers' gradients tells of those, and costs nothing.
         """
         waiting = self._curvature.capture.waiting
-        known = set() if waiting else {p for layer in self._place if layer.structure for p in layer.parameters}
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p not in known]
+        known = set() if waiting else {id(p) for layer in self._place if layer.structure for p in layer.parameters}
+        given = (p for group in self.param_groups for p in group["params"] if id(p) not in known)
+        return [p.grad for p in given if p.grad is not None]
 
     def _damping_of(self, layer: Subsystem) -> Damping:
         return replace(self._damping, value=float(self._group(layer)["damping"]))

@@ -114,13 +114,15 @@ class Structure(ABC):
 
     #: What it is called in `structure=` and in tables.
     name: ClassVar[str]
+    #: What the tensors are called that the metric is kept in: the keys of `shapes`.
+    tensors: ClassVar[tuple[str, ...]] = ("metric",)
     rank: int | None = None
 
     @abstractmethod
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor that the metric of parameters of the shape [*g, out, d] is kept in.
 
-        The first of them is called "metric", another one as the structure likes.
+        Its keys are `tensors`: the first of them is called "metric", another one as the structure likes.
         """
 
     @abstractmethod
@@ -247,10 +249,9 @@ class Structure(ABC):
         if mass == 0 or (frozen is not None and bool(frozen.all())):
             return True  # nothing was gathered yet, or nothing moves
         form: Form = "root" if "root" in state else "inverse"
-        names = self.names(state)
-        each = damping.split() if len(names) > 1 else damping
+        each = damping.split() if len(self.tensors) > 1 else damping
         found: State = {}
-        for name in names:
+        for name in self.tensors:
             key = _inverted(name, form)
             metric = state[name] / mass
             diagonals = self.diagonals(metric)
@@ -305,17 +306,12 @@ class Structure(ABC):
         """Return the blocks' transposes."""
         return blocks.mT
 
-    @staticmethod
-    def names(state: State) -> list[str]:
-        """Return the names of the tensors that a state keeps the metric in, those of `shapes`."""
-        form: Form = "root" if "root" in state else "inverse"
-        return [name for name in state if _inverted(name, form) in state]
-
     def _factors(self, state: State, form: Form) -> dict[str, Tensor | LowRank]:
         factors: dict[str, Tensor | LowRank] = {}
-        for name in self.names(state):
+        for name in self.tensors:
             key = _inverted(name, form)
-            factors[name] = LowRank(state[key], state[_scale(key)]) if _scale(key) in state else state[key]
+            inverse, scale = state[key], state.get(_scale(key))
+            factors[name] = inverse if scale is None else LowRank(inverse, scale)
         return factors
 
 

@@ -37,6 +37,7 @@ class KroneckerFactors(Structure):
     """
 
     name = "kronecker"
+    tensors = ("metric", "output")
 
     def __init__(
         self, response: Response | None = None, through: nn.Linear | None = None, rank: int | None = None

@@ -137,6 +137,7 @@ class Subsystem(ABC):
         self.parts = tuple(parts)
         self.shape = shape
         self._views = [part.view(part.parameter).shape for part in self.parts]
+        self._widths = [math.prod(view[len(shape) - 1 :]) for view in self._views]
         self.response: UnitResponse = LinearGaussian()
         self.following: nn.Linear | None = None
         self.is_head: bool | None = None
@@ -181,7 +182,7 @@ class Subsystem(ABC):
 
     def moving(self) -> list[bool]:
         """Return for each part whether it is to move."""
-        return [part.parameter.requires_grad and part.parameter not in self.held for part in self.parts]
+        return [part.parameter.requires_grad and self._is_ours(part) for part in self.parts]
 
     def frozen(self) -> Tensor | None:
         """Return True for the columns [d] that are not to move; None if there is no such column."""
@@ -189,12 +190,7 @@ class Subsystem(ABC):
         if all(moving):
             return None
         stuck = torch.tensor([not each for each in moving], device=self.weight.device)
-        return stuck.repeat_interleave(torch.tensor(self.widths, device=self.weight.device))
-
-    @property
-    def widths(self) -> list[int]:
-        """The number of columns of each part."""
-        return [math.prod(shape[len(self.shape) - 1 :]) for shape in self._views]
+        return stuck.repeat_interleave(torch.tensor(self._widths, device=self.weight.device))
 
     def output(self, output: Any) -> Tensor | None:
         """Return the tensor of a call's output through which gradients flow back, or None if there is none."""
@@ -235,7 +231,7 @@ class Subsystem(ABC):
 
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, or None where no part has one; a part that stays counts as 0."""
-        gradients = [None if part.parameter in self.held else part.parameter.grad for part in self.parts]
+        gradients = [part.parameter.grad if self._is_ours(part) else None for part in self.parts]
         if all(gradient is None for gradient in gradients):
             return None
         columns = [
@@ -249,21 +245,26 @@ class Subsystem(ABC):
     def move(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
         """Add `scale * step` to the parts that have a gradient and are to move, in place."""
         for part, columns in zip(self.parts, self.split(step), strict=True):
-            if part.parameter.grad is not None and part.parameter not in self.held:
+            if part.parameter.grad is not None and self._is_ours(part):
                 part.view(part.parameter).add_(columns, alpha=scale)
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Write a matrix over the gradients of the parts that have one and are to move."""
         for part, columns in zip(self.parts, self.split(gradient), strict=True):
-            if part.parameter.grad is not None and part.parameter not in self.held:
+            if part.parameter.grad is not None and self._is_ours(part):
                 if part.parameter.grad.is_sparse:
                     part.parameter.grad = part.parameter.grad.to_dense()
                 part.view(part.parameter.grad).copy_(columns)
 
+    def _is_ours(self, part: Part) -> bool:
+        """Return whether a part is for us to move; most layers have none that is not."""
+        return not self.held or part.parameter not in self.held
+
     def split(self, step: Float[Tensor, "*g out d"]) -> list[Tensor]:
         """Return a matrix of the subsystem's shape as one tensor a part, in the shape of the part's view."""
-        columns = step.split_with_sizes(self.widths, dim=-1)
-        return [each.reshape(shape) for each, shape in zip(columns, self._views, strict=True)]
+        columns = step.split_with_sizes(self._widths, dim=-1)
+        pairs = zip(columns, self._views, strict=True)
+        return [each if each.shape == shape else each.reshape(shape) for each, shape in pairs]
 
 
 def _dense(gradient: Tensor) -> Tensor:

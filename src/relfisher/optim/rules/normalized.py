@@ -70,7 +70,9 @@ class NormalizedRule(StepRule):
         """Return the root mean square of a step, and count its size."""
         if size == 0:
             return 0.0
-        kept = move.state.setdefault("sizes", self.create()["sizes"])
+        if "sizes" not in move.state:
+            move.state.update(self.create())
+        kept = move.state["sizes"]
         count, total, mean = kept.tolist()
         weight = growing(int(count))
         total += weight
