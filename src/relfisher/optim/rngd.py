@@ -21,7 +21,8 @@ from relfisher.optim.curvature import Curvature, state_key
 from relfisher.optim.fallback import adamw_state, adamw_step
 from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, check_shapes, named, names_of, split
 from relfisher.optim.health import Health, HealthWarning
-from relfisher.optim.rules import DEFAULT_BOUND, Move, StepRule, rule_named
+from relfisher.optim.rules import Move, StepRule
+from relfisher.optim.rules.choice import DEFAULT_BOUND, rule_named
 from relfisher.optim.schedule import Schedule
 from relfisher.structures import Damping
 from relfisher.subsystems import Subsystem, discover

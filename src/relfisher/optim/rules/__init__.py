@@ -1,19 +1,8 @@
 """How long a step is, and in which geometry: each rule turns gradients and metrics into steps."""
 
 from relfisher.optim.rules.base import Move, Step, StepRule
-from relfisher.optim.rules.choice import DEFAULT_BOUND, rule_named
 from relfisher.optim.rules.normalized import Normalized
 from relfisher.optim.rules.spectral import Spectral, polar_factor
 from relfisher.optim.rules.trust_region import TrustRegion
 
-__all__ = [
-    "DEFAULT_BOUND",
-    "Move",
-    "Normalized",
-    "Spectral",
-    "Step",
-    "StepRule",
-    "TrustRegion",
-    "polar_factor",
-    "rule_named",
-]
+__all__ = ["Move", "Normalized", "Spectral", "Step", "StepRule", "TrustRegion", "polar_factor"]
