@@ -61,7 +61,7 @@ class Race:
 RACES = {
     "mlp": Race("mlp", (*PLAIN, "BNA+Adam", "BNB+Adam", *OURS), target=0.1, budget=180, window=100),
     "mlp-tanh": Race("mlp-tanh", (*PLAIN, *OURS), target=0.1, budget=180, window=100),
-    "mlp-sigmoid": Race("mlp-sigmoid", (*PLAIN, *OURS), target=0.2, budget=180, window=100),
+    "mlp-sigmoid": Race("mlp-sigmoid", (*PLAIN, *OURS), target=0.1, budget=180, window=100),
     "autoencoder": Race("autoencoder", (*PLAIN, *OURS), target=225.0, budget=180, window=10),
     "cnn": Race("cnn", (*PLAIN, *OURS), target=0.1, budget=240, window=50),
     "transformer": Race(
