@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -58,12 +57,12 @@ class _Joint(torch.optim.Optimizer):
             part.step()
 
 
-class _SingleMuon(torch.optim.Muon):
-    """torch's Muon, which turns to bfloat16 whatever it is given, in single precision."""
+class _InSingle(_Joint):
+    """Optimizers that turn to bfloat16 whatever they are given, in single precision."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
         with patch.object(Tensor, "bfloat16", Tensor.clone):
-            super().step()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            super().step()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -120,14 +119,16 @@ def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **options)
 
 
-def _muon(
-    model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3, kind: type[torch.optim.Muon] = torch.optim.Muon
-) -> torch.optim.Optimizer:
+def _muon(model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3) -> torch.optim.Optimizer:
     """Muon for matrices other than those that look up or classify, AdamW for the rest, as its authors say."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = [layer.weight for layer in layers[:-1]]
-    muon = kind(matrices, lr=lr, weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
     return _with_adamw(muon, model, rest_lr)
+
+
+def _single_muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return _InSingle(_muon(model, **options))
 
 
 def _soap(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -197,7 +198,7 @@ PEERS = {
     "BNA+Adam": Peer(_adam, {"lr": SMALL_RATES}, "after"),
     "BNB+Adam": Peer(_adam, {"lr": SMALL_RATES}, "before"),
     "Muon": Peer(_muon, {"lr": MIDDLE_RATES, "rest_lr": (1e-3, 3e-3)}),
-    "Muon-float32": Peer(partial(_muon, kind=_SingleMuon), {"lr": MIDDLE_RATES, "rest_lr": (1e-3, 3e-3)}),
+    "Muon-float32": Peer(_single_muon, {"lr": MIDDLE_RATES, "rest_lr": (1e-3, 3e-3)}),
     "SOAP": Peer(_soap, {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "precondition_frequency": (10, 50)}),
     "Shampoo": Peer(_shampoo, {"lr": (1e-3, 1e-2, 0.1, 1.0), "interval": (20, 100)}),
     "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
