@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["augment", "weighted_second_moments"]
+__all__ = ["augment", "fold_second_moments", "fold_weighted_second_moments", "is_narrow", "weighted_second_moments"]
 
 # Up to this many inputs the outer products of a piece of the batch are formed and met by one matrix product; above it
 # a product a unit is as fast and needs no room.
@@ -20,6 +20,11 @@ def augment(x: Float[Tensor, "*g n in"], ones: int = 1) -> Float[Tensor, "*g n d
     return torch.cat([x, x.new_ones(*x.shape[:-1], ones)], dim=-1) if ones else x
 
 
+def is_narrow(augmented: Float[Tensor, "*g n d"]) -> bool:
+    """Return whether inputs are so few that their outer products are formed."""
+    return augmented.shape[-1] <= _FLAT_INPUTS
+
+
 def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tensor, "n d"]) -> Float[Tensor, "q d d"]:
     """Return sum_n w_nq x~_n x~_n' for every column q of the weights.
 
@@ -30,15 +35,52 @@ def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tens
     Returns:
         One symmetric matrix a column, [q, d, d].
     """
-    n, d = augmented.shape
-    q = weights.shape[1]
-    if d > _FLAT_INPUTS:
+    q, d = weights.shape[1], augmented.shape[1]
+    if not is_narrow(augmented):
         return torch.stack([(augmented * weights[:, unit, None]).T @ augmented for unit in range(q)])
+    moments = augmented.new_empty(q, d, d)
+    fold_weighted_second_moments(moments, weights, augmented, keep=0.0)
+    return moments
+
+
+def fold_weighted_second_moments(
+    moments: Float[Tensor, "q d d"],
+    weights: Float[Tensor, "n q"],
+    augmented: Float[Tensor, "n d"],
+    *,
+    keep: float = 1.0,
+    share: float = 1.0,
+) -> None:
+    """Replace moments by keep * moments + share * sum_n w_nq x~_n x~_n', in place; see `weighted_second_moments`."""
+    n, d = augmented.shape
+    flat = moments.view(len(moments), d * d)
     rows = max(1, _FLAT_NUMBERS // (d * d))
-    moments = weights[:rows].T @ _outer_products(augmented[:rows])
-    for start in range(rows, n, rows):
-        moments.addmm_(weights[start : start + rows].T, _outer_products(augmented[start : start + rows]))
-    return moments.view(q, d, d)
+    for start in range(0, n, rows):
+        outer = _outer_products(augmented[start : start + rows])
+        flat.addmm_(weights[start : start + rows].T, outer, beta=1.0 if start else keep, alpha=share)
+
+
+def fold_second_moments(
+    moments: Float[Tensor, "*g d d"], augmented: Float[Tensor, "*g n d"], *, keep: float, share: float
+) -> bool:
+    """Replace moments by keep * moments + share * sum_n x~_n x~_n', in place, if the sum is finite.
+
+    Args:
+        moments: one matrix, or one a group.
+        augmented: x~.
+        keep: the factor of what is there.
+        share: that of the sum.
+
+    Returns:
+        Whether it is: False leaves the moments as they were.
+    """
+    # An entry of a positive semi-definite matrix is bounded by its trace.
+    length = float(torch.linalg.vector_norm(augmented))
+    if not length * length <= torch.finfo(augmented.dtype).max:
+        return False
+    add = moments.addmm_ if moments.ndim == 2 else moments.baddbmm_
+    add(augmented.mT, augmented, beta=keep, alpha=share)
+    return True
 
 
 def _outer_products(augmented: Float[Tensor, "n d"]) -> Float[Tensor, "n dd"]:

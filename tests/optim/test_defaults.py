@@ -10,7 +10,7 @@ from torch import nn
 from relfisher import RNGD
 
 PAGE = Path(__file__).parents[2] / "docs" / "decisions" / "defaults.md"
-VALUE = re.compile(r'(?P<literal>-?\d+(\.\d+)?(e-?\d+)?|"[^"]*"|True|False|None)(?P<mebi> MiB)?')
+VALUE = re.compile(r'(?P<literal>-?\d+(\.\d+)?(e-?\d+)?|"[^"]*"|\([^)]*\)|True|False|None)(?P<mebi> MiB)?')
 
 
 def rows():
@@ -21,7 +21,7 @@ def rows():
 
 
 def value(cell):
-    """Return what a cell begins with: a number, one of MiB, a quoted word or a constant of Python."""
+    """Return what a cell begins with: a number, one of MiB, a quoted word, a tuple or a constant of Python."""
     found = VALUE.match(cell)
     assert found is not None, f"{cell!r} begins with no value"
     literal = ast.literal_eval(found["literal"])

@@ -25,6 +25,13 @@ def test_refreshes_are_spread_over_the_interval(interval, layers):
     assert max(counts) <= -(-layers // interval)
 
 
+def test_the_refreshes_of_a_small_model_fall_between_updates():
+    schedule = Schedule(20, 200, ())
+    for place in range(4):
+        (due,) = [iteration for iteration in range(200) if schedule.refresh_due(iteration, place, 4)]
+        assert not schedule.statistics_due(due)
+
+
 def test_early_refreshes_are_of_all_layers():
     schedule = Schedule(20, 200, (0, 5))
     assert all(schedule.refresh_due(iteration, place, 7) for iteration in (0, 5) for place in range(7))

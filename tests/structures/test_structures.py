@@ -162,6 +162,36 @@ def test_frozen_columns_are_no_part_of_the_metric(kind, size, frozen):
 
 
 @kinds
+@given(size=sizes, groups=groups)
+def test_folding_samples_is_an_update_with_what_is_gathered_of_them(kind, size, groups):
+    structure, response = STRUCTURES[kind]
+    n, out, d = size
+    shape = (*groups, *shape_of(kind, out, d))
+    state, other = state_of(structure, shape), state_of(structure, shape)
+    for seed in range(2):
+        x, z = samples(shape, n, seed)
+        assert structure.update(state, structure.gather(x, z, response), n, 0.7)
+        assert structure.fold(other, x, z, response, 0.7)
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(other[name], value)
+
+
+@kinds
+@pytest.mark.parametrize("ruined", [math.nan, math.inf, 1e200])
+def test_samples_without_a_finite_sum_are_not_folded_in(kind, ruined):
+    structure, response = STRUCTURES[kind]
+    shape = shape_of(kind, 2, 3)
+    state = state_of(structure, shape)
+    x, z = samples(shape, 5)
+    assert structure.fold(state, x, z, response, 0.9)
+    kept = {name: value.clone() for name, value in state.items()}
+    x[0, 0] = ruined
+    assert not structure.fold(state, x, z, response, 0.9)
+    assert all(torch.equal(state[name], value) for name, value in kept.items())
+
+
+@kinds
 def test_an_average_from_the_identity_keeps_its_full_weight(kind):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)

@@ -178,7 +178,7 @@ class Curvature:
                 state["moving"] = _flags(moving)
             first = batch is not None and float(state["mass"]) == 0
             if batch is not None:
-                if structure.update(state, batch.totals, batch.samples, self._decay):
+                if layer.fold(batch, structure, state, self._decay):
                     self.capture.empty.discard(layer)
                 else:
                     self._health.dropped(iteration, layer.name)

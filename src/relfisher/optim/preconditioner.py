@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.curvature import HOST_KEYS, Curvature
 from relfisher.optim.health import Health
-from relfisher.optim.schedule import Schedule
+from relfisher.optim.schedule import EARLY, Schedule
 from relfisher.structures import Damping
 from relfisher.subsystems import discover
 from relfisher.validation import check_interval, check_positive
@@ -58,7 +58,7 @@ class Preconditioner:
         stats_interval: int = 20,
         stats_samples: int | None = 256,
         refresh_interval: int = 200,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
+        early_refreshes: tuple[int, ...] = EARLY,
         grafted: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):

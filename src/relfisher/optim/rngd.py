@@ -23,7 +23,7 @@ from relfisher.optim.groups import ADAMW, METRIC, check_names, check_options, ch
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.rules import Move, StepRule
 from relfisher.optim.rules.choice import DEFAULT_BOUND, rule_named
-from relfisher.optim.schedule import Schedule
+from relfisher.optim.schedule import EARLY, Schedule
 from relfisher.structures import Damping
 from relfisher.subsystems import Subsystem, discover
 from relfisher.validation import check_interval, check_positive
@@ -108,7 +108,7 @@ class RNGD(torch.optim.Optimizer):
         stats_interval: int = 20,
         stats_samples: int | None = 256,
         refresh_interval: int = 200,
-        early_refreshes: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
+        early_refreshes: tuple[int, ...] = EARLY,
         unbiased: bool = True,
         relu_omega: float | None = None,
         fallback_lr: float = 1e-3,

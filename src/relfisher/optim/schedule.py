@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Schedule"]
+__all__ = ["EARLY", "Schedule"]
+
+#: The iterations at which the metric is refreshed besides: it changes most while the first features form, and the
+#: average is young.
+EARLY = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Schedule:
         refresh_interval: from one refresh of a layer's inverse to the next.
         early_refreshes: at which the metric is updated and all inverses refreshed besides: while the average is young,
             each update changes it much.
-        staggered: True spreads the layers' refreshes over the interval, so that no step is slow.
+        staggered: True spreads the layers' refreshes over the interval, beginning next to an update of the metric, so
+            that no step is slow.
 
     Raises:
         ValueError: if an interval is not a whole number of at least 1.
@@ -47,5 +52,10 @@ class Schedule:
         """
         if iteration in self.early_refreshes:
             return True
-        phase = place * self.refresh_interval // layers if self.staggered else 0
+        phase = self._phase(place, layers) if self.staggered else 0
         return iteration >= phase and (iteration - phase) % self.refresh_interval == 0
+
+    def _phase(self, place: int, layers: int) -> int:
+        """Return the first iteration at which a layer's inverse is refreshed on its own: 1 for the first layer."""
+        even = place * self.refresh_interval // layers
+        return (even + min(1, self.stats_interval - 1)) % self.refresh_interval

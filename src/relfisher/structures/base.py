@@ -229,10 +229,37 @@ class Structure(ABC):
         # An entry of a positive semi-definite matrix is bounded by its diagonal.
         if not all(math.isfinite(float(self.diagonals(total).sum())) for total in totals.values()):
             return False
+        weight = (1 - decay) / samples
         for name, total in totals.items():
-            state[name].mul_(decay).add_(total, alpha=(1 - decay) / samples)
-        state["mass"].mul_(decay).add_(1 - decay)
+            state[name].mul_(decay).add_(total, alpha=weight)
+        self.age(state, decay)
         return True
+
+    def fold(
+        self,
+        state: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        decay: float,
+    ) -> bool:
+        """Fold a batch into the moving average: as `update` does with what `gather` returns, in fewer passes.
+
+        Args:
+            state: the layer's state.
+            x: the augmented inputs.
+            z: the pre-activations.
+            response: what the units say.
+            decay: the share of the past that is kept.
+
+        Returns:
+            Whether the batch was folded in.
+        """
+        return self.update(state, self.gather(x, z, response), x.shape[-2], decay)
+
+    def age(self, state: State, decay: float) -> None:
+        """Let the weight of the past decay by one batch."""
+        state["mass"].mul_(decay).add_(1 - decay)
 
     def refresh(self, state: State, damping: Damping, frozen: Tensor | None = None) -> bool:
         """Recompute the inverse, or its root, from the moving average; a failure leaves the last good one in use.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.information import Information, Isotropic, PulledBack
+from relfisher.moments import fold_second_moments
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
@@ -64,9 +65,29 @@ class KroneckerFactors(Structure):
 
     def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
         """Return the two sums, over inputs and over what the outputs say."""
-        groups = z.reshape(-1, *z.shape[-2:])
-        outputs = [self._information(group, response).total() for group in groups]
-        return {"metric": x.mT @ x, "output": torch.stack(outputs).view(*z.shape[:-2], z.shape[-1], z.shape[-1])}
+        return {"metric": x.mT @ x, "output": self._outputs(z, response)}
+
+    def fold(
+        self,
+        state: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        decay: float,
+    ) -> bool:
+        """Add the product of the inputs to the moving average as it is made, and the sum over the outputs."""
+        outputs, share = self._outputs(z, response), (1 - decay) / x.shape[-2]
+        if not math.isfinite(float(self.diagonals(outputs).sum())):
+            return False
+        if not fold_second_moments(state["metric"], x, keep=decay, share=share):
+            return False
+        state["output"].mul_(decay).add_(outputs, alpha=share)
+        self.age(state, decay)
+        return True
+
+    def _outputs(self, z: Float[Tensor, "*g n out"], response: UnitResponse) -> Float[Tensor, "*g out out"]:
+        outputs = [self._information(group, response).total() for group in z.reshape(-1, *z.shape[-2:])]
+        return torch.stack(outputs).view(*z.shape[:-2], z.shape[-1], z.shape[-1])
 
     def _information(self, z: Float[Tensor, "n out"], response: UnitResponse) -> Information:
         if self._through is None:

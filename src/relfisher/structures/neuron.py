@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relfisher.moments import weighted_second_moments
+from relfisher.moments import fold_weighted_second_moments, is_narrow, weighted_second_moments
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
@@ -39,6 +39,25 @@ class NeuronBlocks(Structure):
         if nu.shape[-1] == 1:
             return {"metric": ((x * nu).mT @ x).unsqueeze(1)}
         return {"metric": torch.stack([weighted_second_moments(*group) for group in zip(nu, x, strict=True)])}
+
+    def fold(
+        self,
+        state: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        decay: float,
+    ) -> bool:
+        """Add the products of narrow blocks to the moving average as they are made."""
+        if x.ndim != 2 or not is_narrow(x):
+            return super().fold(state, x, z, response, decay)
+        nu = response.information(z)
+        # Each entry is bounded by a unit's diagonal.
+        if not math.isfinite(float((nu.mT @ x.square()).sum())):
+            return False
+        fold_weighted_second_moments(state["metric"], nu, x, keep=decay, share=(1 - decay) / x.shape[-2])
+        self.age(state, decay)
+        return True
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Multiply each unit's row by its own block."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from relfisher.moments import fold_second_moments
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
@@ -48,6 +49,20 @@ class SharedBlock(Structure):
     def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
         """Return the sum of x~_n x~_n', whatever the units respond."""
         return {"metric": x.mT @ x}
+
+    def fold(
+        self,
+        state: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        decay: float,
+    ) -> bool:
+        """Add the product of the inputs to the moving average as it is made."""
+        if not fold_second_moments(state["metric"], x, keep=decay, share=(1 - decay) / x.shape[-2]):
+            return False
+        self.age(state, decay)
+        return True
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
         """Multiply all rows by the block."""

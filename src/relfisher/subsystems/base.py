@@ -220,10 +220,20 @@ class Subsystem(ABC):
 
     def gather(self, rows: Rows, structure: Structure) -> Gathered:
         """Return the statistics of samples."""
-        sparse = isinstance(structure, Diagonal)
         with torch.no_grad(), torch.autocast(rows.x.device.type, enabled=False):
-            x, z = self._cast(rows if sparse else self.spelled_out(rows))
+            x, z = self._read(rows, structure)
             return Gathered(structure.gather(x, z, self.response), x.shape[-2])
+
+    def fold(self, batch: Rows | Gathered, structure: Structure, state: State, decay: float) -> bool:
+        """Fold samples, or their statistics, into the average of a state; see `Structure.update`."""
+        if isinstance(batch, Gathered):
+            return structure.update(state, batch.totals, batch.samples, decay)
+        with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
+            return structure.fold(state, *self._read(batch, structure), self.response, decay)
+
+    def _read(self, rows: Rows, structure: Structure) -> Rows:
+        """Return samples as a structure reads them: only one can read sparse ones."""
+        return self._cast(rows if isinstance(structure, Diagonal) else self.spelled_out(rows))
 
     def _cast(self, rows: Rows) -> Rows:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)

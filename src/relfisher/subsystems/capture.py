@@ -46,7 +46,8 @@ class MaskWarning(UserWarning):
 class _Batch:
     """A layer's samples in one forward pass, or their statistics once all that they depend on is known.
 
-    Without a limit to the samples of a step these are made as soon as the layer has a structure, else at its end.
+    Without a limit to the samples of a step these are made as soon as the layer has a structure, unless the samples
+    take less room; else at its end.
     """
 
     def __init__(self, layer: Subsystem, sampling: Sampling, *, due: bool) -> None:
@@ -65,9 +66,10 @@ class _Batch:
         structure = self.layer.structure
         if self.rows is None or structure is None or self.count is not None:
             return
-        if self.due and self.rows.z.shape[-2] > 0:
-            self.gathered = self.layer.gather(self.rows, structure)
-        self.rows = None
+        if not self.due or self.rows.z.shape[-2] == 0:
+            self.rows = None
+        elif not _is_light(self.rows):
+            self.gathered, self.rows = self.layer.gather(self.rows, structure), None
 
 
 class Capture:
@@ -110,7 +112,7 @@ class Capture:
         self._watch: ActivationWatch | None = None
         self._held: list[_Batch] = []
         self._untold: list[_Batch] = []
-        self._pending: dict[Subsystem, Gathered] = {}
+        self._pending: dict[Subsystem, Rows | Gathered] = {}
         self._reservoirs: dict[Subsystem, Reservoir] = {}
         self._waiting: dict[Subsystem, weakref.WeakSet[_Batch]] = {}  # for gradients, if those ever flow back
         self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
@@ -134,8 +136,8 @@ class Capture:
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._remember)))
             self._layers[module].append(layer)
 
-    def take(self) -> dict[Subsystem, Gathered]:
-        """Return what was gathered since the last call, and start anew."""
+    def take(self) -> dict[Subsystem, Rows | Gathered]:
+        """Return the samples since the last call, or their statistics where these are lighter, and start anew."""
         if self._untold:
             untold, self._untold = self._untold[::-1], []  # gradients flow from the last layer to the first
             named = ", ".join(dict.fromkeys(batch.layer.name for batch in untold if batch.layer.followed))
@@ -148,7 +150,7 @@ class Capture:
         for layer, reservoir in self._reservoirs.items():
             rows = reservoir.rows()
             if rows is not None and layer.structure is not None:
-                pending[layer] = layer.gather(rows, layer.structure)
+                pending[layer] = rows
         self.drop()
         return pending
 
@@ -243,6 +245,8 @@ class Capture:
         if layer.structure is not None and batch.count is None:
             batch.rows = rows
             batch.gather()
+            if batch.rows is not None:
+                batch.rows = layer.hold(rows)
         else:
             # What works in place must not change what is held.
             batch.rows = layer.hold(rows)
@@ -288,11 +292,9 @@ class Capture:
         layer = batch.layer
         gathered, batch.gathered = batch.gathered, None
         rows, batch.rows = batch.rows, None
-        if gathered is not None:
-            if layer in self._pending:
-                self._pending[layer].add(gathered)
-            else:
-                self._pending[layer] = gathered
+        told = gathered or rows
+        if told is not None and batch.count is None:
+            self._pending[layer] = _sum(layer, self._pending.get(layer), told)
         elif rows is not None and batch.due and batch.count is not None and self._limit is not None:
             if layer in self._waiting:
                 self._waiting[layer].discard(batch)
@@ -366,6 +368,20 @@ class Capture:
 
     def _warn(self, message: str) -> None:
         warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)
+
+
+def _is_light(rows: Rows) -> bool:
+    """Return whether a call has so few samples that they take less room than their statistics."""
+    return not rows.x.is_sparse and rows.x.shape[-2] < rows.x.shape[-1]
+
+
+def _sum(layer: Subsystem, before: Rows | Gathered | None, new: Rows | Gathered) -> Rows | Gathered:
+    """Return what several calls of a layer with a structure tell: the only one's samples, else their statistics."""
+    if before is None or layer.structure is None:
+        return new
+    first, second = (layer.gather(each, layer.structure) if isinstance(each, Rows) else each for each in (before, new))
+    first.add(second)
+    return first
 
 
 def _counts(layer: Subsystem, z: Tensor) -> bool:
