@@ -129,6 +129,12 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package):
     assert "\n" not in str(caught.value)
 
 
+def test_muon_without_a_torch_that_has_it_is_not_available(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(UnavailableError, match=r"Muon comes with torch 2\.9"):
+        stepped(PEERS["Muon"])
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.usefixtures("noise")
 def test_a_workload_starts_the_same_way_each_time_and_learns(name):

@@ -121,6 +121,8 @@ def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def _muon(model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3) -> torch.optim.Optimizer:
     """Muon for matrices other than those that look up or classify, AdamW for the rest, as its authors say."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UnavailableError(f"not available: Muon comes with torch 2.9, this is {torch.__version__}")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = [layer.weight for layer in layers[:-1]]
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
