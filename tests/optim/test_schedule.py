@@ -25,11 +25,19 @@ def test_refreshes_are_spread_over_the_interval(interval, layers):
     assert max(counts) <= -(-layers // interval)
 
 
-def test_the_refreshes_of_a_small_model_fall_between_updates():
+@given(interval=st.integers(1, 50), layers=st.integers(1, 50))
+def test_updates_are_spread_over_the_interval(interval, layers):
+    schedule = Schedule(interval, 100, ())
+    counts = [sum(schedule.statistics_due(each, place, layers) for place in range(layers)) for each in range(interval)]
+    assert sum(counts) == layers
+    assert max(counts) <= -(-layers // interval)
+
+
+def test_no_step_of_a_small_model_has_both_an_update_and_a_refresh():
     schedule = Schedule(20, 200, ())
-    for place in range(4):
-        (due,) = [iteration for iteration in range(200) if schedule.refresh_due(iteration, place, 4)]
-        assert not schedule.statistics_due(due)
+    for iteration in range(200):
+        updates = sum(schedule.statistics_due(iteration, place, 4) for place in range(4))
+        assert updates + sum(schedule.refresh_due(iteration, place, 4) for place in range(4)) <= 1
 
 
 def test_early_refreshes_are_of_all_layers():
@@ -42,6 +50,8 @@ def test_without_staggering_all_layers_are_refreshed_together():
     schedule = Schedule(1, 100, (), staggered=False)
     assert all(schedule.refresh_due(iteration, place, 4) for iteration in (0, 100, 200) for place in range(4))
     assert not any(schedule.refresh_due(50, place, 4) for place in range(4))
+    every_third = Schedule(3, 100, (), staggered=False)
+    assert [every_third.statistics_due(iteration, 1, 2) for iteration in range(4)] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("name", ["stats_interval", "refresh_interval"])

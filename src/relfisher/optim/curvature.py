@@ -89,9 +89,9 @@ class Curvature:
         twin._moving = copy.deepcopy(self._moving, memo)
         twin._fitting = {}
         twin.capture = Capture(twin_model, self._choose, self._limit)
-        twin.capture.due = self.capture.due
-        twin.capture.empty = copy.deepcopy(self.capture.empty, memo)
         twin.capture.add(twin.layers)
+        twin.capture.due = copy.deepcopy(self.capture.due, memo)
+        twin.capture.empty = copy.deepcopy(self.capture.empty, memo)
         return twin
 
     def add(self, layers: Sequence[Subsystem]) -> None:
@@ -204,7 +204,12 @@ class Curvature:
 
     def advance(self, iteration: int) -> None:
         """Say which iteration is next."""
-        self.capture.due = self._schedule.statistics_due(iteration)
+        modules = dict.fromkeys(layer.module for layer in self.layers)  # what its layers have in common is found once
+        self.capture.due = {
+            module
+            for place, module in enumerate(modules)
+            if self._schedule.statistics_due(iteration, place, len(modules))
+        }
 
     def _create(self, layer: Subsystem, structure: Structure) -> State:
         state = structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)

@@ -77,8 +77,9 @@ class RNGD(torch.optim.Optimizer):
             others, as those in which positions come first, give another one of that size.
         refresh_interval: iterations from one refresh of the inverse to the next.
         early_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
-        unbiased: True starts the moving average empty and corrects its bias, and spreads the layers' refreshes over
-            the interval, so that no step is slow; False starts it at the identity, and refreshes all at once.
+        unbiased: True starts the moving average empty and corrects its bias, and spreads the layers' updates and
+            refreshes over the intervals, so that no step is slow; False starts it at the identity, and updates and
+            refreshes all at once.
         relu_omega: the width of the smoothed ReLU whose information stands for a ReLU's, equation (18); None keeps the
             hard one, equation (16).
         fallback_lr: the learning rate of AdamW on parameters without a metric; schedulers that set the learning rate

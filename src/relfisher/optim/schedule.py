@@ -20,8 +20,7 @@ class Schedule:
         refresh_interval: from one refresh of a layer's inverse to the next.
         early_refreshes: at which the metric is updated and all inverses refreshed besides: while the average is young,
             each update changes it much.
-        staggered: True spreads the layers' refreshes over the interval, beginning next to an update of the metric, so
-            that no step is slow.
+        staggered: True spreads the layers' updates and refreshes over the intervals, so that no step is slow.
 
     Raises:
         ValueError: if an interval is not a whole number of at least 1.
@@ -38,9 +37,10 @@ class Schedule:
             if value != int(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value}")
 
-    def statistics_due(self, iteration: int) -> bool:
-        """Return whether the forward pass of this iteration updates the metric."""
-        return iteration % self.stats_interval == 0 or iteration in self.early_refreshes
+    def statistics_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
+        """Return whether the forward pass of this iteration updates the metric of a layer; see `refresh_due`."""
+        phase = self._phase(place, layers, self.stats_interval)
+        return iteration % self.stats_interval == phase or iteration in self.early_refreshes
 
     def refresh_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
         """Return whether the inverse of a layer is refreshed before this iteration's step.
@@ -52,10 +52,11 @@ class Schedule:
         """
         if iteration in self.early_refreshes:
             return True
-        phase = self._phase(place, layers) if self.staggered else 0
+        phase = self._phase(place, layers, self.refresh_interval)
+        if self.staggered and self.stats_interval > 1:
+            phase = (phase + 1) % self.refresh_interval  # in no step that has the layer's statistics to gather
         return iteration >= phase and (iteration - phase) % self.refresh_interval == 0
 
-    def _phase(self, place: int, layers: int) -> int:
-        """Return the first iteration at which a layer's inverse is refreshed on its own: 1 for the first layer."""
-        even = place * self.refresh_interval // layers
-        return (even + min(1, self.stats_interval - 1)) % self.refresh_interval
+    def _phase(self, place: int, layers: int, interval: int) -> int:
+        """Return the place of a layer in an interval over which all are spread."""
+        return place * interval // layers if self.staggered else 0

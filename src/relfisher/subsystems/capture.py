@@ -86,7 +86,7 @@ class Capture:
         limit: about so many samples of a layer and step go into its statistics at most; None for all.
 
     Attributes:
-        due: whether statistics are due in the passes that come.
+        due: the modules whose statistics are due in the passes that come; those that are new are.
         refused: layers that were found to have no metric after all.
         empty: layers whose metric holds nothing yet, so that their statistics are due in any case.
     """
@@ -97,7 +97,7 @@ class Capture:
         choose: Callable[[Sequence[Subsystem]], Sequence[Structure]],
         limit: int | None = None,
     ) -> None:
-        self.due = True
+        self.due: set[nn.Module] = set()
         self.refused: list[Subsystem] = []
         self.empty: set[Subsystem] = set()
         self._mask: Tensor | None = None
@@ -129,6 +129,7 @@ class Capture:
             module = layer.module
             if module not in self._layers:
                 self._layers[module] = []
+                self.due.add(module)
                 see = _Hook(self._seer(module))
                 # Ahead of the hook that ends the watch, where the model itself is the layer.
                 self._handles.append(module.register_forward_hook(see, with_kwargs=True, prepend=True))
@@ -213,11 +214,11 @@ class Capture:
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module has anything to tell."""
-        return self.due or any(self._due(layer) or layer.structure is None for layer in self._layers[module])
+        return any(self._due(layer) or layer.structure is None for layer in self._layers[module])
 
     def _due(self, layer: Subsystem) -> bool:
         """Return whether a layer's statistics are due."""
-        return self.due or layer in self.empty
+        return layer.module in self.due or layer in self.empty
 
     def _seer(self, module: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
