@@ -103,7 +103,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.5})
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.6})
         for one in lines:
             _draw(left, one, one.iterations)
             _draw(right, one, one.seconds)
