@@ -147,6 +147,14 @@ def test_polar_factors_share_the_singular_vectors(rows, columns, groups):
     assert not polar_factor(torch.zeros_like(matrix)).any()
 
 
+@pytest.mark.parametrize("shape", [(130, 131), (400, 129), (2, 140, 300)])
+def test_wide_polar_factors_in_single_precision_are_those_in_double_precision_up_to_a_few_per_cent(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact, near = polar_factor(matrix), polar_factor(matrix.float())
+    assert near.dtype == torch.float32
+    assert float((near - exact).norm()) < 0.03 * float(exact.norm())
+
+
 @pytest.mark.parametrize("rule", [TrustRegion(), Normalized(), Spectral()])
 def test_a_direction_that_is_not_finite_is_no_step(rule):
     bad = move((5, 3, 2), form=rule.form)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from relfisher import RNGD
 from relfisher.experiments.bench.peers import PEERS, Peer, UnavailableError, state_bytes
 from relfisher.experiments.bench.workloads import WORKLOADS, Workload, batches, samples
 
@@ -184,6 +185,9 @@ def _trainer(workload: Workload, peer: Peer, source: str) -> tuple[torch.optim.O
     """Returns an optimizer, and what takes an iteration with it and returns its seconds."""
     model = workload.build(0, peer.normalization)
     optimizer = peer.make(model)
+    if isinstance(optimizer, RNGD):  # in the middle of a run, where its early refreshes are over
+        for group in optimizer.param_groups:
+            group["iteration"] = ITERATIONS
     drawn: Iterator[tuple[Tensor, Tensor]] = batches(
         samples(workload.kind, source), workload.batch_size, torch.Generator().manual_seed(0)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ __all__ = ["Spectral", "polar_factor"]
 # The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps take singular values between
 # 0.01 and 1 to between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+# From this width on products in bfloat16 are faster where the device has them.
+_WIDE = 128
 
 # Five iterations on m x n take 20 m^2 n + 10 m^3 operations, on the m x m Gram matrix 4 m^2 n + 34 m^3.
 _ELONGATED = 1.5
@@ -66,6 +70,9 @@ class Spectral(NormalizedRule):
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
     """Return about the nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations.
 
+    Wide matrices in single precision are multiplied in bfloat16 where the device does so by itself: the result differs
+    by 1 % of its norm, less than five iterations leave to be done.
+
     Args:
         matrix: one, or a batch of them.
         iterations: five take singular values above 1 % of the norm to between 0.7 and 1.2.
@@ -76,15 +83,28 @@ def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    x = _by_gram(x, iterations) if x.shape[-1] > _ELONGATED * x.shape[-2] else _plain(x, iterations)
+    if x.dtype == torch.float32 and x.shape[-2] >= _WIDE and _multiplies_bfloat16(x.device.type):
+        x = _plain(x.bfloat16().contiguous(), iterations).to(x.dtype)
+    else:
+        x = _by_gram(x, iterations) if x.shape[-1] > _ELONGATED * x.shape[-2] else _plain(x, iterations)
     return x.mT if tall else x
+
+
+@cache
+def _multiplies_bfloat16(device_type: str) -> bool:
+    """Return whether a device has products in bfloat16 of its own; others emulate them slowly."""
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device_type == "cpu" and supported is not None and bool(supported())
 
 
 def _plain(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
     a, b, c = _COEFFICIENTS
+    multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = multiply(x, multiply(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
