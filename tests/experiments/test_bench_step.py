@@ -11,6 +11,7 @@ from relfisher.experiments.bench.peers import CONFIGURATIONS, PEERS, UNTUNED, Pe
 from relfisher.experiments.bench.step import BLOCK, ITERATIONS, WARM_UP, Cell, Lane, iterate, measure, take_turns
 from relfisher.experiments.bench.workloads import WORKLOADS, Samples, batches, growing, samples
 from relfisher.experiments.reproduce import Invocation
+from relfisher.optim.schedule import EARLY
 
 
 def lane(name, seconds, log):
@@ -27,6 +28,19 @@ def test_lanes_take_turns_in_blocks():
     take_turns(lanes, repeats=2, seconds=1.0)
     assert log == (["a"] * BLOCK + ["b"] * BLOCK) * ((WARM_UP + 2 * ITERATIONS) // BLOCK)
     assert [len(one.times) for one in lanes] == [2 * ITERATIONS] * 2
+
+
+def test_a_metric_is_measured_after_its_early_refreshes(monkeypatch):
+    at = []
+
+    def note(model, optimizer, workload, batch):
+        at.append(optimizer.param_groups[0]["iteration"])
+        return iterate(model, optimizer, workload, batch)
+
+    monkeypatch.setattr(step, "iterate", note)
+    measure(growing(8), {"RNGD": PEERS["RNGD"]}, "mnist5k", repeats=1, seconds=0.0)
+    assert at == list(range(ITERATIONS, ITERATIONS + len(at)))
+    assert max(EARLY) < ITERATIONS
 
 
 def test_a_slow_lane_stops_after_its_seconds_and_the_others_go_on():
