@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
@@ -16,3 +17,9 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=100, derandomize=False)
 settings.load_profile("quick")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Seed torch, so that what a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)

@@ -338,6 +338,7 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (["--model", "factories:bare", "--inputs", "5x7"], "the model cannot be called with them"),
         (["--model", "factories:tokens", "--inputs", "5x7"], "with :N for whole numbers below N, or let the factory"),
         (["--model", "factories:tokens", "--inputs", "5x7:10"], "index out of range in self; give the shape it takes"),
+        (["--model", "factories:tokens", "--inputs", "1x1:10"], "index out of range in self; give the shape it takes"),
         (
             ["--model", "factories:images", "--inputs", "5x7"],
             "--inputs: the model cannot be called with them: expected 4",

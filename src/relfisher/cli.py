@@ -108,7 +108,10 @@ def _plan(
 
     if inputs is not None:
         shape, limit = _batch_shape(inputs)
-        batch = torch.randn(shape) if limit is None else torch.randint(limit, shape)
+        if limit is None:
+            batch = torch.randn(shape)
+        else:  # from N - 1, the first that an embedding of fewer rows lacks, down to 0 and around
+            batch = torch.arange(-1, -1 - math.prod(shape), -1).remainder(limit).view(shape)
     if batch is None:
         raise _wrong("--inputs", f"{model} returns no inputs: give the shape of a batch, such as 50x784")
     try:
