@@ -67,6 +67,16 @@ def test_matrices_are_symmetric_and_positive_semi_definite(kind: str, given_prob
     assert torch.linalg.eigvalsh(dense).min() >= -1e-12 * dense.abs().max()
 
 
+@pytest.mark.parametrize("gap", [5.0, 15.0, 25.0])
+def test_a_softmax_that_is_all_but_certain_keeps_its_information_in_single_precision(gap: float) -> None:
+    z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[torch.arange(20), torch.arange(20) % 6] += gap
+    single, double = (information.Softmax(torch.softmax(z.to(kind), -1)) for kind in (torch.float32, torch.float64))
+    for near, exact in ((single.total(), double.total()), (single.dense(), double.dense())):
+        torch.testing.assert_close(near.double(), exact, rtol=1e-4, atol=0)
+        assert torch.linalg.eigvalsh(near.double()).min() >= -1e-6 * near.abs().max()
+
+
 @pytest.mark.parametrize("name", ["tanh", "softmax", "linear"])
 @given(given_problem=problems())
 def test_pulled_back_is_the_information_about_the_hidden_pre_activation(name: str, given_problem: Problem) -> None:

@@ -111,7 +111,11 @@ class Diagonal(Information):
 
 @dataclass(frozen=True)
 class Softmax(Information):
-    """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25)."""
+    """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25).
+
+    Its diagonal is made of the products eta_i eta_j, j != i, which sum to eta_i (1 - eta_i): where one class is all but
+    certain, the difference would be rounding error alone, and the matrix not positive semi-definite.
+    """
 
     eta: Float[Tensor, "n out"]
 
@@ -131,11 +135,17 @@ class Softmax(Information):
 
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return diag(eta) - eta eta' for each sample."""
-        return torch.diag_embed(self.eta) - self.eta.unsqueeze(-1) * self.eta.unsqueeze(-2)
+        return _laplacian(self.eta.unsqueeze(-1) * self.eta.unsqueeze(-2))
 
     def total(self) -> Float[Tensor, "out out"]:
         """Return diag(sum_n eta_n) - sum_n eta_n eta_n'."""
-        return torch.diag(self.eta.sum(0)) - self.eta.T @ self.eta
+        return _laplacian(self.eta.T @ self.eta)
+
+
+def _laplacian(weights: Float[Tensor, "*n out out"]) -> Float[Tensor, "*n out out"]:
+    """Return the diagonal matrix of the sums of what stands beside the diagonal in each row, minus that."""
+    beside = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+    return torch.diag_embed(beside.sum(-1)) - beside
 
 
 @dataclass(frozen=True)
