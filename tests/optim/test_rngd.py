@@ -179,6 +179,24 @@ def test_a_batch_that_is_not_finite_changes_nothing(where):
     assert all(map(math.isfinite, train(model, optimizer, 12)))
 
 
+def test_what_goes_wrong_again_and_again_is_said_ever_more_rarely():
+    model = classifier()
+    optimizer = RNGD(model)
+
+    def fail(times):
+        for _ in range(times):
+            optimizer.zero_grad()
+            (model(batch(0)[0]) * math.nan).sum().backward()
+            optimizer.step()
+
+    with pytest.warns(HealthWarning) as caught:
+        fail(120)
+    assert optimizer.health.skipped_steps == 120
+    said = [str(warning.message) for warning in caught if "step skipped" in str(warning.message)]
+    assert len(said) == 3
+    assert "100 times so far" in said[-1]
+
+
 def same(one, other):
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 __all__ = ["Health", "HealthWarning"]
 
@@ -14,7 +15,7 @@ class HealthWarning(UserWarning):
 
 @dataclass
 class Health:
-    """Counts since the optimizer was made.
+    """Counts since the optimizer was made. The first of a kind is said, and the 10th, the 100th, and so on.
 
     Attributes:
         skipped_steps: steps left out since a gradient, or the step itself, was not finite.
@@ -25,6 +26,7 @@ class Health:
     skipped_steps: int = 0
     failed_refreshes: int = 0
     dropped_batches: int = 0
+    _times: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     def skipped(self, iteration: int, reason: str) -> None:
         """Count a step that was left out."""
@@ -42,4 +44,10 @@ class Health:
         self._say(iteration, f"the batch metric of {layer} is not finite and was left out")
 
     def _say(self, iteration: int, message: str) -> None:
-        warnings.warn(f"{message} (iteration {iteration}; counted in RNGD.health)", HealthWarning, stacklevel=5)
+        self._times[message] += 1
+        times = self._times[message]
+        if times == 10 ** (len(str(times)) - 1):
+            so_far = "" if times == 1 else f", {times} times so far"
+            warnings.warn(
+                f"{message} (iteration {iteration}{so_far}; counted in RNGD.health)", HealthWarning, stacklevel=5
+            )
