@@ -77,8 +77,8 @@ def test_every_command_has_help(capsys, command):
 
 def test_the_whole_experiment_leaves_its_results(digits, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--epochs", "2", "--seeds", "2", "--lr", "PLAIN+SGD=0.1,1e20", "--lr", "plain+rngd-tr=0.3"]
-    assert call(mlp(digits, out, "--methods", "PLAIN+SGD,plain+rngd-tr", *options)) == 0
+    options = ["--epochs", "2", "--seeds", "2", "--lr", "PLAIN+SGD=0.1,1e20", "--lr", "plain+rngd-default=0.3"]
+    assert call(mlp(digits, out, "--methods", "PLAIN+SGD,plain+rngd-default", *options)) == 0
     assert sorted(path.name for path in out.iterdir()) == OUTPUTS
     printed = capsys.readouterr().out
     assert str(out / "table.md") in printed.replace("\n", "")
@@ -86,12 +86,12 @@ def test_the_whole_experiment_leaves_its_results(digits, tmp_path, capsys):
     assert "PLAIN+SGD lr 1e+20 seed 0: diverged" in printed
     configuration = json.loads((out / "config.json").read_text())
     assert configuration["command"].startswith("relfisher reproduce mlp --data")
-    assert configuration["chosen"] == {"PLAIN+SGD": 0.1, "PLAIN+RNGD-TR": 0.3}
+    assert configuration["chosen"] == {"PLAIN+SGD": 0.1, "PLAIN+RNGD-DEFAULT": 0.3}
     assert configuration["settings"]["epochs"] == 2
     with gzip.open(out / "curves.csv.gz", "rt") as file:
         runs = {(line["method"], float(line["learning_rate"]), int(line["seed"])) for line in csv.DictReader(file)}
     expected = {("PLAIN+SGD", 0.1, 0), ("PLAIN+SGD", 1e20, 0), ("PLAIN+SGD", 0.1, 1)}
-    assert runs == expected | {("PLAIN+RNGD-TR", 0.3, 0), ("PLAIN+RNGD-TR", 0.3, 1)}
+    assert runs == expected | {("PLAIN+RNGD-DEFAULT", 0.3, 0), ("PLAIN+RNGD-DEFAULT", 0.3, 1)}
 
 
 def test_a_repeated_command_trains_nothing_again_but_a_torn_run(digits, tmp_path, capsys):
@@ -215,7 +215,7 @@ ERRORS = {
     "option": (["reproduce", "mlp", "--output", "x"], ["--output"]),
     "missing": (["reproduce", "mlp"], ["--out"]),
     "source": (["--data", "cifar"], ["--data", "'cifar'", "mnist5k", "fashion-mnist", "directory"]),
-    "method": (["--methods", "PLAIN+SDG"], ["--methods", "'PLAIN+SDG'", "PLAIN+SGD", "PLAIN+RNGD-TR"]),
+    "method": (["--methods", "PLAIN+SDG"], ["--methods", "'PLAIN+SDG'", "PLAIN+SGD", "PLAIN+RNGD-DEFAULT"]),
     "negative rate": (["--lr", "PLAIN+SGD=-0.1"], ["--lr", "'-0.1'", "above 0"]),
     "zero rate": (["--lr", "PLAIN+SGD=0"], ["--lr", "'0'", "above 0"]),
     "infinite rate": (["--lr", "PLAIN+SGD=inf"], ["--lr", "'inf'", "finite"]),

@@ -28,15 +28,15 @@ def record(seed, *, diverged=False):
 @pytest.fixture
 def outcome():
     """Two methods with two seeds, one of whose candidates diverged, and a method that diverged altogether."""
-    grids = {"PLAIN+SGD": (0.1, 0.2), "PLAIN+RNGD-TR": (0.3,), "BNA+ADAM": (0.01,)}
+    grids = {"PLAIN+SGD": (0.1, 0.2), "PLAIN+RNGD-DEFAULT": (0.3,), "BNA+ADAM": (0.01,)}
     study = Study("mlp", grids, 2, {"epochs": EPOCHS})
     records = {
         study.run("PLAIN+SGD", 0.1, 0): record(1),
         study.run("PLAIN+SGD", 0.2, 0): record(2, diverged=True),
-        study.run("PLAIN+RNGD-TR", 0.3, 0): record(3),
+        study.run("PLAIN+RNGD-DEFAULT", 0.3, 0): record(3),
         study.run("BNA+ADAM", 0.01, 0): record(4, diverged=True),
         study.run("PLAIN+SGD", 0.1, 1): record(5),
-        study.run("PLAIN+RNGD-TR", 0.3, 1): record(6, diverged=True),
+        study.run("PLAIN+RNGD-DEFAULT", 0.3, 1): record(6, diverged=True),
     }
     return Outcome(study, records)
 
@@ -90,7 +90,7 @@ def test_the_grid_shows_every_candidate(outcome):
     assert [(line["method"], line["learning_rate"], line["diverged"], line["chosen"]) for line in lines] == [
         ("PLAIN+SGD", "0.1", "False", "True"),
         ("PLAIN+SGD", "0.2", "True", "False"),
-        ("PLAIN+RNGD-TR", "0.3", "False", "True"),
+        ("PLAIN+RNGD-DEFAULT", "0.3", "False", "True"),
         ("BNA+ADAM", "0.01", "True", "False"),
     ]
 
@@ -101,7 +101,7 @@ def test_the_figure_is_written_twice_and_the_same_every_time(outcome, tmp_path):
         directory.mkdir()
         png, svg = figures.save(figures.figure5(outcome, "A title"), directory)
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert "PLAIN+RNGD-TR" in svg.read_text()
+    assert "PLAIN+RNGD-DEFAULT" in svg.read_text()
     assert "BNA+ADAM" not in svg.read_text()
     assert (first / "figure5.svg").read_bytes() == svg.read_bytes()
 

@@ -67,7 +67,7 @@ def test_every_method_has_as_many_learning_rates():
         "BNB+SGD",
         "BNB+ADAM",
         "PLAIN+RNGD",
-        "PLAIN+RNGD-TR",
+        "PLAIN+RNGD-DEFAULT",
     ]
     for method in METHODS.values():
         assert len(method.grid) == 4

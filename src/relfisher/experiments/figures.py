@@ -25,7 +25,7 @@ __all__ = ["STYLE", "Line", "Look", "figure5", "line", "panels", "save"]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
-FLOOR = 1e-8
+FLOOR = 1e-10
 BASELINE_WIDTH = 1.6
 STYLE: dict[RcKeyType, object] = {
     "font.size": 11,
@@ -58,7 +58,7 @@ LOOKS = {
     "BNB+SGD": Look("#009e73", "--"),
     "BNB+ADAM": Look("#009e73"),
     "PLAIN+RNGD": Look("#e69f00", width=2.6),
-    "PLAIN+RNGD-TR": Look("#d1345b", width=2.6),
+    "PLAIN+RNGD-DEFAULT": Look("#d1345b", width=2.6),
 }
 
 
@@ -103,7 +103,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.6})
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.68})
         for one in lines:
             _draw(left, one, one.iterations)
             _draw(right, one, one.seconds)

@@ -52,8 +52,8 @@ def _published(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return relfisher.RNGD.as_published(model, lr=learning_rate)
 
 
-def _trust_region(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return relfisher.RNGD(model, lr=learning_rate, step_rule="trust-region")
+def _default(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return relfisher.RNGD(model, lr=learning_rate)
 
 
 METHODS = {
@@ -64,7 +64,7 @@ METHODS = {
     "BNB+SGD": Method("before", _sgd, (0.03, 0.1, 0.3, 1.0)),
     "BNB+ADAM": Method("before", _adam, (0.0003, 0.001, 0.003, 0.01)),
     "PLAIN+RNGD": Method("none", _published, (0.01, 0.03, 0.1, 0.3)),
-    "PLAIN+RNGD-TR": Method("none", _trust_region, (0.1, 0.3, 1.0, 3.0)),
+    "PLAIN+RNGD-DEFAULT": Method("none", _default, (0.01, 0.03, 0.1, 0.3)),
 }
 
 
