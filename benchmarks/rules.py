@@ -70,6 +70,19 @@ def classifying():
 TASKS = {"transformer": transformer, "GPT-2": counting, "BERT": classifying}
 
 
+def course(model, draw, iterations, make):
+    """Train a model, and return the mean loss before each eighth of the iterations."""
+    optimizer, losses = make(model), []
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss = draw()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    marks = range(iterations // 8, iterations + 1, iterations // 8)
+    return [f"{sum(losses[mark - WINDOW : mark]) / WINDOW:.3f}" for mark in marks]
+
+
 def main():
     """Train and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,17 +92,7 @@ def main():
     torch.set_num_threads(1)
     for task in options.tasks.split(","):
         for name, make in OPTIMIZERS.items():
-            model, draw, iterations = TASKS[task]()
-            optimizer, losses = make(model), []
-            for _ in range(iterations):
-                optimizer.zero_grad()
-                loss = draw()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-            marks = range(iterations // 8, iterations + 1, iterations // 8)
-            means = [sum(losses[mark - WINDOW : mark]) / WINDOW for mark in marks]
-            print(f"| {task} | {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |", flush=True)
+            print(f"| {task} | {name} | {' | '.join(course(*TASKS[task](), make))} |", flush=True)
 
 
 if __name__ == "__main__":

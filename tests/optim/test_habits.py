@@ -478,6 +478,72 @@ def test_weights_tied_in_functions_are_left_to_adamw(tie):
     assert [row.name for row in plan(model, tokens)] == ["hidden"]
 
 
+class Head(nn.Module):
+    """A language model whose head is a module that has the weight of its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.units(tokens))
+
+    def units(self, tokens):
+        return torch.tanh(self.hidden(self.embed(tokens)))
+
+
+class LooksUp(Head):
+    """The same with a function in the embedding's place."""
+
+    def __init__(self):
+        super().__init__()
+        del self.embed
+
+    def units(self, tokens):
+        return torch.tanh(self.hidden(nn.functional.embedding(tokens, self.head.weight)))
+
+
+@pytest.mark.parametrize("model_class", [Head, LooksUp])
+def test_a_tied_head_moves_its_whole_gradient_along_the_metric_of_its_inputs(model_class):
+    model, tokens = model_class().double(), torch.randint(9, (4, 5))
+    weight, bias = model.head.weight, model.head.bias
+    with torch.no_grad():
+        x = torch.nn.functional.pad(model.units(tokens).flatten(0, 1), (0, 1), value=1.0)
+    loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    gradient = torch.cat([each.reshape(9, -1) for each in torch.autograd.grad(loss, (weight, bias))], 1)
+    metric = x.T @ x / len(x)
+    damped = metric + 0.1 * metric.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    expected = torch.cat([weight, bias.unsqueeze(1)], 1).detach() - 0.3 * gradient @ torch.linalg.inv(damped)
+    learn(model, RNGD(model, lr=0.3, structure="shared", step_rule="trust-region", trust_region=None), tokens, steps=1)
+    torch.testing.assert_close(torch.cat([weight, bias.unsqueeze(1)], 1).detach(), expected)
+
+
+def test_a_tied_head_is_covered_under_the_name_of_its_parameter():
+    model, tokens = Head(), torch.randint(9, (4, 5))
+    (row,) = (row for row in coverage(model, tokens) if row.name == "embed.weight")
+    assert (row.by, row.subsystem) == ("metric", "head")
+    assert all(each.by == "metric" for each in coverage(model, tokens))
+    assert [each.name for each in plan(model, tokens)] == ["hidden", "head"]
+
+
+@pytest.mark.parametrize("freeze", ["embed", "hidden"])
+def test_a_run_with_a_tied_head_resumes(freeze):
+    model, tokens = Head(), torch.randint(9, (4, 5))
+    getattr(model, freeze).weight.requires_grad_(False)
+    optimizer = RNGD(model)
+    learn(model, optimizer, tokens)
+    twin, copied = copy.deepcopy((model, optimizer))
+    again = copy.deepcopy(model)
+    resumed = RNGD(again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (twin, copied), (again, resumed)):
+        learn(each, its, tokens)
+    for mine, theirs, loaded in zip(model.parameters(), twin.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(mine, loaded)
+
+
 def test_a_run_with_a_tied_weight_resumes():
     tokens = torch.randint(9, (4, 5))
     torch.manual_seed(0)

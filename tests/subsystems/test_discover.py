@@ -31,10 +31,46 @@ def test_a_frozen_layer_is_listed_since_it_may_be_unfrozen_later() -> None:
     assert names(model) == ["0", "1"]
 
 
-def test_a_tied_weight_has_no_layer_of_its_own() -> None:
-    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "other": nn.Linear(3, 3)})
-    model["head"].weight = model["embedding"].weight
-    assert names(model) == ["other"]
+def tied(*owners: nn.Module) -> nn.ModuleList:
+    """Return modules with one weight, and a linear layer."""
+    for owner in owners[1:]:
+        owner.weight = owners[0].weight
+    return nn.ModuleList([*owners, nn.Linear(3, 3)])
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [
+        (nn.Linear(3, 5), nn.Linear(3, 5)),
+        (nn.Embedding(5, 3), nn.Embedding(5, 3)),
+        (nn.Embedding(5, 3), nn.Linear(3, 5), nn.Linear(3, 5)),
+        (nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 5)),
+        (nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Linear(3, 5)),
+        (nn.EmbeddingBag(5, 3), nn.Linear(3, 5)),
+    ],
+)
+def test_a_tied_weight_has_no_layer_of_its_own(owners) -> None:
+    model = tied(*owners)
+    found = discover(model)
+    assert [layer.name for layer in found.subsystems] == [str(len(owners))]
+    assert (
+        found.refused["0.weight"]
+        == f"tied: {' and '.join(f'{i}.weight' for i in range(len(owners)))} are one parameter"
+    )
+
+
+@pytest.mark.parametrize(
+    ("owners", "head"),
+    [
+        ((nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), "1"),
+        ((nn.Linear(3, 5), nn.Embedding(5, 3, padding_idx=0)), "0"),
+        ((nn.Embedding(5, 3), nn.Embedding(5, 3), nn.Linear(3, 5)), "2"),
+    ],
+)
+def test_a_head_that_is_tied_to_embeddings_is_their_layer(owners, head) -> None:
+    found = discover(tied(*owners))
+    assert [layer.name for layer in found.subsystems] == [head, str(len(owners))]
+    assert found.refused == {}
 
 
 def test_one_module_under_two_names_is_one_layer() -> None:

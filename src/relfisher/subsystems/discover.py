@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -109,7 +110,9 @@ def discover(model: nn.Module) -> Discovery:
     """Return the subsystems of a model.
 
     A module counts if all of its parameters are real parameters of this module alone: one that is tied to another
-    module, or computed by a parametrization, answers to more than this module's samples.
+    module, or computed by a parametrization, answers to more than this module's samples. A linear layer that scores
+    the tokens which embeddings look up in its weight counts nevertheless, by its own samples: what the embeddings say of
+    a token's row, its frequency, is left out.
 
     Args:
         model: any module.
@@ -121,14 +124,14 @@ def discover(model: nn.Module) -> Discovery:
         ValueError: if a lazy module has not seen its input yet.
     """
     names: dict[int, str] = {}
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             name = plain_name(model, f"{prefix}.{key}" if prefix else key)
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"model must be initialised, but {name} has no shape yet: run a forward pass first")
             names.setdefault(id(parameter), name)
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(id(parameter), {})[name] = module
     found = Discovery()
     covered: set[int] = set()
     for prefix, module in model.named_modules():
@@ -148,7 +151,7 @@ def discover(model: nn.Module) -> Discovery:
     return found
 
 
-def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, list[str]]) -> str | None:
+def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, dict[str, nn.Module]]) -> str | None:
     """Return why a module has no subsystem, or None if it has, or holds others that may."""
     if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "a parametrization computes the weight from it"
@@ -161,6 +164,15 @@ def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int,
     for parameter in parameters:
         if not parameter.is_floating_point():
             return f"its dtype is {parameter.dtype}"
-        if len(owners[id(parameter)]) > 1:
-            return f"tied: {' and '.join(owners[id(parameter)])} are one parameter"
+        tied = owners[id(parameter)]
+        if len(tied) > 1 and not _is_head(module, tied.values()):
+            return f"tied: {' and '.join(tied)} are one parameter"
     return None
+
+
+def _is_head(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
+    """Return whether a linear layer scores the tokens that all other owners of its weight look up."""
+    return isinstance(module, nn.Linear) and all(
+        owner is module or any(type(found) is EmbeddingSubsystem for found in subsystems_of("", owner))
+        for owner in owners
+    )

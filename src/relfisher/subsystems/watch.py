@@ -45,7 +45,8 @@ class ActivationWatch(TorchFunctionMode):
 
     Attributes:
         misused: layers whose parameters met data outside the calls of their module, as those of an embedding that
-            scores the outputs, too; and the function that took them.
+            scores the outputs in a function, too; and the function that took them. In the weight of a linear layer
+            tokens may be looked up; see `discover`.
     """
 
     def __init__(self, layers: Iterable[Subsystem] = (), running: nn.Module | None = None) -> None:
@@ -162,7 +163,8 @@ class ActivationWatch(TorchFunctionMode):
             return
         if any(id(each) not in self._weights for each in tensors):
             for layer in outside:
-                self.misused.setdefault(layer, name)
+                if not (name == "embedding" and isinstance(layer.module, nn.Linear)):
+                    self.misused.setdefault(layer, name)
         else:
             self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
 
