@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from relfisher.experiments.bench.peers import CONFIGURATIONS, PEERS, UNTUNED
 from relfisher.experiments.bench.race import (
@@ -150,6 +151,19 @@ def test_a_diverging_run_ends():
     assert record.diverged
     assert not math.isfinite(record.cost[-1])
     assert len(record.cost) < 100
+
+
+@pytest.mark.usefixtures("noise")
+def test_a_run_whose_optimizer_cannot_decompose_its_matrices_has_diverged(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("it did not converge")
+
+    monkeypatch.setattr("relfisher.experiments.bench.race.iterate", fails)
+    race = plan("mlp", "noise", methods=("SGD",), seeds=1, tuning=60.0, budget=60.0, threads=1)
+    record = Racer("noise")(race.repeats("SGD", {"lr": 0.1})[0], lambda *_: None)
+    assert record.diverged
+    assert len(record.cost) == len(record.seconds) == 1
+    assert record.warnings == ("it did not converge",)
 
 
 def test_methods_that_cannot_be_had_are_told_apart(monkeypatch):

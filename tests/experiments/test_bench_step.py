@@ -52,6 +52,32 @@ def test_a_slow_lane_stops_after_its_seconds_and_the_others_go_on():
     assert len(fast.times) == 3 * ITERATIONS
 
 
+def test_a_method_that_cannot_decompose_its_matrices_takes_no_more_turns(monkeypatch):
+    log = []
+    steady, failing = lane("steady", 1e-9, log), lane("failing", 1e-9, log)
+    run = failing.run
+
+    def fails():
+        if log.count("failing") == WARM_UP + 25:
+            raise torch.linalg.LinAlgError("it did not converge")
+        return run()
+
+    failing.run = fails
+    take_turns([steady, failing], repeats=1, seconds=1.0)
+    assert (len(steady.times), len(failing.times)) == (ITERATIONS, 25)
+    assert failing.failure == "raised it did not converge"
+
+    def fails_at_once(model, optimizer, workload, batch):
+        if isinstance(optimizer, torch.optim.SGD):
+            raise torch.linalg.LinAlgError("it did not converge")
+        return iterate(model, optimizer, workload, batch)
+
+    monkeypatch.setattr(step, "iterate", fails_at_once)
+    methods = {name: PEERS[name] for name in ("SGD", "Adam")}
+    sgd, adam = measure(growing(8), methods, "mnist5k", repeats=1, seconds=0.0)
+    assert (sgd.note, sgd.steps, adam.note, len(adam.steps)) == ("raised it did not converge", (), "", 1)
+
+
 def test_each_repeat_has_an_iteration_even_without_time():
     one = lane("one", 9.0, [])
     take_turns([one], repeats=3, seconds=0.0)

@@ -116,6 +116,22 @@ def test_the_figure_shows_the_curves_of_the_runs(outcome):
     assert left.get_yscale() == right.get_yscale() == "log"
 
 
+def test_a_curve_that_blows_up_leaves_the_figure_and_hides_no_other():
+    x = np.arange(1.0, 101.0)
+    fine, bad = (
+        figures.Line(method, figures.Look("#000000"), x, x, cost, cost)
+        for method, cost in (("fine", 1 / x), ("bad", 10 ** (x / 10)))
+    )
+    left, right = figures.panels([fine, bad], "A title", "A caption").axes
+    low, high = left.get_ylim()
+    assert low < fine.cost.min()
+    assert fine.cost[2] < high < 10 * fine.cost[0]
+    markers = [drawn.get_ydata()[0] for drawn in right.lines if drawn.get_marker() == "o"]
+    assert markers == [fine.cost[-1], high]
+    names = {text.get_text(): text.get_position()[1] for text in left.texts}
+    assert names["fine"] < names["bad"] == 1.0
+
+
 def test_a_study_that_diverged_altogether_is_still_drawn(outcome, tmp_path):
     lost = {run: replace(record, diverged=True) for run, record in outcome.records.items()}
     figures.save(figures.figure5(Outcome(outcome.study, lost), "A title"), tmp_path)

@@ -117,8 +117,10 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
         if lines:
             _fit(left, lines)
             _label_ends(left, lines)
+            top = left.get_ylim()[1]
             for one in lines:
-                right.plot(one.seconds[-1], one.smooth[-1], "o", color=one.look.colour, markersize=5, clip_on=False)
+                height = min(one.smooth[-1], top)
+                right.plot(one.seconds[-1], height, "o", color=one.look.colour, markersize=5, clip_on=False)
             if target is not None:
                 for axes in (left, right):
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
@@ -184,9 +186,9 @@ def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
 
 
 def _fit(axes: Axes, lines: list[Line]) -> None:
-    """Limits the cost axis to the smooth curves; single points of ten mini-batches may go beyond."""
+    """Limits the cost axis to the smooth curves, from where they begin downwards; one that blows up leaves it."""
     lowest = min(line.smooth.min() for line in lines)
-    highest = max(line.smooth[len(line.smooth) // 50 :].max() for line in lines)
+    highest = max(line.smooth[len(line.smooth) // 50] for line in lines)
     axes.set_ylim(lowest / 1.8, highest * 1.6)
 
 
@@ -194,7 +196,7 @@ def _label_ends(axes: Axes, lines: list[Line]) -> None:
     """Names each line at its right end; names that would overlap are moved apart."""
     to_axes = axes.transScale.transform
     low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
-    ends = {line.method: (to_axes((1, line.smooth[-1]))[1] - low) / (high - low) for line in lines}
+    ends = {line.method: min(1.0, (to_axes((1, line.smooth[-1]))[1] - low) / (high - low)) for line in lines}
     places = _spread(ends)
     for line in lines:
         place, look = places[line.method], line.look

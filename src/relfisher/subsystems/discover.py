@@ -111,8 +111,8 @@ def discover(model: nn.Module) -> Discovery:
 
     A module counts if all of its parameters are real parameters of this module alone: one that is tied to another
     module, or computed by a parametrization, answers to more than this module's samples. A linear layer that scores
-    the tokens which embeddings look up in its weight counts nevertheless, by its own samples: what the embeddings say of
-    a token's row, its frequency, is left out.
+    the tokens which embeddings look up in its weight counts nevertheless, by its own samples: what the embeddings say
+    of a token's row, its frequency, is left out.
 
     Args:
         model: any module.

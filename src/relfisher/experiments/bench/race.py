@@ -281,9 +281,13 @@ class _Course:
         due, clock = budget / evaluations, 0.0
         while clock < budget and not self._diverged:
             start = time.perf_counter()
-            loss = iterate(self._model, self._optimizer, self._workload, next(self._batches))
+            try:
+                loss = float(iterate(self._model, self._optimizer, self._workload, next(self._batches)))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not list it
+                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+                loss = math.nan
             clock += time.perf_counter() - start
-            self._cost.append(float(loss))
+            self._cost.append(loss)
             self._seconds.append(clock)
             if clock >= due:
                 due = budget / evaluations * (1 + clock // (budget / evaluations))

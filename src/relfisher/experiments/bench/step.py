@@ -33,8 +33,8 @@ class Cell:
     """What an iteration of a method costs on a workload.
 
     `repeats` has the mean seconds of an iteration in each repeat: they hold the share of work that is done only now and
-    then. `steps` has the seconds of every single iteration. Where the method is not available, `note` says why and
-    there are no numbers.
+    then. `steps` has the seconds of every single iteration. Where the method is not available, or failed too early,
+    `note` says why and there are no numbers.
     """
 
     method: str
@@ -57,10 +57,15 @@ class Cell:
 
 @dataclass
 class Lane:
-    """A method at work: what takes an iteration and returns its seconds, and the seconds of those it has taken."""
+    """A method at work.
+
+    `run` takes an iteration and returns its seconds, which go into `times`. A method whose matrices could not be
+    decomposed any more takes no further turns; `failure` says what it raised.
+    """
 
     run: Callable[[], float]
     times: list[float] = field(default_factory=list)
+    failure: str = ""
 
 
 def iterate(
@@ -127,6 +132,7 @@ def measure(
         else:
             lanes[name] = Lane(run)
     take_turns(list(lanes.values()), repeats=repeats, seconds=seconds)
+    notes |= {name: lane.failure for name, lane in lanes.items() if len(lane.times) < repeats}
     return [
         Cell(name, notes[name])
         if name in notes
@@ -203,10 +209,14 @@ def _trainer(workload: Workload, peer: Peer, source: str) -> tuple[torch.optim.O
 
 def _rotate(lanes: Sequence[Lane], *, fewest: int, most: int, seconds: float) -> None:
     def wants(lane: Lane) -> bool:
-        return len(lane.times) < fewest or (len(lane.times) < most and sum(lane.times) < seconds)
+        count = len(lane.times)
+        return not lane.failure and (count < fewest or (count < most and sum(lane.times) < seconds))
 
     while waiting := [lane for lane in lanes if wants(lane)]:
         for lane in waiting:
             for _ in range(BLOCK):
                 if wants(lane):
-                    lane.times.append(lane.run())
+                    try:
+                        lane.times.append(lane.run())
+                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not list it
+                        lane.failure = f"raised {error}"
