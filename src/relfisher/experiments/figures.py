@@ -126,7 +126,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
         figure.suptitle(title, x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
         figure.text(0.07, 0.012, caption, fontsize=9, color="#555555")
-        figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.17)
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.9, bottom=0.17)
     return figure
 
 
