@@ -113,8 +113,8 @@ class Diagonal(Information):
 class Softmax(Information):
     """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25).
 
-    Its diagonal is made of the products eta_i eta_j, j != i, which sum to eta_i (1 - eta_i): where one class is all but
-    certain, the difference would be rounding error alone, and the matrix not positive semi-definite.
+    The diagonal of matrices is made of the products eta_i eta_j, j != i, which sum to eta_i (1 - eta_i): where one
+    class is all but certain, the difference would be rounding error alone, and the matrix not positive semi-definite.
     """
 
     eta: Float[Tensor, "n out"]

@@ -78,6 +78,19 @@ def test_a_method_that_cannot_decompose_its_matrices_takes_no_more_turns(monkeyp
     assert (sgd.note, sgd.steps, adam.note, len(adam.steps)) == ("raised it did not converge", (), "", 1)
 
 
+def test_the_peak_of_a_method_that_cannot_decompose_its_matrices_is_that_before(monkeypatch):
+    calls = []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.linalg.LinAlgError("it did not converge")
+
+    monkeypatch.setattr(step, "_trainer", lambda *_: (None, fails))
+    assert step._growth("mlp", "SGD", "mnist5k", torch.get_num_threads()) >= 0
+    assert len(calls) == 3
+
+
 def test_each_repeat_has_an_iteration_even_without_time():
     one = lane("one", 9.0, [])
     take_turns([one], repeats=3, seconds=0.0)

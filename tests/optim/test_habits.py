@@ -493,6 +493,14 @@ class Head(nn.Module):
         return torch.tanh(self.hidden(self.embed(tokens)))
 
 
+class Names(Head):
+    """The same with a bias that the model names once more, as BERT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = self.head.bias
+
+
 class LooksUp(Head):
     """The same with a function in the embedding's place."""
 
@@ -504,7 +512,7 @@ class LooksUp(Head):
         return torch.tanh(self.hidden(nn.functional.embedding(tokens, self.head.weight)))
 
 
-@pytest.mark.parametrize("model_class", [Head, LooksUp])
+@pytest.mark.parametrize("model_class", [Head, Names, LooksUp])
 def test_a_tied_head_moves_its_whole_gradient_along_the_metric_of_its_inputs(model_class):
     model, tokens = model_class().double(), torch.randint(9, (4, 5))
     weight, bias = model.head.weight, model.head.bias
@@ -517,6 +525,31 @@ def test_a_tied_head_moves_its_whole_gradient_along_the_metric_of_its_inputs(mod
     expected = torch.cat([weight, bias.unsqueeze(1)], 1).detach() - 0.3 * gradient @ torch.linalg.inv(damped)
     learn(model, RNGD(model, lr=0.3, structure="shared", step_rule="trust-region", trust_region=None), tokens, steps=1)
     torch.testing.assert_close(torch.cat([weight, bias.unsqueeze(1)], 1).detach(), expected)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_a_weight_is_left_to_adamw_where_looking_up_changes_it_or_its_gradient(options):
+    class Changes(LooksUp):
+        def units(self, tokens):
+            return torch.tanh(self.hidden(nn.functional.embedding(tokens, self.head.weight, **options)))
+
+    model, tokens = Changes(), torch.randint(9, (4, 5))
+    optimizer = RNGD(model)
+    with pytest.warns(TiedWarning, match="head, tied: embedding uses its parameters outside its own calls"):
+        learn(model, optimizer, tokens)
+    assert sorted(optimizer.state[model.head.weight]) == ["exp_avg", "exp_avg_sq", "step"]
+
+
+def test_a_bias_that_is_named_once_more_and_used_is_left_to_adamw():
+    class Adds(Names):
+        def forward(self, tokens):
+            return super().forward(tokens) + self.bias
+
+    model, tokens = Adds(), torch.randint(9, (4, 5))
+    optimizer = RNGD(model)
+    with pytest.warns(TiedWarning, match="head, tied: add uses its parameters outside its own calls"):
+        learn(model, optimizer, tokens)
+    assert sorted(optimizer.state[model.bias]) == ["exp_avg", "exp_avg_sq", "step"]
 
 
 def test_a_tied_head_is_covered_under_the_name_of_its_parameter():

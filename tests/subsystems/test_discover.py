@@ -59,9 +59,17 @@ def test_a_tied_weight_has_no_layer_of_its_own(owners) -> None:
     )
 
 
+class Scaled(nn.Embedding):
+    """As of BART and Gemma."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
 @pytest.mark.parametrize(
     ("owners", "head"),
     [
+        ((Scaled(5, 3), nn.Linear(3, 5)), "1"),
         ((nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)), "1"),
         ((nn.Linear(3, 5), nn.Embedding(5, 3, padding_idx=0)), "0"),
         ((nn.Embedding(5, 3), nn.Embedding(5, 3), nn.Linear(3, 5)), "2"),

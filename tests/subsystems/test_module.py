@@ -100,6 +100,13 @@ def test_a_model_that_is_one_layer() -> None:
     assert_close(module_metric(layer, "", x).to_dense(), expected.to_dense())
 
 
+def test_the_metric_of_an_embedding_is_the_frequency_of_each_token() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 3)).double()
+    metric = module_metric(model, "0", torch.tensor([[0, 1, 1], [3, 1, 0]]))
+    frequencies = torch.tensor([2, 3, 0, 1], dtype=torch.float64) / 6
+    assert_close(metric.to_dense(), torch.diag(frequencies.repeat(2)))
+
+
 def test_positions_of_sequences_are_samples() -> None:
     model, x = Functional(torch.tanh), inputs(4, 5, 3)
     metric = module_metric(model, "fc", x)

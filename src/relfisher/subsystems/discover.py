@@ -165,14 +165,23 @@ def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int,
         if not parameter.is_floating_point():
             return f"its dtype is {parameter.dtype}"
         tied = owners[id(parameter)]
-        if len(tied) > 1 and not _is_head(module, tied.values()):
+        if len(tied) > 1 and not _is_the_layer(module, tied.values()):
             return f"tied: {' and '.join(tied)} are one parameter"
     return None
 
 
-def _is_head(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
-    """Return whether a linear layer scores the tokens that all other owners of its weight look up."""
+def _is_the_layer(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
+    """Return whether a parameter with several owners is that of this linear layer, since others only look tokens up.
+
+    What an embedding makes of the rows that it looks up, such as a multiple of them, is not asked. A module that has
+    the layer inside and names its parameter once more, as that of BERT's head does its bias, makes no use of it; where
+    it does, the first forward pass tells.
+    """
     return isinstance(module, nn.Linear) and all(
-        owner is module or any(type(found) is EmbeddingSubsystem for found in subsystems_of("", owner))
+        owner is module or _looks_up(owner) or (module in owner.modules() and not subsystems_of("", owner))
         for owner in owners
     )
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq

@@ -49,7 +49,7 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
     seen = observe(model, {name: layer}, inputs).get(name)
     if seen is None:
         raise ValueError(f"the forward pass did not reach {name!r} with these inputs")
-    rows, found = seen
+    rows, found = layer.spelled_out(seen[0]), seen[1]
     check_finite(f"the input of {name!r}", rows.x)
     return layer.metric(rows, response or found)
 

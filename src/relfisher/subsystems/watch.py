@@ -128,7 +128,7 @@ class ActivationWatch(TorchFunctionMode):
         versions = {place: z._version for place, (_, z) in taken.items()}
         result = func(*args, **kwargs)
         name = canonical_name(func)
-        self._note_weights(name, tensors, result)
+        self._note_weights(name, kwargs, tensors, result)
         if name in RESHAPING and args and id(args[0]) in taken:
             key = taken[id(args[0])][0]
             for part in _tensors(result if isinstance(result, tuple | list) else [result]):
@@ -148,7 +148,7 @@ class ActivationWatch(TorchFunctionMode):
                 self._follow(key, activated, name, args, result)
         return result
 
-    def _note_weights(self, name: str, tensors: Sequence[Tensor], result: Any) -> None:
+    def _note_weights(self, name: str, kwargs: dict[str, Any], tensors: Sequence[Tensor], result: Any) -> None:
         """Note which parameters a function took outside the calls of their own module.
 
         What takes parameters alone, as a penalty on their size does, says nothing of their samples.
@@ -163,7 +163,7 @@ class ActivationWatch(TorchFunctionMode):
             return
         if any(id(each) not in self._weights for each in tensors):
             for layer in outside:
-                if not (name == "embedding" and isinstance(layer.module, nn.Linear)):
+                if not (isinstance(layer.module, nn.Linear) and _looks_up(name, kwargs)):
                     self.misused.setdefault(layer, name)
         else:
             self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
@@ -229,3 +229,8 @@ def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return axes == 2
     axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return name in ("softmax", "log_softmax") and axis in (-1, axes - 1)
+
+
+def _looks_up(name: str, kwargs: dict[str, Any]) -> bool:
+    """Return whether a function looks tokens up, and changes neither the weight nor the gradient in doing so."""
+    return name == "embedding" and kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")
