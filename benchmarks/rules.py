@@ -83,17 +83,23 @@ def course(model, draw, iterations, make):
     return [f"{sum(losses[mark - WINDOW : mark]) / WINDOW:.3f}" for mark in marks]
 
 
-def main():
-    """Train and print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS))
+def compare(description, tasks, optimizers):
+    """Train what is asked for on the command line, and print the rows.
+
+    Args:
+        description: what the command does.
+        tasks: what makes a model, what draws its loss and the number of iterations, by name.
+        optimizers: given the name of a task, what makes an optimizer, by name.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(tasks))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for task in options.tasks.split(","):
-        for name, make in OPTIMIZERS.items():
-            print(f"| {task} | {name} | {' | '.join(course(*TASKS[task](), make))} |", flush=True)
+        for name, make in optimizers(task).items():
+            print(f"| {task} | {name} | {' | '.join(course(*tasks[task](), make))} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, TASKS, lambda _: OPTIMIZERS)

@@ -6,20 +6,20 @@ prints rows as `rules.py` does, of its small GPT-2, and of its transformer with 
 weight as GPT-2 begins. The table is in docs/decisions/defaults.md. It needs the extras `experiments` and `clients`.
 """
 
-import argparse
-import warnings
 from functools import partial
 
 import torch
-from rules import counting, course, transformer
+from rules import compare, counting, transformer
 
 from relfisher import RNGD
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+HEADS = {"GPT-2": "lm_head", "tied transformer": "head"}
 
 
-def optimizers(head):
-    """Return what makes an optimizer, by name, for a model whose head has this name."""
+def optimizers(task):
+    """Return what makes an optimizer for the model of a task, by name."""
+    head = HEADS[task]
     by_adamw = {f"AdamW, lr {rate:g}": partial(RNGD, structure={head: "fallback"}, fallback_lr=rate) for rate in RATES}
     return {"metric": RNGD} | by_adamw
 
@@ -32,21 +32,8 @@ def tied():
     return model, draw, 160
 
 
-TASKS = {"GPT-2": (counting, "lm_head"), "tied transformer": (tied, "head")}
-
-
-def main():
-    """Train and print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    for task in options.tasks.split(","):
-        make, head = TASKS[task]
-        for name, optimizer in optimizers(head).items():
-            print(f"| {task} | {name} | {' | '.join(course(*make(), optimizer))} |", flush=True)
+TASKS = {"GPT-2": counting, "tied transformer": tied}
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, TASKS, optimizers)

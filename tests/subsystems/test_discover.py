@@ -53,10 +53,8 @@ def test_a_tied_weight_has_no_layer_of_its_own(owners) -> None:
     model = tied(*owners)
     found = discover(model)
     assert [layer.name for layer in found.subsystems] == [str(len(owners))]
-    assert (
-        found.refused["0.weight"]
-        == f"tied: {' and '.join(f'{i}.weight' for i in range(len(owners)))} are one parameter"
-    )
+    weights = " and ".join(f"{place}.weight" for place in range(len(owners)))
+    assert found.refused["0.weight"] == f"tied: {weights} are one parameter"
 
 
 class Scaled(nn.Embedding):

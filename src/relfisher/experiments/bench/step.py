@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 from relfisher import RNGD
 from relfisher.experiments.bench.peers import PEERS, Peer, UnavailableError, state_bytes
@@ -173,7 +174,7 @@ def _growth(workload: str, method: str, source: str, threads: int) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     before = _largest_resident_bytes()
     _, run = _trainer(WORKLOADS[workload], PEERS[method], source)
-    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch does not list it
+    with suppress(LinAlgError):
         for _ in range(PEAK_ITERATIONS):
             run()
     return _largest_resident_bytes() - before
@@ -219,5 +220,5 @@ def _rotate(lanes: Sequence[Lane], *, fewest: int, most: int, seconds: float) ->
                 if wants(lane):
                     try:
                         lane.times.append(lane.run())
-                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not list it
+                    except LinAlgError as error:
                         lane.failure = f"raised {error}"
