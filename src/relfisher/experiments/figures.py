@@ -103,7 +103,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.68})
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.75})
         for one in lines:
             _draw(left, one, one.iterations)
             _draw(right, one, one.seconds)
@@ -226,7 +226,7 @@ def _spread(heights: dict[str, float]) -> dict[str, float]:
 def _caption(outcome: Outcome) -> str:
     seeds = outcome.study.seeds
     return (
-        f"Thin: mini-batch cost averaged over every {AVERAGED} iterations. Thick: its moving average over "
-        f"{SMOOTHED_FRACTION:.0%} of the iterations. {'One seed' if seeds == 1 else f'Mean of {seeds} seeds'}; "
-        "each method at the best learning rate of its grid."
+        f"Thin: mini-batch cost averaged over {AVERAGED} iterations. Thick: over {SMOOTHED_FRACTION:.0%} of all. "
+        f"{'One seed' if seeds == 1 else f'Mean of {seeds} seeds'}; each method at the best learning rate of its grid. "
+        f"Less than {FLOOR:g} is drawn as that."
     )

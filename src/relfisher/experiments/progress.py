@@ -7,7 +7,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from relfisher.experiments.runs import Record, Run
 from relfisher.experiments.tables import TAUS, Row
@@ -105,7 +105,8 @@ def summary(table: Sequence[Row]) -> Table:
     Returns:
         A table whose lowest cost stands out.
     """
-    shown = Table("method", title="Training cost")
+    # Without lines it fits into 80 characters; where it does not, names go on below.
+    shown = Table(Column("method", overflow="fold"), title="Training cost", box=None, pad_edge=False)
     for name in ("lr", "last 10%", "all images", "validation", "s/epoch"):
         shown.add_column(name, justify="right")
     costs = [row.final_cost for row in table if row.final_cost is not None]

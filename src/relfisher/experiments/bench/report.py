@@ -28,7 +28,7 @@ def markdown(title: str, header: Sequence[str], rows: Rows) -> str:
 
 def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
     """Returns the same table as a person at the terminal sees it."""
-    table = Table(header[0], title=title)
+    table = Table(header[0], title=title, box=None, pad_edge=False)
     for name in header[1:]:
         table.add_column(name, justify="right")
     for cells in rows:
