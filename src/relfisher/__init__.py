@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from relfisher import responses, testing
     from relfisher.autodiff import as_function, fisher, observed_fisher, relative_fisher
     from relfisher.diagnostics import balance, compare, unbalance
+    from relfisher.layers import Layer, register_layer
     from relfisher.logistic import LogisticRegression
     from relfisher.metric import (
         BatchedMetric,
@@ -24,20 +25,36 @@ if TYPE_CHECKING:
         softmax_metric,
         two_layer_metric,
     )
-    from relfisher.optim import RNGD, Preconditioner, coverage, plan
-    from relfisher.structures import Damping
-    from relfisher.subsystems import module_metric
+    from relfisher.observe import module_metric, register_activation
+    from relfisher.optim import (
+        RNGD,
+        AdamWOptions,
+        MetricOptions,
+        Preconditioner,
+        coverage,
+        plan,
+        register_rule,
+        register_structure,
+    )
+    from relfisher.optim.rules import StepRule, TrustRegion
+    from relfisher.structures import Inversion, Structure
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RNGD",
+    "AdamWOptions",
     "BatchedMetric",
-    "Damping",
+    "Inversion",
+    "Layer",
     "LogisticRegression",
     "Metric",
+    "MetricOptions",
     "Preconditioner",
+    "StepRule",
+    "Structure",
     "TransformedMetric",
+    "TrustRegion",
     "as_function",
     "balance",
     "compare",
@@ -48,6 +65,10 @@ __all__ = [
     "neuron_metric",
     "observed_fisher",
     "plan",
+    "register_activation",
+    "register_layer",
+    "register_rule",
+    "register_structure",
     "relative_fisher",
     "responses",
     "softmax_metric",
@@ -69,9 +90,20 @@ _NAMES = {
         "softmax_metric",
         "two_layer_metric",
     ),
-    "optim": ("RNGD", "Preconditioner", "coverage", "plan"),
-    "structures": ("Damping",),
-    "subsystems": ("module_metric",),
+    "layers": ("Layer", "register_layer"),
+    "observe": ("module_metric", "register_activation"),
+    "optim": (
+        "RNGD",
+        "AdamWOptions",
+        "MetricOptions",
+        "Preconditioner",
+        "coverage",
+        "plan",
+        "register_rule",
+        "register_structure",
+    ),
+    "optim.rules": ("StepRule", "TrustRegion"),
+    "structures": ("Inversion", "Structure"),
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names}
 
@@ -79,6 +111,8 @@ _HOME = {name: home for home, names in _NAMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name in ("responses", "testing"):
         return import_module(f"relfisher.{name}")
+    if name == "Damping":
+        raise AttributeError("relfisher.Damping is now relfisher.Inversion(damping, relative_to=...)")
     if name not in _HOME:
         raise AttributeError(f"module 'relfisher' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"relfisher.{_HOME[name]}"), name)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from relfisher.autodiff import fisher
+from relfisher.layers import Layer, layers_of
 from relfisher.metric import Metric
+from relfisher.observe import observe
 from relfisher.responses import Response
-from relfisher.subsystems import Subsystem, observe, subsystems_of
 
 __all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "unbalance"]
 
@@ -117,13 +118,13 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
     return Comparison(tuple(table))
 
 
-def _plain_layers(model: nn.Module) -> dict[str, Subsystem]:
+def _plain_layers(model: nn.Module) -> dict[str, Layer]:
     """Return the linear layers by name, none of which may be parametrized."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     taken = [name for name, module in modules.items() if parametrize.is_parametrized(module)]
     if taken:
         raise ValueError(f"model must not be parametrized, but {', '.join(taken)} is: call unbalance first")
-    return {name: layer for name, module in modules.items() for layer in subsystems_of(name, module)}
+    return {name: layer for name, module in modules.items() for layer in layers_of(name, module)}
 
 
 class _Scaled(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["augment", "fold_second_moments", "fold_weighted_second_moments", "is_narrow", "weighted_second_moments"]
+__all__ = ["add_product", "add_second_moments", "add_weighted_second_moments", "augment", "weighted_second_moments"]
 
 # Up to this many inputs the outer products of a piece of the batch are formed and met by one matrix product; above it
 # a product a unit is as fast and needs no room.
@@ -18,11 +18,6 @@ _FLAT_NUMBERS = 1 << 23
 def augment(x: Float[Tensor, "*g n in"], ones: int = 1) -> Float[Tensor, "*g n d"]:
     """Return x~ = (x, 1), the input in homogeneous coordinates: with a 1 for each bias."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], ones)], dim=-1) if ones else x
-
-
-def is_narrow(augmented: Float[Tensor, "*g n d"]) -> bool:
-    """Return whether inputs are so few that their outer products are formed."""
-    return augmented.shape[-1] <= _FLAT_INPUTS
 
 
 def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tensor, "n d"]) -> Float[Tensor, "q d d"]:
@@ -36,14 +31,12 @@ def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tens
         One symmetric matrix a column, [q, d, d].
     """
     q, d = weights.shape[1], augmented.shape[1]
-    if not is_narrow(augmented):
-        return torch.stack([(augmented * weights[:, unit, None]).T @ augmented for unit in range(q)])
     moments = augmented.new_empty(q, d, d)
-    fold_weighted_second_moments(moments, weights, augmented, keep=0.0)
+    add_weighted_second_moments(moments, weights, augmented, keep=0.0)
     return moments
 
 
-def fold_weighted_second_moments(
+def add_weighted_second_moments(
     moments: Float[Tensor, "q d d"],
     weights: Float[Tensor, "n q"],
     augmented: Float[Tensor, "n d"],
@@ -53,6 +46,10 @@ def fold_weighted_second_moments(
 ) -> None:
     """Replace moments by keep * moments + share * sum_n w_nq x~_n x~_n', in place; see `weighted_second_moments`."""
     n, d = augmented.shape
+    if d > _FLAT_INPUTS:
+        for moment, weight in zip(moments, weights.unbind(1), strict=True):
+            add_product(moment, (augmented * weight.unsqueeze(1)).T, augmented, keep=keep, share=share)
+        return
     flat = moments.view(len(moments), d * d)
     rows = max(1, _FLAT_NUMBERS // (d * d))
     for start in range(0, n, rows):
@@ -60,7 +57,7 @@ def fold_weighted_second_moments(
         flat.addmm_(weights[start : start + rows].T, outer, beta=1.0 if start else keep, alpha=share)
 
 
-def fold_second_moments(
+def add_second_moments(
     moments: Float[Tensor, "*g d d"], augmented: Float[Tensor, "*g n d"], *, keep: float, share: float
 ) -> bool:
     """Replace moments by keep * moments + share * sum_n x~_n x~_n', in place, if the sum is finite.
@@ -78,9 +75,21 @@ def fold_second_moments(
     length = float(torch.linalg.vector_norm(augmented))
     if not length * length <= torch.finfo(augmented.dtype).max:
         return False
-    add = moments.addmm_ if moments.ndim == 2 else moments.baddbmm_
-    add(augmented.mT, augmented, beta=keep, alpha=share)
+    add_product(moments, augmented.mT, augmented, keep=keep, share=share)
     return True
+
+
+def add_product(
+    moments: Float[Tensor, "*g d d"],
+    left: Float[Tensor, "*g d n"],
+    right: Float[Tensor, "*g n d"],
+    *,
+    keep: float,
+    share: float,
+) -> None:
+    """Replace moments by keep * moments + share * left @ right, in place."""
+    add = moments.addmm_ if moments.ndim == 2 else moments.baddbmm_
+    add(left, right, beta=keep, alpha=share)
 
 
 def _outer_products(augmented: Float[Tensor, "n d"]) -> Float[Tensor, "n dd"]:

@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_floating", "check_interval", "check_matrix", "check_positive"]
+__all__ = [
+    "check_finite",
+    "check_floating",
+    "check_instance",
+    "check_integer",
+    "check_interval",
+    "check_matrix",
+    "check_one_of",
+    "check_positive",
+]
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value: object, low: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_instance(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless `value` is an instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of the class {kind.__name__}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number above 0."""
+    """Raise unless `value` is a finite number above 0."""
+    check_number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
@@ -29,6 +65,7 @@ def check_interval(name: str, value: float, low: float, high: float, *, closed: 
     Raises:
         ValueError: if `value` lies outside.
     """
+    check_number(name, value)
     inside = low <= value <= high if closed == "both" else low <= value < high
     if not inside:
         raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed == 'both' else ')'}, got {value}")

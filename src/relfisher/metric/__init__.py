@@ -1,6 +1,7 @@
 """The metric of a subsystem as one linear operator, and its closed forms."""
 
 from relfisher.metric.base import Metric, SingularMetricError
+from relfisher.metric.blocks import BlockMetric, DiagonalMetric, KroneckerMetric
 from relfisher.metric.closed_forms import layer_metric, neuron_metric, softmax_metric, two_layer_metric
 from relfisher.metric.combined import BatchedMetric, GroupedMetric, TransformedMetric
 from relfisher.metric.dense import DenseMetric
@@ -9,9 +10,12 @@ from relfisher.metric.layer import LayerMetric
 
 __all__ = [
     "BatchedMetric",
+    "BlockMetric",
     "ConvergenceWarning",
     "DenseMetric",
+    "DiagonalMetric",
     "GroupedMetric",
+    "KroneckerMetric",
     "LayerMetric",
     "Metric",
     "SingularMetricError",

@@ -1,19 +1,25 @@
 """Optimizers in the relative metric."""
 
-from relfisher.optim.assignment import assign
+from relfisher.optim.assignment import assign, register_structure
 from relfisher.optim.health import Health, HealthWarning
+from relfisher.optim.options import AdamWOptions, MetricOptions
 from relfisher.optim.planning import Coverage, Plan, coverage, plan
 from relfisher.optim.preconditioner import Preconditioner
 from relfisher.optim.rngd import RNGD
+from relfisher.optim.rules.choice import register_rule
 
 __all__ = [
     "RNGD",
+    "AdamWOptions",
     "Coverage",
     "Health",
     "HealthWarning",
+    "MetricOptions",
     "Plan",
     "Preconditioner",
     "assign",
     "coverage",
     "plan",
+    "register_rule",
+    "register_structure",
 ]

@@ -1,11 +1,10 @@
-"""Averaging of iterates: steps are long, weights stay near the mean of where they led. Defazio et al. 2024.
+"""Schedule-free averaging of iterates, which replaces a learning-rate schedule. Defazio et al. 2024.
 
 The iterate z takes the steps, x is the running average of all z, and the model's weights, at which gradients are
-taken, are y = (1 - share) z + share x. What a schedule does by making steps shorter, the average does by itself, for
-any number of iterations.
+taken, are y = (1 - share) z + share x.
 
-Only `lead` is kept: z - x times the sum of the weights in the average so far, so that it needs no rescaling. Weights
-that are changed from outside take x and z with them.
+Only `lead` is kept: z - x times the sum of the weights in the average so far, so that it needs no rescaling. If the
+model's weights are changed from outside, x and z move with them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from relfisher.structures import Kept
+
 __all__ = ["Averaging", "growing"]
 
 # The first iterates are far from where the later ones are: up to this many iterations weights grow.
@@ -22,7 +23,7 @@ _YOUNG = 500
 
 
 def growing(iteration: int) -> float:
-    """Return the weight in an average of what happens at an iteration, counted from 0; 1 from the 500th on."""
+    """Return the weight in an average of an iteration, counted from 0; 1 from the 500th on."""
     return min(1.0, (iteration + 1) / _YOUNG) ** 2
 
 
@@ -32,12 +33,17 @@ class Averaging(NamedTuple):
     Args:
         share: of the average in the model's weights, in [0, 1).
         before: the sum of the weights of all iterates so far.
-        weight: that of the iterate that this step leads to.
+        weight: of the iterate after this step.
     """
 
     share: float
     before: float
     weight: float
+
+    @staticmethod
+    def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
+        """Return the lead of z over x, of a layer of the shape [*g, out, d]."""
+        return {"lead": Kept(shape)}
 
     def change(self, direction: Tensor, scale: float, lead: Tensor) -> Tensor:
         """Return how the model's weights change when z moves by `-scale * direction`.
@@ -45,7 +51,7 @@ class Averaging(NamedTuple):
         Args:
             direction: of the step.
             scale: what it is multiplied by, and subtracted.
-            lead: of z before the step, which becomes that after it.
+            lead: of z before the step; updated in place.
         """
         lead.add_(direction, alpha=-scale * self.before)
         if self.before == 0:

@@ -1,26 +1,35 @@
-"""The running metrics of a model's layers: gathered as forward passes go by, refreshed when that is due."""
+"""The running records of a model's layers: roles, structures and metrics. Nothing else writes them."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, MutableMapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from relfisher.optim.assignment import assign
+from relfisher.layers import Layer
+from relfisher.metric import Metric
+from relfisher.observe import Observer, Reading, Responses, Role
+from relfisher.optim.assignment import FALLBACK, Rule, assign
 from relfisher.optim.health import Health, HealthWarning
-from relfisher.optim.schedule import Schedule
-from relfisher.responses import ReLUGaussian, SmoothReLUGaussian
-from relfisher.structures import Damping, Form, State, Structure
-from relfisher.subsystems import Capture, Subsystem
+from relfisher.optim.options import MetricOptions
+from relfisher.optim.record import Record
+from relfisher.structures import Inversion, Kept, State, Structure
 
-__all__ = ["HOST_KEYS", "Curvature", "state_key"]
+__all__ = ["Curvature", "Owner"]
+
+
+class Owner(Protocol):
+    """Whoever keeps tensors of a layer in its state, and declares them."""
+
+    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
+        """Return what is kept of a layer of the shape [*g, out, d], by its key."""
 
 
 class Curvature:
@@ -29,51 +38,49 @@ class Curvature:
     Args:
         model: the module whose forward passes tell the metrics.
         health: where failures are counted.
-        schedule: when what is due.
-        decay: the share of the moving average that is kept an iteration.
-        unbiased: True starts the average empty, False at the identity.
-        form: how inverses are kept.
-        budget: bytes for the metric and inverse of a layer that chooses its structure itself.
-        relu_omega: the width of the smoothed ReLU that stands for a ReLU; None for the hard one.
-        limit: about so many samples of a layer and step go into its statistics at most; None for all.
+        options: how metrics are kept.
+        responses: of activations.
+        root: True if the factors are roots of the inverse.
+        owners: of other tensors in the layers' states, that are there from the start, such as the step rule's.
+        optional: of tensors that may be there, such as the momentum.
+        fallback: whoever trains parameters without a metric, and keeps tensors in the same states.
 
     Attributes:
-        layers: whose metrics are kept.
-        states: one state a parameter; a layer's is that of its weight, or of the first parameter that is not held.
-            Whoever saves and loads them may put another mapping here.
+        records: of the layers whose metrics are kept.
+        states: one state a parameter; a layer's is that of its weight, or of the first parameter that is owned. Whoever
+            saves and loads them may put another mapping here.
+        observer: what watches the layers.
     """
 
     def __init__(
         self,
         model: nn.Module,
         health: Health,
-        schedule: Schedule,
+        options: MetricOptions,
+        responses: Responses,
         *,
-        decay: float,
-        unbiased: bool,
-        form: Form,
-        budget: int,
-        relu_omega: float | None,
-        limit: int | None,
+        root: bool,
+        owners: Sequence[Owner] = (),
+        optional: Sequence[Owner] = (),
+        fallback: Owner | None = None,
     ) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             count = torch.distributed.get_world_size()
             if count > 1:
                 message = f"{count} processes would each keep a metric of their own samples, and so step apart"
                 warnings.warn(message, HealthWarning, stacklevel=3)
-        self.layers: list[Subsystem] = []
+        self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
-        self._limit = limit
         self._health = health
-        self._schedule = schedule
-        self._decay = decay**schedule.stats_interval
-        self._unbiased = unbiased
-        self._form: Form = form
-        self._choose = partial(_choose, budget, relu_omega)
-        self._moving: dict[Subsystem, list[bool]] = {}
-        self._fitting: dict[Subsystem, Tensor] = {}  # the metric of a state that was found to fit its layer
-        self.capture = Capture(model, self._choose, limit)
+        self._options = options
+        self._schedule = options.schedule
+        self._responses = responses
+        self._root = root
+        self._owners = tuple(owners)
+        self._optional = tuple(optional)
+        self._fallback = fallback
+        self.observer = Observer(model, responses, options.stats_samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
         """Return the same for a copy of the model, with states that are still to be put there."""
@@ -84,175 +91,227 @@ class Curvature:
         twin_model = copy.deepcopy(model, memo)
         twin.model = weakref.ref(twin_model)
         twin._health = copy.deepcopy(self._health, memo)
-        twin.layers = copy.deepcopy(self.layers, memo)
+        twin.records = copy.deepcopy(self.records, memo)
+        for record in twin.records.values():
+            record.metric_in_use = None
         twin.states = defaultdict(dict)
-        twin._moving = copy.deepcopy(self._moving, memo)
-        twin._fitting = {}
-        twin.capture = Capture(twin_model, self._choose, self._limit)
-        twin.capture.add(twin.layers)
-        twin.capture.due = copy.deepcopy(self.capture.due, memo)
-        twin.capture.empty = copy.deepcopy(self.capture.empty, memo)
+        twin._owners = copy.deepcopy(self._owners, memo)
+        twin.observer = Observer(twin_model, self._responses, self._options.stats_samples)
+        twin.observer.add([layer for layer, record in twin.records.items() if not record.is_refused])
+        for name in ("roles", "due", "uninitialized", "readings", "heads"):
+            setattr(twin.observer, name, copy.deepcopy(getattr(self.observer, name), memo))
         return twin
 
-    def add(self, layers: Sequence[Subsystem]) -> None:
-        """Keep the metrics of these layers, too; those that are trained have their state from now on."""
-        self.layers.extend(layers)
-        self.capture.add(layers)
-        if self._unbiased:  # else the identity is where the average starts
-            self.capture.empty.update(layers)
-        for layer, structure in zip(layers, self._choose(layers), strict=True):
-            if any(parameter.requires_grad for parameter in layer.parameters):
-                self.states[state_key(layer)].update(self._create(layer, structure))
-
-    def hold(self, layer: Subsystem, held: frozenset[nn.Parameter]) -> None:
-        """Say which parameters of a layer are not for us to move.
+    def add(
+        self, layers: Iterable[Layer], rules: Mapping[Layer, Rule], not_owned: Mapping[Layer, frozenset[str]]
+    ) -> None:
+        """Keep the metrics of these layers, too; those that are trained have their state from now on.
 
         Args:
-            layer: one of the layers.
-            held: its parameters that stay.
+            layers: new ones.
+            rules: by which their structures are chosen.
+            not_owned: the parts of each that are not trained here, by attribute.
         """
-        before = state_key(layer)
-        layer.held = held
-        if state_key(layer) is not before:
-            old = self.states[before]
-            self.states[state_key(layer)].update({key: old.pop(key) for key in old.keys() - _ADAMW_KEYS})
+        new = [layer for layer in layers if rules[layer] != FALLBACK]
+        self.records.update({layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new})
+        self.observer.add(new)
+        if self._options.bias_correction:  # else the average starts at the identity
+            self.observer.uninitialized.update(new)
+        for layer, structure in self._assigned({layer: Role(layer.own_response) for layer in new}).items():
+            record = self.records[layer]
+            if any(parameter.requires_grad for parameter in layer.parameters):
+                self._create(record, structure)
 
-    def state(self, layer: Subsystem, structure: Structure) -> State:
-        """Return a layer's state: made anew if it is for another structure or dtype and holds nothing yet.
+    def disown(self, layer: Layer, not_owned: frozenset[str]) -> None:
+        """Say which parts of a layer are not trained here; the state goes to the first part that is."""
+        record = self.records[layer]
+        before = record.key
+        record.not_owned = not_owned
+        if record.key is not before:
+            old = self.states[before]
+            moved = {key: old.pop(key) for key in old.keys() - self._fallback_keys(layer)}
+            self.states[record.key].update(moved)
+
+    def state(self, record: Record, structure: Structure) -> State:
+        """Return a layer's state: made anew if it is for another structure or dtype and holds no statistics yet.
 
         Args:
-            layer: one of the layers.
+            record: of the layer.
             structure: its own.
 
         Returns:
             The state, on the device of the layer's weight.
 
         Raises:
-            ValueError: if the state is that of another structure, and not empty.
+            ValueError: if the state is that of another structure, and holds statistics.
         """
-        state = self.states[state_key(layer)]
-        metric = state.get("metric")
-        fitting = self._fitting.get(layer)
-        if fitting is not None and fitting.device == layer.weight.device and fitting is metric:
+        layer, state = record.layer, self.states[record.key]
+        metric: Tensor | None = state.get("metric")
+        device = layer.weight.device
+        if metric is not None and metric is record.metric_in_use and metric.device == device:
             return state
         if metric is None:
-            state.update(self._create(layer, structure))
+            self._create(record, structure)
         elif not self._fits(layer, structure, state):
             if self._holds_something(state):
-                held = {key: tuple(value.shape) for key, value in state.items() if key not in _BESIDES}
+                mine = {key: kept.shape for key, kept in structure.declares(layer.shape, root=self._root).items()}
+                held = {key: tuple(value.shape) for key, value in state.items() if key not in self._beside(layer)}
                 raise ValueError(
                     f"the loaded metric of {layer.name!r} has the shapes {held}, but the structure "
-                    f"{structure.label(layer.shape)!r} needs {structure.layout(layer.shape, self._form)}: load it into "
-                    "an optimizer with the same structure"
+                    f"{structure.label(layer.shape)!r} needs {mine}: load it into an optimizer with the same structure"
                 )
-            for key in [key for key in state if key not in _STEPS]:
+            for key in state.keys() - self._beside(layer):
                 del state[key]
-            state.update(self._create(layer, structure))
-        elif metric.device != layer.weight.device:
-            state.update({key: value.to(layer.weight.device) for key, value in state.items() if key not in HOST_KEYS})
-        self._fitting[layer] = state["metric"]
+            self._create(record, structure)
+        elif metric.device != device:
+            hosted = {key for key, kept in self.declares(record).items() if kept.on_host}
+            state.update({key: value.to(device) for key, value in state.items() if key not in hosted})
+        record.metric_in_use = state["metric"]
         return state
 
-    def update(self, iteration: int, damping: Callable[[Subsystem], Damping]) -> None:
-        """Fold what was gathered into the averages, and refresh the inverses that are due or have none yet.
+    def complete(self, layer: Layer, owners: Iterable[Owner]) -> None:
+        """Add what owners keep of a layer to its state, if it has one: a frozen layer has none, and gets none."""
+        state = self.states.get(self.records[layer].key, {})
+        if "metric" in state:
+            for owner in owners:
+                for key, kept in owner.declares(layer.shape).items():
+                    if key not in state:
+                        state[key] = kept.zeros(layer.dtype, layer.weight.device)
+
+    def metric(self, name: str) -> Metric:
+        """Return the running metric of a layer without damping.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            The metric, of the layer's parameters [*groups, out, d].
+
+        Raises:
+            ValueError: if there is no such layer, or it has no statistics yet.
+        """
+        names = {layer.name: record for layer, record in self.records.items()}
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
+            raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
+        record = names[name]
+        if record.structure is None or float(self.state(record, record.structure)["ema_weight"]) == 0:
+            raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
+        return record.structure.operator(self.state(record, record.structure), record.layer.shape)
+
+    def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> None:
+        """Add new statistics to the averages, and refresh the inverses that are due or have none yet.
 
         Args:
             iteration: counted from 0.
-            damping: of each layer.
+            inversion: of each layer.
         """
-        pending = self.capture.take()
-        while self.capture.refused:
-            state = self.states[state_key(self.capture.refused.pop())]
-            for key in state.keys() - _ADAMW_KEYS:
-                del state[key]
-        for place, layer in enumerate(self.layers):
-            batch, structure = pending.get(layer), layer.structure
-            due = self._schedule.refresh_due(iteration, place, len(self.layers))
-            moving = layer.moving()
-            changed = moving != self._moving.get(layer, moving)
+        self._settle(self.observer.resolve())
+        pending = self.observer.take()
+        for place, (layer, record) in enumerate(self.records.items()):
+            batch, structure = pending.get(layer), record.structure
+            due = self._schedule.refresh_due(iteration, place, len(self.records))
+            trainable = record.trainable()
+            changed = trainable != (record.trainable_before or trainable)
             if structure is None or not (batch or due or changed):
                 continue
-            state = self.state(layer, structure)
-            if moving != self._moving.get(layer):
-                self._moving[layer] = moving
-                state["moving"] = _flags(moving)
-            first = batch is not None and float(state["mass"]) == 0
+            state = self.state(record, structure)
+            if trainable != record.trainable_before:
+                record.trainable_before = trainable
+                state["trainable"] = torch.tensor(trainable, dtype=torch.float32)
+            first = batch is not None and float(state["ema_weight"]) == 0
             if batch is not None:
-                if layer.fold(batch, structure, state, self._decay):
-                    self.capture.empty.discard(layer)
+                if self.observer.readings[layer].average_in(layer, batch, state, self._options.ema_decay):
+                    self.observer.uninitialized.discard(layer)
                 else:
                     self._health.dropped(iteration, layer.name)
-            if (due or first or changed) and not structure.refresh(state, damping(layer), layer.frozen()):
+            if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers have a metric, which were softmax heads, and which parts moved.
+        """Learn from loaded states which layers have statistics, which were heads, and which parts were trained.
 
         The gradients that told of a head may have become too small since to tell it again.
         """
-        self._moving.clear()
-        for layer in self.layers:
-            state = self.states[state_key(layer)]
-            if "moving" in state:
-                self._moving[layer] = [bool(each) for each in state["moving"].tolist()]
+        for layer, record in self.records.items():
+            state = self.states[record.key]
+            record.trainable_before = [bool(each) for each in state["trainable"]] if "trainable" in state else None
             if self._holds_something(state):
-                self.capture.empty.discard(layer)
-            elif self._unbiased:
-                self.capture.empty.add(layer)
-            if layer.structure is None and layer.rule == "auto" and self._holds_something(state):
-                layer.is_head = "output" in state
+                self.observer.uninitialized.discard(layer)
+                self.observer.heads[layer] = bool(state["is_head"])
+            elif self._options.bias_correction:
+                self.observer.uninitialized.add(layer)
+            if record.structure is not None:
+                self.state(record, record.structure)
 
     def advance(self, iteration: int) -> None:
         """Say which iteration is next."""
-        modules = dict.fromkeys(layer.module for layer in self.layers)  # what its layers have in common is found once
-        self.capture.due = {
+        modules = dict.fromkeys(layer.module for layer in self.records)  # its layers share what a call computes
+        self.observer.due = {
             module
             for place, module in enumerate(modules)
             if self._schedule.statistics_due(iteration, place, len(modules))
         }
 
-    def _create(self, layer: Subsystem, structure: Structure) -> State:
-        state = structure.create(layer.weight, layer.shape, identity=not self._unbiased, form=self._form)
-        return {**state, "moving": _flags(layer.moving())}
+    def declares(self, record: Record) -> dict[str, Kept]:
+        """Return everything that the state of a layer may hold, by key."""
+        kept = {"trainable": Kept((len(record.layer.parts),), on_host=True, dtype=torch.float32)}
+        kept["is_head"] = Kept((), on_host=True, dtype=torch.float32)
+        for owner in (*self._owners, *self._optional):
+            kept |= owner.declares(record.layer.shape)
+        if record.structure is not None:
+            kept |= record.structure.declares(record.layer.shape, root=self._root)
+        return kept
+
+    def _settle(self, roles: Mapping[Layer, Role]) -> None:
+        """Give layers whose role is new their structures; those that were refused lose their state."""
+        new = {layer: role for layer, role in roles.items() if self.records[layer].role is not role}
+        for layer, role in new.items():
+            record = self.records[layer]
+            record.role = role
+            if role.refused is not None:
+                record.structure = None
+                self.observer.readings.pop(layer, None)
+                state = self.states[record.key]
+                for key in state.keys() - self._fallback_keys(layer):
+                    del state[key]
+        kept = {layer: role for layer, role in new.items() if role.refused is None}
+        for layer, structure in self._assigned(kept).items():
+            record, role = self.records[layer], kept[layer]
+            record.structure = structure
+            self.observer.readings[layer] = Reading(structure, role.response)
+            self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
+
+    def _assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:
+        rules = {layer: self.records[layer].rule for layer in roles}
+        return assign(roles, rules, self._options.structure_bytes)
+
+    def _create(self, record: Record, structure: Structure) -> None:
+        """Give a layer a metric without statistics."""
+        layer, identity, state = record.layer, not self._options.bias_correction, self.states[record.key]
+        device = layer.weight.device
+        state.update(structure.create(layer.shape, layer.dtype, device, identity=identity, root=self._root))
+        state["trainable"] = torch.tensor(record.trainable(), dtype=torch.float32)
+        state["is_head"] = torch.tensor(float(record.role is not None and bool(record.role.is_head)))
+        self.complete(layer, self._owners)
+
+    def _beside(self, layer: Layer) -> set[str]:
+        """Return the keys in a layer's state that are not its structure's."""
+        owners = (*self._owners, *self._optional)
+        owned = (key for owner in owners for key in owner.declares(layer.shape))
+        return {"trainable", "is_head", *owned, *self._fallback_keys(layer)}
+
+    def _fallback_keys(self, layer: Layer) -> set[str]:
+        return set() if self._fallback is None else set(self._fallback.declares(layer.shape))
 
     def _holds_something(self, state: State) -> bool:
-        return "mass" in state and float(state["mass"]) > float(not self._unbiased)
+        empty = float(not self._options.bias_correction)
+        return "ema_weight" in state and float(state["ema_weight"]) > empty
 
-    def _fits(self, layer: Subsystem, structure: Structure, state: State) -> bool:
+    def _fits(self, layer: Layer, structure: Structure, state: State) -> bool:
         """Return whether a state is one of this structure, for the layer's shape and dtype."""
-        layout = structure.layout(layer.shape, self._form)
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        return state.keys() - _BESIDES == layout.keys() and all(
-            state[key].shape == shape and state[key].dtype == dtype for key, shape in layout.items()
+        wanted = structure.declares(layer.shape, root=self._root)
+        return state.keys() - self._beside(layer) == wanted.keys() and all(
+            state[key].shape == kept.shape and state[key].dtype == (kept.dtype or layer.dtype)
+            for key, kept in wanted.items()
         )
-
-
-#: What the state of a weight holds where AdamW trained it.
-_ADAMW_KEYS = frozenset(["step", "exp_avg", "exp_avg_sq"])
-
-#: What steps keep there, whatever the structure.
-_STEPS = _ADAMW_KEYS | {"momentum", "lead", "sizes"}
-
-#: What it holds besides the metric and its inverse.
-_BESIDES = _STEPS | {"mass", "moving"}
-
-#: What is read by the host at each iteration, and stays there.
-HOST_KEYS = frozenset(["mass", "moving", "sizes"])
-
-
-def _flags(moving: Sequence[bool]) -> Tensor:
-    """Return for each part of a layer whether it moves; what it was at the last refresh is saved."""
-    return torch.tensor(moving, dtype=torch.float32)
-
-
-def state_key(layer: Subsystem) -> Tensor:
-    """Return the parameter that a layer's state is kept with: one that is given, since torch saves no others."""
-    return next((parameter for parameter in layer.parameters if parameter not in layer.held), layer.weight)
-
-
-def _choose(budget: int, relu_omega: float | None, layers: Sequence[Subsystem]) -> list[Structure]:
-    """Return the structures of layers; a ReLU's information is smoothed where that is asked for."""
-    for layer in layers:
-        if relu_omega is not None and isinstance(layer.response, ReLUGaussian):
-            layer.response = SmoothReLUGaussian(relu_omega, layer.response.iota, layer.response.sigma)
-    return assign(layers, budget)

@@ -9,52 +9,65 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["adamw_state", "adamw_step"]
+from relfisher.structures import Kept
+
+__all__ = ["Fallback"]
 
 
-def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
-    """Return the state of a parameter that has not moved."""
-    return {
-        "step": torch.tensor(0.0),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
+class Fallback:
+    """AdamW (Loshchilov & Hutter 2019), and what it keeps of a parameter."""
 
+    @staticmethod
+    def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
+        """Return the two moments of a parameter of this shape, and the number of its steps."""
+        step = Kept((), on_host=True, dtype=torch.float32)
+        return {"step": step, "exp_avg": Kept(shape), "exp_avg_sq": Kept(shape)}
 
-def adamw_step(
-    parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], lr: float, group: Mapping[str, Any]
-) -> None:
-    """Take one AdamW step (Loshchilov & Hutter 2019) on parameters that have a gradient.
+    @classmethod
+    def create(cls, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter that has not moved."""
+        kept = cls.declares(tuple(parameter.shape))
+        return {key: each.zeros(parameter.dtype, parameter.device) for key, each in kept.items()}
 
-    Args:
-        parameters: what to move, in place.
-        states: a state a parameter, filled at the first step, and moved to where the parameter is.
-        lr: the learning rate.
-        group: the parameter group, for `fallback_betas` and `weight_decay`.
-    """
-    for parameter, state in zip(parameters, states, strict=True):
-        average = state.get("exp_avg")
-        if average is None:
-            state.update(adamw_state(parameter))
-        elif (average.device, average.dtype) != (parameter.device, parameter.dtype):
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = state[key].to(parameter)
-    beta1, beta2 = group["fallback_betas"]
-    adamw(
-        list(parameters),
-        [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=group["weight_decay"],
-        eps=1e-8,
-        maximize=False,
-    )
+    @classmethod
+    def step(
+        cls,
+        parameters: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        lr: float,
+        group: Mapping[str, Any],
+    ) -> None:
+        """Take one step on parameters that have a gradient.
+
+        Args:
+            parameters: what to move, in place.
+            states: a state a parameter, filled at the first step, and moved to where the parameter is.
+            lr: the learning rate.
+            group: the parameter group, for `fallback_betas`, `fallback_eps` and `weight_decay`.
+        """
+        for parameter, state in zip(parameters, states, strict=True):
+            moment = state.get("exp_avg")
+            if moment is None:
+                state.update(cls.create(parameter))
+            elif (moment.device, moment.dtype) != (parameter.device, parameter.dtype):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = state[key].to(parameter)
+        beta1, beta2 = group["fallback_betas"]
+        adamw(
+            list(parameters),
+            [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["fallback_eps"],
+            maximize=False,
+        )
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parameter groups: their options, the names in them, and the halves with a metric and without."""
+"""Parameter groups: their options, the names in them, the halves with a metric and without, and the layers in each."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relfisher.subsystems.discover import plain_name
+from relfisher.layers import Layer, plain_name
+from relfisher.optim.options import check_betas
 from relfisher.validation import check_interval, check_positive
 
-__all__ = ["ADAMW", "METRIC", "check_names", "check_options", "check_shapes", "named", "names_of", "split"]
+__all__ = ["ADAMW", "METRIC", "check_options", "homes", "named", "names_of", "not_owned", "split"]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
@@ -19,14 +20,12 @@ METRIC, ADAMW = "metric", "adamw"
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise ValueError unless the options of a group are in their ranges."""
-    for name in ("lr", "fallback_lr"):
-        check_positive(name, float(group[name]))
-    betas = tuple(group["fallback_betas"])
-    if len(betas) != 2:
-        raise ValueError(f"fallback_betas must be two numbers, got {betas}")
-    shares = [(name, group[name]) for name in ("momentum", "averaging")]
-    for name, share in [*shares, *[("fallback_betas", beta) for beta in betas]]:
-        check_interval(name, share, 0, 1)
+    for name in ("lr", "fallback_lr", "fallback_eps"):
+        value = group[name]
+        check_positive(name, float(value) if isinstance(value, Tensor) else value)
+    check_betas(group["fallback_betas"])
+    for name in ("momentum", "averaging"):
+        check_interval(name, group[name], 0, 1)
     for name in ("weight_decay", "damping"):
         check_interval(name, group[name], 0, math.inf)
 
@@ -96,57 +95,31 @@ def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
     ]
 
 
-def check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless two lists of groups are of parameters of the same names; those without names may be any.
+def homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict[Layer, int]:
+    """Return the place of the group that each layer belongs to; layers of which no part has a metric here are left out.
 
     Args:
-        mine: the groups of an optimizer.
-        saved: the groups of a state that is to be loaded into it.
+        layers: in the order of the model.
+        groups: all groups.
 
-    Raises:
-        ValueError: with the names that are missing on either side.
+    Returns:
+        For each layer the group of its weight, or of another part if that alone is given, in the order of the groups.
     """
-    have = [name for group in mine for name in group["param_names"]]
-    give = [name for group in saved for name in group.get("param_names", ())]
-    if give and have != give:
-        missing, unknown = [name for name in have if name not in give], [name for name in give if name not in have]
-        raise ValueError(
-            "state_dict is of other parameters than these: "
-            + (f"it lacks {', '.join(missing)}; " if missing else "")
-            + (f"it has {', '.join(unknown)} besides; " if unknown else "")
-            + ("" if missing or unknown else "the same ones in another order or in other groups; ")
-            + "load it into an optimizer of the same model"
-        )
+    pending, found = list(layers), {}
+    for index, group in enumerate(groups):
+        if group["kind"] == METRIC:
+            given = {id(parameter) for parameter in group["params"]}
+            found.update({layer: index for layer in pending if id(layer.weight) in given})
+    home = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+    for layer in pending:
+        first = next((home[id(parameter)] for parameter in layer.parameters if id(parameter) in home), None)
+        if layer not in found and first is not None and groups[first]["kind"] == METRIC:
+            found[layer] = first
+    return found
 
 
-def check_shapes(
-    mine: Iterable[Mapping[str, Any]],
-    saved: Iterable[Mapping[str, Any]],
-    states: Mapping[int, Mapping[str, Any]],
-    layers: Mapping[Tensor, Sequence[int]],
-) -> None:
-    """Raise ValueError unless the moments, momentum and lead in a state have the shapes of what they are of.
-
-    Args:
-        mine: the groups of an optimizer.
-        saved: the groups of a state that is to be loaded into it.
-        states: the state of each parameter by its place in the saved groups.
-        layers: the shape of each layer with a metric, by the parameter that its state is kept with.
-
-    Raises:
-        ValueError: with the name of the first parameter where one has another shape.
-    """
-    have = [pair for group in mine for pair in zip(group["param_names"], group["params"], strict=True)]
-    places = [place for group in saved for place in group["params"]]
-    for (name, parameter), place in zip(have, places, strict=False):
-        own = tuple(parameter.shape)
-        wanted = {"exp_avg": own, "exp_avg_sq": own}
-        if parameter in layers:
-            wanted |= dict.fromkeys(("momentum", "lead"), tuple(layers[parameter]))
-        for key, shape in wanted.items():
-            moment = states.get(place, {}).get(key)
-            if moment is not None and tuple(moment.shape) != shape:
-                raise ValueError(
-                    f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
-                    f"{list(moment.shape)}, but here it would have {list(shape)}"
-                )
+def not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the attributes of a layer's parts that are in no group."""
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    pairs = zip(layer.parts, layer.parameters, strict=True)
+    return frozenset(part.attribute for part, parameter in pairs if id(parameter) not in given)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from relfisher.optim.assignment import (
-    FALLBACK,
-    Rule,
-    assign,
-    candidates,
-    check_rules,
-    number_bytes,
-    rule_for,
-    state_bytes,
-)
+from relfisher.layers import Layer, discover
+from relfisher.observe import Responses, Role, check_responses, survey
+from relfisher.optim.assignment import FALLBACK, assign, candidates, number_bytes, rule_for, state_bytes
 from relfisher.optim.groups import names_of
+from relfisher.optim.options import MetricOptions
+from relfisher.optim.renamed import reject
 from relfisher.responses import Response
 from relfisher.structures import Structure
-from relfisher.subsystems import Subsystem, discover, survey
-from relfisher.validation import check_positive
+from relfisher.validation import check_instance
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -47,7 +41,7 @@ class Choice:
     statistics: int
 
     @classmethod
-    def of(cls, layer: Subsystem, structure: Structure, samples: int) -> Choice:
+    def of(cls, layer: Layer, structure: Structure, samples: int) -> Choice:
         """Return what a structure costs a layer with so many samples a batch."""
         cost = structure.cost(layer.shape)
         return cls(
@@ -128,51 +122,51 @@ class Plan:
 def plan(
     model: nn.Module,
     inputs: Any,
-    structure: Rule | Mapping[str, Rule] = "auto",
-    structure_bytes: int = 256 << 20,
+    metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
     loss: Callable[[Any], Tensor] | None = None,
-    stats_samples: int | None = 256,
+    responses: Responses | None = None,
+    **unknown: Any,
 ) -> Plan:
-    """Return what `RNGD(model, structure=..., structure_bytes=..., stats_samples=...)` will keep and compute.
+    """Return what `RNGD(model, metric=metric, responses=responses)` will keep and compute.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left as it was.
         inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments; one batch.
-        structure: as for `RNGD`.
-        structure_bytes: as for `RNGD`.
+        metric: as for `RNGD`.
         loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
             known to be one, as it is to RNGD from the first gradients on.
-        stats_samples: as for `RNGD`: statistics are of so many samples at most.
+        responses: as for `RNGD`.
+        **unknown: none; an option that has another name now is named in the error.
 
     Returns:
         A row a layer that has trained parameters.
 
     Raises:
-        ValueError: if the structure is none, or names no layer, or `stats_samples` is not positive.
+        ValueError: if the structure names no layer.
+        TypeError: if an argument is of another type.
     """
-    if stats_samples is not None:
-        check_positive("stats_samples", stats_samples)
-    structures, samples, _ = _surveyed(model, inputs, structure, structure_bytes, loss)
+    reject("plan", unknown)
+    found = _surveyed(model, inputs, metric, loss, responses)
     rows = []
-    for layer, chosen in structures.items():
-        count = samples.get(layer, 0)
-        gathered = count if stats_samples is None else min(count, stats_samples)
-        others = [each for each in candidates(layer) if each.label(layer.shape) != chosen.label(layer.shape)]
+    for layer, chosen in found.structures.items():
+        count, role = found.samples.get(layer, 0), found.roles[layer]
+        counted = count if metric.stats_samples is None else min(count, metric.stats_samples)
+        others = [each for each in candidates(layer, role) if each.label(layer.shape) != chosen.label(layer.shape)]
         rows.append(
             LayerPlan(
                 layer.name,
                 layer.shape,
-                layer.response,
+                role.response,
                 count,
-                Choice.of(layer, chosen, gathered),
-                tuple(Choice.of(layer, other, gathered) for other in others),
+                Choice.of(layer, chosen, counted),
+                tuple(Choice.of(layer, other, counted) for other in others),
             )
         )
-    covered = {id(parameter) for layer in structures for parameter in layer.parameters}
+    covered = {id(parameter) for layer in found.structures for parameter in layer.parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     return Plan(
         tuple(rows),
-        averaging_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in structures),
+        averaging_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
         fallback_bytes=sum(2 * parameter.numel() * parameter.element_size() for parameter in rest),
     )
 
@@ -229,28 +223,32 @@ class Coverage:
 def coverage(
     model: nn.Module,
     inputs: Any,
-    structure: Rule | Mapping[str, Rule] = "auto",
-    structure_bytes: int = 256 << 20,
+    metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
     loss: Callable[[Any], Tensor] | None = None,
+    responses: Responses | None = None,
+    **unknown: Any,
 ) -> Coverage:
-    """Return how `RNGD(model, structure=..., structure_bytes=...)` will train each parameter.
+    """Return how `RNGD(model, metric=metric, responses=responses)` will train each parameter.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left as it was.
         inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments.
-        structure: as for `RNGD`.
-        structure_bytes: as for `RNGD`.
+        metric: as for `RNGD`.
         loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
             known to be one, as it is to RNGD from the first gradients on.
+        responses: as for `RNGD`.
+        **unknown: none; an option that has another name now is named in the error.
 
     Returns:
         A row a parameter. One whose layer is not reached by these inputs is trained by AdamW until it is.
 
     Raises:
-        ValueError: if the structure is none, or names no layer.
+        ValueError: if the structure names no layer.
+        TypeError: if an argument is of another type.
     """
-    structures, samples, refused = _surveyed(model, inputs, structure, structure_bytes, loss)
-    home = {id(parameter): layer for layer in structures for parameter in layer.parameters}
+    reject("coverage", unknown)
+    found = _surveyed(model, inputs, metric, loss, responses)
+    home = {id(parameter): layer for layer in found.structures for parameter in layer.parameters}
     names = names_of(model)
     rows = []
     for parameter in model.parameters():
@@ -258,45 +256,54 @@ def coverage(
         if not parameter.requires_grad:
             rows.append(ParameterCoverage(name, shape, "frozen"))
         elif layer is None:
-            reason = refused.get(name, "left to AdamW by the structure that was asked for")
+            reason = found.refused.get(name, "left to AdamW by the structure that was asked for")
             rows.append(ParameterCoverage(name, shape, "adamw", reason=reason))
-        elif layer not in samples:
+        elif layer not in found.samples:
             rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
         else:
-            response = type(layer.response).__name__
-            label = structures[layer].label(layer.shape)
+            response = type(found.roles[layer].response).__name__
+            label = found.structures[layer].label(layer.shape)
             rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label))
     return Coverage(tuple(rows))
+
+
+class _Survey(NamedTuple):
+    """Structures and roles of trained layers, the samples of those that were reached, and why others were refused.
+
+    Layers are in the order of the forward pass; those that it did not reach come last.
+    """
+
+    structures: dict[Layer, Structure]
+    roles: dict[Layer, Role]
+    samples: dict[Layer, int]
+    refused: dict[str, str]
 
 
 def _surveyed(
     model: nn.Module,
     inputs: Any,
-    structure: Rule | Mapping[str, Rule],
-    budget: int,
+    metric: MetricOptions,
     loss: Callable[[Any], Tensor] | None,
-) -> tuple[dict[Subsystem, Structure], dict[Subsystem, int], dict[str, str]]:
-    """Return the structures of trained layers, the samples of those that were reached, and why others were refused.
-
-    They are in the order of the forward pass, and those that it did not reach come last.
-    """
-    found = discover(model)
-    check_rules(structure, found.subsystems)
-    for layer in found.subsystems:
-        layer.rule = rule_for(layer, structure)
-    layers = [layer for layer in found.subsystems if layer.rule != FALLBACK]
-    unseen = dict(zip(layers, assign(layers, budget), strict=True))
-    seen = survey(model, layers, inputs, loss)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for layer in layers:
-        if layer.refused is not None:
-            found.refused.update({names[id(parameter)]: layer.refused for parameter in layer.parameters})
-    layers = [layer for layer in layers if layer.refused is None]
-    trained = [layer for layer in layers if any(parameter.requires_grad for parameter in layer.parameters)]
-    reached = [layer for layer in seen if layer in trained]
-    structures = dict(zip(reached, assign(reached, budget), strict=True))
-    structures.update({layer: unseen[layer] for layer in trained if layer not in seen})
-    return structures, seen, found.refused
+    responses: Responses | None,
+) -> _Survey:
+    check_instance("metric", metric, MetricOptions)
+    check_responses(responses or {})
+    found = discover(model, metric.layers)
+    metric.check(found.layers)
+    rules = {layer: rule_for(layer, metric.structure) for layer in found.layers}
+    layers = [layer for layer in found.layers if rules[layer] != FALLBACK]
+    seen, samples = survey(model, layers, inputs, loss, responses)
+    refused = {name: role.refused for layer, role in seen.items() if role.refused for name in layer.parameter_names}
+    trained = [
+        layer
+        for layer in layers
+        if not (layer in seen and seen[layer].refused)
+        if any(parameter.requires_grad for parameter in layer.parameters)
+    ]
+    reached = {layer: seen[layer] for layer in samples if layer in trained}
+    unseen = {layer: Role(layer.own_response) for layer in layers if layer in trained and layer not in reached}
+    structures = assign(reached, rules, metric.structure_bytes) | assign(unseen, rules, metric.structure_bytes)
+    return _Survey(structures, reached | unseen, samples, found.refused | refused)
 
 
 def _size(value: float, unit: str, base: int = 1000) -> str:

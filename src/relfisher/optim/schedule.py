@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EARLY", "Schedule"]
+from relfisher.validation import check_integer
 
-#: The iterations at which the metric is refreshed besides: it changes most while the first features form, and the
-#: average is young.
-EARLY = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+__all__ = ["WARMUP", "Schedule"]
+
+#: The iterations of additional refreshes: the metric changes most while the first features form and the average is
+#: young.
+WARMUP = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -18,29 +20,29 @@ class Schedule:
     Args:
         stats_interval: from one update of the metric to the next.
         refresh_interval: from one refresh of a layer's inverse to the next.
-        early_refreshes: at which the metric is updated and all inverses refreshed besides: while the average is young,
-            each update changes it much.
+        warmup_refreshes: at which the metric is updated and all inverses refreshed besides, while the average is
+            young.
         staggered: True spreads the layers' updates and refreshes over the intervals, so that no step is slow.
 
     Raises:
-        ValueError: if an interval is not a whole number of at least 1.
+        ValueError: if an interval is not a whole number of at least 1, or an iteration one of at least 0.
     """
 
     stats_interval: int
     refresh_interval: int
-    early_refreshes: tuple[int, ...]
+    warmup_refreshes: tuple[int, ...]
     staggered: bool = True
 
     def __post_init__(self) -> None:
         for name in ("stats_interval", "refresh_interval"):
-            value = getattr(self, name)
-            if value != int(value) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value}")
+            check_integer(name, getattr(self, name))
+        for iteration in self.warmup_refreshes:
+            check_integer("warmup_refreshes", iteration, 0)
 
     def statistics_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
         """Return whether the forward pass of this iteration updates the metric of a layer; see `refresh_due`."""
         phase = self._phase(place, layers, self.stats_interval)
-        return iteration % self.stats_interval == phase or iteration in self.early_refreshes
+        return iteration % self.stats_interval == phase or iteration in self.warmup_refreshes
 
     def refresh_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
         """Return whether the inverse of a layer is refreshed before this iteration's step.
@@ -50,7 +52,7 @@ class Schedule:
             place: of the layer, counted from 0.
             layers: how many there are.
         """
-        if iteration in self.early_refreshes:
+        if iteration in self.warmup_refreshes:
             return True
         phase = self._phase(place, layers, self.refresh_interval)
         if self.staggered and self.stats_interval > 1:

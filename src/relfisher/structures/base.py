@@ -1,12 +1,8 @@
-"""What a running metric can do: gather a batch's statistics, refresh its inverse, precondition a gradient.
+"""The contract of a structure: statistics -> average -> invert -> apply, and the running metric as an operator.
 
 A structure is a way to keep the metric G of one layer, whose parameters are a matrix [out, d] with the bias last, or
-[groups, out, d] where groups of units have inputs of their own. It owns no tensors: the state of a layer is a flat
-dictionary of tensors, so that the optimizer's `state_dict` holds all of it, and a structure is the algorithm that reads
-and writes it. The steps are separate, since they are due at different times.
-
-What is inverted is kept in one of two forms: as the inverse, for steps that need no more, or as its root R with
-R'R = (G + damping)^-1, for steps that whiten a gradient first. Either is a matrix, or of low rank for a wide block.
+[groups, out, d] if groups of units have inputs of their own. It holds no tensors: a layer's state is a flat dictionary
+of tensors, whose names and shapes the structure declares. The steps are separate: they are due at different times.
 """
 
 from __future__ import annotations
@@ -14,55 +10,39 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from relfisher.metric import Metric
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.lowrank import LowRank, invert_leading
-from relfisher.validation import check_interval
+from relfisher.structures.inverse import Factor, Inversion, LowRank, is_low_rank
+from relfisher.structures.operator import AppliedMetric
 
-__all__ = ["Cost", "Damping", "Form", "State", "Structure", "invert"]
+__all__ = ["Cost", "Kept", "State", "Statistics", "Structure"]
 
 State = dict[str, Tensor]
-Form = Literal["inverse", "root"]
 
 
-@dataclass(frozen=True)
-class Damping:
-    """What is added to a metric's diagonal before it is inverted.
+class Kept(NamedTuple):
+    """A tensor that an owner (a structure, a step rule, the average) keeps of a layer: zeros until it is written.
 
     Args:
-        value: the multiple of the trace, >= 0.
-        per_parameter: True divides the trace by the number of parameters of a block, so that `value` is relative to
-            the mean eigenvalue; False takes the trace itself, as the published preset does.
-        pooled: True takes the trace averaged over a layer's blocks, so that a block that is near 0, as that of a dead
-            unit, is damped as much as its neighbours; False takes each block's own.
-
-    Raises:
-        ValueError: if `value` is negative or not finite.
+        shape: its shape.
+        on_host: True for a few numbers that the host reads each time, and that stay there.
+        dtype: None for that of the layer's metric.
     """
 
-    value: float
-    per_parameter: bool = True
-    pooled: bool = True
+    shape: tuple[int, ...]
+    on_host: bool = False
+    dtype: torch.dtype | None = None
 
-    def __post_init__(self) -> None:
-        check_interval("damping", self.value, 0, math.inf)
-
-    def of(self, diagonals: Float[Tensor, "*q d"]) -> Float[Tensor, "*q"]:
-        """Return the number to add to the diagonal of each block, given the diagonals."""
-        trace = diagonals.sum(-1)
-        if self.pooled:
-            trace = trace.mean().expand(trace.shape)
-        return trace * (self.value / diagonals.shape[-1] if self.per_parameter else self.value)
-
-    def split(self) -> Damping:
-        """Return the damping of each of two Kronecker factors, whose product then has this one's on its diagonal."""
-        return Damping(math.sqrt(self.value), self.per_parameter, self.pooled)
+    def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the tensor that stands for nothing kept yet."""
+        return torch.zeros(self.shape, dtype=self.dtype or dtype, device="cpu" if self.on_host else device)
 
 
 class Cost(NamedTuple):
@@ -73,169 +53,160 @@ class Cost(NamedTuple):
     sample: int
 
 
-def invert(
-    blocks: Float[Tensor, "*q d d"], damping: Float[Tensor, "*q"], form: Form = "inverse"
-) -> tuple[Float[Tensor, "*q d d"], bool]:
-    """Invert symmetric positive definite blocks by Cholesky factors.
+class Statistics(NamedTuple):
+    """The metric of a batch, summed over so many samples."""
 
-    Args:
-        blocks: the matrices.
-        damping: what is added to the diagonal of each.
-        form: "inverse", or "root" for the inverse of the lower Cholesky factor.
+    totals: State
+    samples: int
 
-    Returns:
-        The inverses, and whether all of them are good: False, and anything, if a factorisation failed or a value is
-        not finite.
-    """
-    damped = blocks.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if bool((info != 0).any()):
-        return damped, False
-    if form == "inverse":
-        inverse = torch.cholesky_inverse(factor)
-    else:
-        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-    return inverse, bool(torch.isfinite(inverse).all())
-
-
-# A low rank pays where it is at most this part of a block's width.
-_NARROWEST = 8
+    def __add__(self, other: Statistics) -> Statistics:  # type: ignore[override]  # a sum, not a longer tuple
+        """Return the sum, made in place of the first."""
+        for name, total in self.totals.items():
+            total.add_(other.totals[name])
+        return Statistics(self.totals, self.samples + other.samples)
 
 
 class Structure(ABC):
     """A way to keep the running metric of one layer.
 
     Attributes:
-        rank: of the inverses of blocks at least eight times as wide, which are then those of the leading eigenvectors;
-            None inverts every block as it is.
+        rank: of the inverses of blocks at least eight times as wide, which are then inverted along their leading
+            eigenvectors; None inverts every block in full.
     """
 
-    #: What it is called in `structure=` and in tables.
+    #: Its name in `structure=` and in tables.
     name: ClassVar[str]
-    #: What the tensors are called that the metric is kept in: the keys of `shapes`.
+    #: The names of the tensors that hold the metric: the keys of `shapes`. The first one is called "metric".
     tensors: ClassVar[tuple[str, ...]] = ("metric",)
+    #: True if `accumulate` takes sparse inputs.
+    reads_sparse: ClassVar[bool] = False
     rank: int | None = None
 
     @abstractmethod
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor that the metric of parameters of the shape [*g, out, d] is kept in.
-
-        Its keys are `tensors`: the first of them is called "metric", another one as the structure likes.
-        """
+        """Return the shape of each of `tensors` for parameters of the shape [*g, out, d]."""
 
     @abstractmethod
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return the leading terms of what parameters of the shape [*g, out, d] cost."""
+        """Return the leading terms of the cost for parameters of the shape [*g, out, d]."""
 
     @abstractmethod
-    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
-        """Return the metric of one batch, summed over its samples.
+    def accumulate(
+        self,
+        totals: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        *,
+        keep: float,
+        share: float,
+    ) -> bool:
+        """Replace totals by keep * totals + share * (the metric summed over samples), in place, if that is finite.
+
+        Args:
+            totals: `tensors`; with keep = 0 they may hold anything.
+            x: the augmented inputs.
+            z: the pre-activations.
+            response: of the units.
+            keep: the factor of what is there.
+            share: the factor of the sum.
+
+        Returns:
+            Whether the sum is finite; False leaves the totals as they were.
+        """
+
+    @abstractmethod
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
+        """Multiply the rows of a field, from the right, by matrices of this structure: the metric, or its factors."""
+
+    # The rest follows for a metric that is held as dense blocks.
+
+    def declares(self, shape: tuple[int, ...], *, root: bool) -> dict[str, Kept]:
+        """Return everything that the state of a layer holds: the metric, its factors, and the average's weight.
+
+        Args:
+            shape: [*g, out, d] of the parameters.
+            root: True if the factors are roots of the inverse.
+
+        Returns:
+            "ema_weight", each of `tensors`, and for each of them its "inverse" or "root" (with the tensor's name in
+            front for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
+        """
+        kept = {"ema_weight": Kept((), on_host=True)}
+        for name, size in self.shapes(shape).items():
+            kept[name] = Kept(size)
+            key = factor_key(name, root=root)
+            if is_low_rank(self.rank, size[-1]):
+                kept[key], kept[_scale(key)] = Kept((*size[:-1], int(self.rank or 0))), Kept(size[:-2])
+            else:
+                kept[key] = Kept(size)
+        return kept
+
+    def create(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, identity: bool, root: bool
+    ) -> State:
+        """Return the state of a layer without statistics.
+
+        Args:
+            shape: [*g, out, d] of the parameters.
+            dtype: of the metric.
+            device: of the metric.
+            identity: True starts the average at the identity with full weight, as published; False at 0 with no
+                weight, so that the average has no bias from the first batch on.
+            root: True if the factors are roots of the inverse.
+
+        Returns:
+            What `declares` says. The factors are identities.
+        """
+        state = {key: kept.zeros(dtype, device) for key, kept in self.declares(shape, root=root).items()}
+        state["ema_weight"].fill_(float(identity))
+        for name, size in self.shapes(shape).items():
+            key = factor_key(name, root=root)
+            if _scale(key) in state:
+                state[_scale(key)].fill_(1.0)
+            else:
+                state[key].copy_(self.identity(size, dtype, device))
+            if identity:
+                state[name].copy_(self.identity(size, dtype, device))
+        return state
+
+    def batch_statistics(
+        self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse
+    ) -> Statistics:
+        """Return the metric of one batch, summed over its samples; NaN if it is not finite.
 
         Args:
             x: the augmented inputs.
             z: the pre-activations.
-            response: what the units say.
-
-        Returns:
-            A tensor for each of `shapes`.
+            response: of the units.
         """
+        shape = (*x.shape[:-2], z.shape[-1], x.shape[-1])
+        totals = {name: z.new_zeros(size) for name, size in self.shapes(shape).items()}
+        if not self.accumulate(totals, x, z, response, keep=0.0, share=1.0):
+            for total in totals.values():
+                total.fill_(math.nan)
+        return Statistics(totals, x.shape[-2])
 
-    @abstractmethod
-    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
-        """Multiply the rows of a field, from the right, by blocks of the shapes of this structure, or low ranks."""
-
-    def layout(self, shape: tuple[int, ...], form: Form = "inverse") -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor that a state holds besides its mass: the metric and its inverse."""
-        kept = self.shapes(shape)
-        inverses: dict[str, tuple[int, ...]] = {}
-        for name, size in kept.items():
-            key = _inverted(name, form)
-            if self.is_low_rank(size[-1]):
-                inverses |= {key: (*size[:-1], int(self.rank or 0)), _scale(key): size[:-2]}
-            else:
-                inverses[key] = size
-        return kept | inverses
-
-    def label(self, shape: tuple[int, ...]) -> str:
-        """Return the name, with the rank if one of the layer's inverses is of low rank."""
-        low = any(self.is_low_rank(size[-1]) for size in self.shapes(shape).values())
-        return f"{self.name}, rank {self.rank}" if low else self.name
-
-    def is_low_rank(self, d: int) -> bool:
-        """Return whether the inverse of a block of this width is kept by its leading eigenvectors."""
-        return self.rank is not None and d >= _NARROWEST * self.rank
-
-    def product_cost(self, d: int) -> int:
-        """Return the operations of a row times the inverse of a block of this width."""
-        return 4 * d * int(self.rank or 0) if self.is_low_rank(d) else 2 * d**2
-
-    def inversion_cost(self, d: int) -> int:
-        """Return the operations of inverting a block of this width."""
-        return 6 * d**2 * int(self.rank or 0) if self.is_low_rank(d) else d**3
-
-    def numbers(self, shape: tuple[int, ...]) -> int:
-        """Return how many numbers the metric of parameters of the shape [*g, out, d] and its inverse take."""
-        return sum(math.prod(each) for each in self.layout(shape).values())
-
-    def create(
-        self, weight: Tensor, shape: tuple[int, ...], *, identity: bool = False, form: Form = "inverse"
-    ) -> State:
-        """Return the state of a layer that has seen nothing.
+    def ema_update(self, state: State, batch: Statistics, decay: float) -> bool:
+        """Add the statistics of a batch to the moving average, unless they are not finite.
 
         Args:
-            weight: the layer's weight, for the dtype and device.
-            shape: [*g, out, d], that of its parameters.
-            identity: True starts the average at the identity, with full weight, as published; False at 0 with no
-                weight, so that the average is unbiased from the first batch on.
-            form: how the inverse is kept.
-
-        Returns:
-            The average "metric", and other tensors of `shapes`, the weight "mass" that they have gathered, and for
-            each tensor its "inverse" or "root" (with the tensor's name in front for all but the first), the identity.
-            One of low rank is its basis V and a "scale", which stand for scale * (I - V V').
-        """
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        state: State = {"mass": torch.tensor(1.0 if identity else 0.0, dtype=dtype)}
-        layout = self.layout(shape, form)
-        for name, size in self.shapes(shape).items():
-            key = _inverted(name, form)
-            one = self.identity(size, dtype, weight.device)
-            state[name] = one.clone() if identity else torch.zeros_like(one)
-            if _scale(key) in layout:
-                state[key] = torch.zeros(layout[key], dtype=dtype, device=weight.device)
-                state[_scale(key)] = torch.ones(layout[_scale(key)], dtype=dtype, device=weight.device)
-            else:
-                state[key] = one
-        return state
-
-    def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the tensor of this size that stands for the identity."""
-        return torch.eye(size[-1], dtype=dtype, device=device).expand(size).clone()
-
-    def update(self, state: State, totals: State, samples: int, decay: float) -> bool:
-        """Fold a batch's metric into the moving average, unless it is not finite.
-
-        Args:
-            state: the layer's state.
-            totals: what `gather` returned, summed over batches where there are several.
-            samples: how many samples it is a sum over.
+            state: of the layer.
+            batch: its statistics.
             decay: the share of the past that is kept.
 
         Returns:
-            Whether the batch was folded in.
+            Whether they were added.
         """
         # An entry of a positive semi-definite matrix is bounded by its diagonal.
-        if not all(math.isfinite(float(self.diagonals(total).sum())) for total in totals.values()):
+        if not all(math.isfinite(float(self.diagonals(total).sum())) for total in batch.totals.values()):
             return False
-        weight = (1 - decay) / samples
-        for name, total in totals.items():
-            state[name].mul_(decay).add_(total, alpha=weight)
-        self.age(state, decay)
+        for name, total in batch.totals.items():
+            state[name].mul_(decay).add_(total, alpha=(1 - decay) / batch.samples)
+        self._age(state, decay)
         return True
 
-    def fold(
+    def ema_update_from(
         self,
         state: State,
         x: Float[Tensor, "*g n d"],
@@ -243,61 +214,130 @@ class Structure(ABC):
         response: UnitResponse,
         decay: float,
     ) -> bool:
-        """Fold a batch into the moving average: as `update` does with what `gather` returns, in fewer passes.
+        """Add a batch to the moving average: `ema_update` of its `batch_statistics`, in one pass over the metric.
 
         Args:
-            state: the layer's state.
+            state: of the layer.
             x: the augmented inputs.
             z: the pre-activations.
-            response: what the units say.
+            response: of the units.
             decay: the share of the past that is kept.
 
         Returns:
-            Whether the batch was folded in.
+            Whether it was added.
         """
-        return self.update(state, self.gather(x, z, response), x.shape[-2], decay)
+        if not self.accumulate(state, x, z, response, keep=decay, share=(1 - decay) / x.shape[-2]):
+            return False
+        self._age(state, decay)
+        return True
 
-    def age(self, state: State, decay: float) -> None:
-        """Let the weight of the past decay by one batch."""
-        state["mass"].mul_(decay).add_(1 - decay)
+    def _age(self, state: State, decay: float) -> None:
+        state["ema_weight"].mul_(decay).add_(1 - decay)
 
-    def refresh(self, state: State, damping: Damping, frozen: Tensor | None = None) -> bool:
-        """Recompute the inverse, or its root, from the moving average; a failure leaves the last good one in use.
+    def average(self, state: State) -> State:
+        """Return the tensors of the running metric, corrected for the weight that they lack."""
+        weight = float(state["ema_weight"])
+        return {name: state[name] / (weight or 1.0) for name in self.tensors}
+
+    def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
+        """Return the running metric G as one linear operator, without damping.
 
         Args:
-            state: the layer's state.
-            damping: what is added to the diagonal.
-            frozen: True for the columns [d] that do not move, which are then no part of the metric.
+            state: of the layer.
+            shape: [*g, out, d] of its parameters.
 
         Returns:
-            Whether all is well: False if the metric could not be factorised.
+            A metric of parameters of this shape.
         """
-        mass = float(state["mass"])
-        if mass == 0 or (frozen is not None and bool(frozen.all())):
-            return True  # nothing was gathered yet, or nothing moves
-        form: Form = "root" if "root" in state else "inverse"
-        each = damping.split() if len(self.tensors) > 1 else damping
-        found: State = {}
+        return AppliedMetric(self.apply, self.average(state), shape)
+
+    def refresh(self, state: State, inversion: Inversion, frozen: Tensor | None = None) -> bool:
+        """Recompute the factors from the moving average; a block that fails keeps its last good factor.
+
+        Args:
+            state: of the layer.
+            inversion: the damping and power.
+            frozen: True for the columns [d] that are not trained and so are no part of the metric.
+
+        Returns:
+            Whether all blocks are good.
+        """
+        weight = float(state["ema_weight"])
+        if weight == 0 or (frozen is not None and bool(frozen.all())):
+            return True  # there are no statistics yet, or nothing is trained
+        root = "root" in state
+        inversion = replace(inversion if len(self.tensors) == 1 else inversion.halved(), rank=self.rank)
+        found: list[tuple[str, Tensor, Tensor]] = []
         for name in self.tensors:
-            key = _inverted(name, form)
-            metric = state[name] / mass
+            key = factor_key(name, root=root)
+            metric = state[name] / weight
             diagonals = self.diagonals(metric)
             if frozen is not None and name == "metric":
                 diagonals = diagonals[..., ~frozen]
                 metric = self.without(metric, frozen)
             if not bool(diagonals.any()):
                 return True  # nothing yet: the next layer's weights are 0, or no unit was active
+            amounts = inversion.amounts(diagonals)
             if _scale(key) in state:
-                (found[key], found[_scale(key)]), good = invert_leading(
-                    metric, each.of(diagonals), state[key], root=form == "root"
-                )
+                low, good = inversion.leading(metric, amounts, state[key], root=root)
+                found += [(key, low.basis, good), (_scale(key), low.scale, good)]
             else:
-                found[key], good = self.inverted(metric, each.of(diagonals), form)
-            if not good:
-                return False
-        for key, inverse in found.items():
-            state[key].copy_(inverse)
-        return True
+                found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
+        all_good = all(bool(good.all()) for _, _, good in found)
+        for key, factor, good in found:
+            if all_good:
+                state[key].copy_(factor)
+            else:
+                state[key].copy_(
+                    torch.where(good.reshape(*good.shape, *(1,) * (factor.ndim - good.ndim)), factor, state[key])
+                )
+        return all_good
+
+    def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return (G + damping)^-power times the gradient, as of the last good refresh."""
+        if "root" in state:
+            return self.unwhiten(state, self.whiten(state, gradient))
+        return self.apply(gradient, self._factors(state, root=False))
+
+    def whiten(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return R times the gradient, where R'R = (G + damping)^-power as of the last good refresh."""
+        roots = self._factors(state, root=True)
+        # One of low rank is symmetric.
+        transposed = {name: self.transposed(root) if isinstance(root, Tensor) else root for name, root in roots.items()}
+        return self.apply(gradient, transposed)
+
+    def unwhiten(self, state: State, field: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
+        """Return R' times a field of whitened coordinates."""
+        return self.apply(field, self._factors(state, root=True))
+
+    def _factors(self, state: State, *, root: bool) -> dict[str, Factor]:
+        factors: dict[str, Factor] = {}
+        for name in self.tensors:
+            key = factor_key(name, root=root)
+            scale = state.get(_scale(key))
+            factors[name] = state[key] if scale is None else LowRank(state[key], scale)
+        return factors
+
+    def label(self, shape: tuple[int, ...]) -> str:
+        """Return the name, with the rank if one of the layer's inverses is of low rank."""
+        low = any(is_low_rank(self.rank, size[-1]) for size in self.shapes(shape).values())
+        return f"{self.name}, rank {self.rank}" if low else self.name
+
+    def product_cost(self, d: int) -> int:
+        """Return the operations of a row times the inverse of a block of this width."""
+        return 4 * d * int(self.rank or 0) if is_low_rank(self.rank, d) else 2 * d**2
+
+    def inversion_cost(self, d: int) -> int:
+        """Return the operations of inverting a block of this width."""
+        return 6 * d**2 * int(self.rank or 0) if is_low_rank(self.rank, d) else d**3
+
+    def numbers(self, shape: tuple[int, ...]) -> int:
+        """Return how many numbers on the device the metric of parameters of the shape [*g, out, d] takes."""
+        return sum(math.prod(kept.shape) for kept in self.declares(shape, root=False).values() if not kept.on_host)
+
+    def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the tensor of this size that stands for the identity."""
+        return torch.eye(size[-1], dtype=dtype, device=device).expand(size).clone()
 
     def diagonals(self, blocks: Tensor) -> Tensor:
         """Return the diagonals [*q, d] of blocks."""
@@ -308,45 +348,21 @@ class Structure(ABC):
         kept = (~columns).to(blocks.dtype)
         return blocks * kept * kept.unsqueeze(-1) + torch.diag(1 - kept)
 
-    def inverted(self, blocks: Tensor, damping: Tensor, form: Form) -> tuple[Tensor, bool]:
-        """Return the damped blocks' inverses or their roots, and whether all of them are good."""
-        return invert(blocks, damping, form)
-
-    def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
-        """Return (G + damping)^-1 times the gradient, as of the last good refresh."""
-        if "root" in state:
-            return self.unwhiten(state, self.whiten(state, gradient))
-        return self.apply(gradient, self._factors(state, "inverse"))
-
-    def whiten(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
-        """Return R times the gradient, where R'R = (G + damping)^-1 as of the last good refresh."""
-        roots = self._factors(state, "root")
-        # One of low rank is symmetric.
-        turned = {name: self.transposed(root) if isinstance(root, Tensor) else root for name, root in roots.items()}
-        return self.apply(gradient, turned)
-
-    def unwhiten(self, state: State, field: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
-        """Return R' times a field of whitened coordinates."""
-        return self.apply(field, self._factors(state, "root"))
+    def inverted(self, blocks: Tensor, amounts: Tensor, inversion: Inversion, *, root: bool) -> tuple[Tensor, Tensor]:
+        """Return the factors of the damped blocks, and for each block whether it is good."""
+        return inversion.full(blocks, amounts, root=root)
 
     def transposed(self, blocks: Tensor) -> Tensor:
         """Return the blocks' transposes."""
         return blocks.mT
 
-    def _factors(self, state: State, form: Form) -> dict[str, Tensor | LowRank]:
-        factors: dict[str, Tensor | LowRank] = {}
-        for name in self.tensors:
-            key = _inverted(name, form)
-            inverse, scale = state[key], state.get(_scale(key))
-            factors[name] = inverse if scale is None else LowRank(inverse, scale)
-        return factors
 
-
-def _inverted(name: str, form: Form) -> str:
-    """Return the key of the inverse of the tensor with this name."""
+def factor_key(name: str, *, root: bool) -> str:
+    """Return the key of the factor of the tensor with this name."""
+    form = "root" if root else "inverse"
     return form if name == "metric" else f"{name}_{form}"
 
 
 def _scale(key: str) -> str:
-    """Return the key of the scale of an inverse of low rank."""
+    """Return the key of the scale of a factor of low rank."""
     return f"{key}_scale"

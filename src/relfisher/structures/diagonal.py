@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from relfisher.metric import DiagonalMetric, Metric
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.base import Cost, Form, State, Structure
+from relfisher.structures.base import Cost, State, Structure
+from relfisher.structures.inverse import Factor, Inversion
 
 __all__ = ["Diagonal"]
 
@@ -20,6 +21,7 @@ class Diagonal(Structure):
     """The diagonal of the shared block, mean_n x~_n^2: d numbers."""
 
     name = "diagonal"
+    reads_sparse = True
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d]."""
@@ -30,16 +32,36 @@ class Diagonal(Structure):
         inputs = math.prod(self.shapes(shape)["metric"])
         return Cost(math.prod(shape), 2 * inputs, 2 * inputs)
 
-    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
-        """Return the sum of x~_n^2, whatever the units respond; x~ may be sparse."""
+    def accumulate(
+        self,
+        totals: State,
+        x: Float[Tensor, "*g n d"],
+        z: Float[Tensor, "*g n out"],
+        response: UnitResponse,
+        *,
+        keep: float,
+        share: float,
+    ) -> bool:
+        """Add the squares of the inputs, whatever the response; x~ may be sparse."""
         if x.is_sparse:
             x = x.coalesce()
-            return {"metric": z.new_zeros(x.shape[-1]).index_add_(0, x.indices()[1], x.values().square())}
-        return {"metric": x.square().sum(-2)}
+            total = z.new_zeros(x.shape[-1]).index_add_(0, x.indices()[1], x.values().square())
+        else:
+            total = x.square().sum(-2)
+        if not math.isfinite(float(total.sum())):
+            return False
+        totals["metric"].mul_(keep).add_(total, alpha=share)
+        return True
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
+    def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
+        """Return the diagonal once for each unit."""
+        diagonal = self.average(state)["metric"].unsqueeze(-2).expand(shape)
+        return DiagonalMetric(diagonal.reshape(-1), shape)
+
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Scale the columns."""
-        diagonal: Tensor = factors["metric"]
+        diagonal = factors["metric"]
+        assert isinstance(diagonal, Tensor)  # a diagonal has no inverse of low rank
         return field * diagonal.unsqueeze(-2)
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,11 +76,9 @@ class Diagonal(Structure):
         """Return the blocks with 1 in those columns."""
         return blocks.masked_fill(columns, 1.0)
 
-    def inverted(self, blocks: Tensor, damping: Tensor, form: Form) -> tuple[Tensor, bool]:
-        """Return the reciprocals, or their square roots, and whether all of them are finite and positive."""
-        damped = blocks + damping.unsqueeze(-1)
-        inverse = damped.reciprocal() if form == "inverse" else damped.rsqrt()
-        return inverse, bool(((damped > 0) & torch.isfinite(inverse)).all())
+    def inverted(self, blocks: Tensor, amounts: Tensor, inversion: Inversion, *, root: bool) -> tuple[Tensor, Tensor]:
+        """Return powers of the damped entries, and for each block whether it is good."""
+        return inversion.diagonal(blocks, amounts, root=root)
 
     def transposed(self, blocks: Tensor) -> Tensor:
         """Return the blocks, which are symmetric."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from relfisher.information import Information, Isotropic, PulledBack
-from relfisher.moments import fold_second_moments
+from relfisher.metric import Metric
+from relfisher.moments import add_second_moments
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
-from relfisher.structures.lowrank import check_rank, times, transposed_times
+from relfisher.structures.inverse import Factor, check_rank, times, transposed_times
+from relfisher.structures.operator import kronecker_operator
 
 __all__ = ["KroneckerFactors"]
 
@@ -63,27 +64,29 @@ class KroneckerFactors(Structure):
         refresh = self.inversion_cost(d) + self.inversion_cost(out)
         return Cost(count * step, count * refresh, 2 * count * (d**2 + out**2))
 
-    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
-        """Return the two sums, over inputs and over what the outputs say."""
-        return {"metric": x.mT @ x, "output": self._outputs(z, response)}
-
-    def fold(
+    def accumulate(
         self,
-        state: State,
+        totals: State,
         x: Float[Tensor, "*g n d"],
         z: Float[Tensor, "*g n out"],
         response: UnitResponse,
-        decay: float,
+        *,
+        keep: float,
+        share: float,
     ) -> bool:
-        """Add the product of the inputs to the moving average as it is made, and the sum over the outputs."""
-        outputs, share = self._outputs(z, response), (1 - decay) / x.shape[-2]
+        """Add the two sums, over the inputs and over the information of the outputs."""
+        outputs = self._outputs(z, response)
         if not math.isfinite(float(self.diagonals(outputs).sum())):
             return False
-        if not fold_second_moments(state["metric"], x, keep=decay, share=share):
+        if not add_second_moments(totals["metric"], x, keep=keep, share=share):
             return False
-        state["output"].mul_(decay).add_(outputs, alpha=share)
-        self.age(state, decay)
+        totals["output"].mul_(keep).add_(outputs, alpha=share)
         return True
+
+    def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
+        """Return the Kronecker product of the two factors."""
+        average = self.average(state)
+        return kronecker_operator(average["output"], average["metric"])
 
     def _outputs(self, z: Float[Tensor, "*g n out"], response: UnitResponse) -> Float[Tensor, "*g out out"]:
         outputs = [self._information(group, response).total() for group in z.reshape(-1, *z.shape[-2:])]
@@ -96,6 +99,6 @@ class KroneckerFactors(Structure):
         after = Isotropic(1.0, z.new_empty(z.shape[0], weight.shape[0]))
         return PulledBack(after, weight, response.slope(z))
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Multiply by the input block from the right, and by the output block's transpose from the left."""
         return transposed_times(factors["output"], times(field, factors["metric"]))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from relfisher.moments import fold_weighted_second_moments, is_narrow, weighted_second_moments
+from relfisher.metric import Metric
+from relfisher.moments import add_weighted_second_moments
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
+from relfisher.structures.inverse import Factor, times
+from relfisher.structures.operator import block_operator
 
 __all__ = ["NeuronBlocks"]
 
@@ -31,35 +32,35 @@ class NeuronBlocks(Structure):
         units, d = math.prod(shape[:-1]), shape[-1]
         return Cost(2 * units * d**2, units * d**3, 2 * units * d**2)
 
-    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
-        """Return the sum of nu_i(z_n) x~_n x~_n' for each unit i."""
-        nu = response.information(z)
-        if x.ndim == 2:
-            return {"metric": weighted_second_moments(nu, x)}
-        if nu.shape[-1] == 1:
-            return {"metric": ((x * nu).mT @ x).unsqueeze(1)}
-        return {"metric": torch.stack([weighted_second_moments(*group) for group in zip(nu, x, strict=True)])}
-
-    def fold(
+    def accumulate(
         self,
-        state: State,
+        totals: State,
         x: Float[Tensor, "*g n d"],
         z: Float[Tensor, "*g n out"],
         response: UnitResponse,
-        decay: float,
+        *,
+        keep: float,
+        share: float,
     ) -> bool:
-        """Add the products of narrow blocks to the moving average as they are made."""
-        if x.ndim != 2 or not is_narrow(x):
-            return super().fold(state, x, z, response, decay)
+        """Weigh each sample's outer product by nu_i(z_n) for each unit i."""
         nu = response.information(z)
         # Each entry is bounded by a unit's diagonal.
         if not math.isfinite(float((nu.mT @ x.square()).sum())):
             return False
-        fold_weighted_second_moments(state["metric"], nu, x, keep=decay, share=(1 - decay) / x.shape[-2])
-        self.age(state, decay)
+        moments = totals["metric"]
+        if x.ndim == 2:
+            add_weighted_second_moments(moments, nu, x, keep=keep, share=share)
+        elif nu.shape[-1] == 1:
+            moments.mul_(keep).add_(((x * nu).mT @ x).unsqueeze(1), alpha=share)
+        else:
+            for group, weights, inputs in zip(moments, nu, x, strict=True):
+                add_weighted_second_moments(group, weights, inputs, keep=keep, share=share)
         return True
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
+    def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
+        """Return the direct sum of the units' blocks."""
+        return block_operator(self.average(state)["metric"], shape)
+
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Multiply each unit's row by its own block."""
-        blocks: Tensor = factors["metric"]
-        return (field.unsqueeze(-2) @ blocks).squeeze(-2)
+        return times(field.unsqueeze(-2), factors["metric"]).squeeze(-2)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from relfisher.moments import fold_second_moments
+from relfisher.metric import Metric
+from relfisher.moments import add_second_moments
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Cost, State, Structure
-from relfisher.structures.lowrank import check_rank, times
+from relfisher.structures.inverse import Factor, check_rank, times
+from relfisher.structures.operator import block_operator
 
 __all__ = ["SharedBlock"]
 
@@ -46,24 +47,23 @@ class SharedBlock(Structure):
         count = math.prod(groups)
         return Cost(count * out * self.product_cost(d), count * self.inversion_cost(d), 2 * count * d**2)
 
-    def gather(self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse) -> State:
-        """Return the sum of x~_n x~_n', whatever the units respond."""
-        return {"metric": x.mT @ x}
-
-    def fold(
+    def accumulate(
         self,
-        state: State,
+        totals: State,
         x: Float[Tensor, "*g n d"],
         z: Float[Tensor, "*g n out"],
         response: UnitResponse,
-        decay: float,
+        *,
+        keep: float,
+        share: float,
     ) -> bool:
-        """Add the product of the inputs to the moving average as it is made."""
-        if not fold_second_moments(state["metric"], x, keep=decay, share=(1 - decay) / x.shape[-2]):
-            return False
-        self.age(state, decay)
-        return True
+        """Add the products of the inputs, whatever the response."""
+        return add_second_moments(totals["metric"], x, keep=keep, share=share)
 
-    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Any]) -> Float[Tensor, "*g out d"]:
+    def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
+        """Return the block once for each unit."""
+        return block_operator(self.average(state)["metric"], shape)
+
+    def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Multiply all rows by the block."""
         return times(field, factors["metric"])

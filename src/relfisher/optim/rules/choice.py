@@ -9,50 +9,62 @@ from relfisher.optim.rules.normalized import Normalized
 from relfisher.optim.rules.spectral import Spectral
 from relfisher.optim.rules.trust_region import TrustRegion
 
-__all__ = ["DEFAULT_BOUND", "rule_named"]
-
-#: On the squared metric length of a layer's step, by the trust region.
-DEFAULT_BOUND = 2e-3
+__all__ = ["register_rule", "rule_named"]
 
 _AUTO = "auto"
-_RULES = (_AUTO, Normalized.name, Spectral.name, TrustRegion.name)
+_NAMED: dict[str, type[StepRule]] = {rule.name: rule for rule in (Normalized, Spectral, TrustRegion)}
 
 
-def rule_named(rule: str | StepRule, bound: float | None, model: nn.Module) -> StepRule:
+def register_rule(kind: type[StepRule]) -> type[StepRule]:
+    """Let a step rule of your own be chosen by its name everywhere; it may be used as a decorator.
+
+    `RNGD(step_rule=kind())` does the same for one optimizer alone.
+
+    Args:
+        kind: a subclass of `StepRule` with a `name`, which is made without arguments.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if its name is taken.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, StepRule) and isinstance(getattr(kind, "name", None), str)):
+        raise TypeError(f"a step rule must be a subclass of StepRule with a name, got {kind!r}")
+    if _NAMED.get(kind.name, kind) is not kind or kind.name == _AUTO:
+        raise ValueError(f"the step rule's name must be a new one, got {kind.name!r}")
+    _NAMED[kind.name] = kind
+    return kind
+
+
+def rule_named(rule: object, model: nn.Module) -> StepRule:
     """Return the rule that is asked for.
 
     Args:
         rule: the rule itself, or its name; "auto" is "spectral" for language models and "normalized" for others.
-        bound: of the trust region.
         model: what is trained.
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: if there is no such rule, or a bound is given that it has no place for.
+        ValueError: if there is no such rule.
     """
-    if bound != DEFAULT_BOUND and rule != TrustRegion.name:
-        raise ValueError(f"trust_region must be left out where step_rule is not {TrustRegion.name!r}, got {bound}")
+    if isinstance(rule, StepRule):
+        return rule
     if rule == _AUTO:
-        rule = Spectral.name if _is_language_model(model) else Normalized.name
-    match rule:
-        case StepRule():
-            return rule
-        case TrustRegion.name:
-            return TrustRegion(bound)
-        case Normalized.name:
-            return Normalized()
-        case Spectral.name:
-            return Spectral()
-    raise ValueError(f"step_rule must be one of {', '.join(_RULES)}, or a StepRule, got {rule!r}")
+        return Spectral() if _is_language_model(model) else Normalized()
+    if isinstance(rule, str) and rule in _NAMED:
+        return _NAMED[rule]()
+    raise ValueError(f"step_rule must be one of {', '.join([_AUTO, *_NAMED])}, or a StepRule, got {rule!r}")
 
 
 def _is_language_model(model: nn.Module) -> bool:
     """Return whether the last linear layer scores as many tokens as the largest embedding looks up.
 
     Its gradients then come from many targets at once and have many directions, all of which the spectral step follows
-    alike. Where they have few, as those of a classifier of sequences, it would mostly follow noise.
+    alike. With few directions, as in a classifier of sequences, it would mostly follow noise.
     """
     tokens = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

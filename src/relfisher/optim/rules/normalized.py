@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relfisher.optim.averaging import growing
 from relfisher.optim.rules.base import Move, Step, StepRule, on_host
-from relfisher.structures import State
+from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_positive
 
 __all__ = ["Normalized", "NormalizedRule"]
@@ -21,29 +21,29 @@ class NormalizedRule(StepRule):
 
     A step has the root mean square `rms * lr`. Where all samples are fitted, what is left of a gradient is noise of a
     few of them, and steps of the same length would walk off at random: where the size of what the step is made of is
-    below the share `quiet` of its geometric mean over the run so far, the step is shorter in proportion.
+    below the share `noise_floor` of its geometric mean over the run so far, the step is shorter in proportion.
 
     Args:
         rms: of a layer's step, over the learning rate.
-        quiet: the share of the geometric mean of sizes below which steps shrink; 0 for steps that never do.
+        noise_floor: the share of the geometric mean of sizes below which steps shrink; 0 for steps that never do.
 
     Raises:
-        ValueError: if `rms` is not positive, or `quiet` negative.
+        ValueError: if `rms` is not positive, or `noise_floor` negative.
     """
 
     default_lr = 3e-2
     default_averaging = 0.9
     nesterov = True
 
-    def __init__(self, rms: float = 0.2, quiet: float = 0.1) -> None:
+    def __init__(self, rms: float = 0.2, noise_floor: float = 0.1) -> None:
         check_positive("rms", rms)
-        check_interval("quiet", quiet, 0, math.inf)
+        check_interval("noise_floor", noise_floor, 0, math.inf)
         self.rms = rms
-        self.quiet = quiet
+        self.noise_floor = noise_floor
 
-    def create(self) -> State:
-        """Return how many steps there were, the sum of their weights, and the mean of the logarithms of their sizes."""
-        return {"sizes": torch.zeros(3, dtype=torch.float32)}
+    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
+        """Return the number of steps so far, the sum of their weights, and the weighted mean of their log norms."""
+        return {"log_norm_stats": Kept((3,), on_host=True, dtype=torch.float32)}
 
     def scaled(
         self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
@@ -70,15 +70,13 @@ class NormalizedRule(StepRule):
         """Return the root mean square of a step, and count its size."""
         if size == 0:
             return 0.0
-        if "sizes" not in move.state:
-            move.state.update(self.create())
-        kept = move.state["sizes"]
+        kept = move.state["log_norm_stats"]
         count, total, mean = kept.tolist()
         weight = growing(int(count))
         total += weight
         mean += weight / total * (math.log(size) - mean)
         kept.copy_(torch.tensor([count + 1, total, mean], dtype=kept.dtype))
-        floor = self.quiet * math.exp(mean)
+        floor = self.noise_floor * math.exp(mean)
         return move.lr * self.rms * min(1.0, size / floor if floor else 1.0)
 
 
@@ -95,15 +93,15 @@ class Normalized(NormalizedRule):
 
     Args:
         rms: of a layer's step, over the learning rate.
-        quiet: see `NormalizedRule`.
+        noise_floor: see `NormalizedRule`.
 
     Raises:
-        ValueError: if `rms` is not positive, or `quiet` negative.
+        ValueError: if `rms` is not positive, or `noise_floor` negative.
     """
 
     name = "normalized"
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a direction is not finite."""
-        directions = [move.structure.precondition(move.state, move.gradient) for move in moves]
+        directions = [move.preconditioned() for move in moves]
         return self.scaled(moves, directions, directions)

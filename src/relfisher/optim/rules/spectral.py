@@ -40,27 +40,24 @@ class Spectral(NormalizedRule):
     Args:
         rms: of a layer's step, over the learning rate.
         iterations: of Newton and Schulz, towards the polar factor.
-        quiet: see `NormalizedRule`; the size is that of M R'.
+        noise_floor: see `NormalizedRule`; the size is that of M R'.
 
     Raises:
-        ValueError: if `rms` or `iterations` is not positive, or `quiet` negative.
+        ValueError: if `rms` or `iterations` is not positive, or `noise_floor` negative.
     """
 
     name = "spectral"
-    form = "root"
+    needs_root = True
 
-    def __init__(self, rms: float = 0.2, iterations: int = 5, quiet: float = 0.1) -> None:
-        super().__init__(rms, quiet)
+    def __init__(self, rms: float = 0.2, iterations: int = 5, noise_floor: float = 0.1) -> None:
+        super().__init__(rms, noise_floor)
         check_positive("iterations", iterations)
         self.iterations = iterations
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a direction is not finite."""
-        whitened = [move.structure.whiten(move.state, move.gradient) for move in moves]
-        directions = [
-            move.structure.unwhiten(move.state, self._orthogonal(field))
-            for move, field in zip(moves, whitened, strict=True)
-        ]
+        whitened = [move.whitened() for move in moves]
+        directions = [move.unwhitened(self._orthogonal(field)) for move, field in zip(moves, whitened, strict=True)]
         return self.scaled(moves, directions, whitened)
 
     def _orthogonal(self, field: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class TrustRegion(StepRule):
 
     def __init__(self, bound: float | None = 2e-3) -> None:
         if bound is not None:
-            check_positive("trust_region", bound)
+            check_positive("bound", bound)
         self.bound = bound
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, unless a length is not finite or not positive."""
-        directions = [move.structure.precondition(move.state, move.gradient) for move in moves]
+        directions = [move.preconditioned() for move in moves]
         lengths = _squared_lengths(moves, directions)
         if not all(0 <= length < math.inf for length in lengths):
             return None

@@ -7,29 +7,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
-from relfisher.subsystems.samples import Rows, Sampling
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.samples import Rows, Sampling
 
-__all__ = ["EmbeddingBagSubsystem", "EmbeddingSubsystem"]
+__all__ = ["EmbeddingBagLayer", "EmbeddingLayer"]
 
 
-class EmbeddingSubsystem(Subsystem):
+class EmbeddingLayer(Layer):
     """An embedding: G = I (x) diag(frequencies), exactly; positions that hold `padding_idx` are left out."""
 
     kinds: ClassVar[Kinds] = (nn.Embedding,)
     structures = ("diagonal", "shared")
+    sampled = False
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return the weight as one subsystem; none with a norm that the forward pass enforces."""
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight as one layer; none with a norm that the forward pass enforces."""
         if module.max_norm is not None or module.scale_grad_by_freq:
             return []
         tokens, out = module.weight.shape
-        return [cls(name, module, [Part(module.weight, torch.t)], (out, tokens))]
+        return [cls(name, module, (Part("weight", torch.t),), (out, tokens))]
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return sparse one-hot inputs, and outputs."""
-        tokens, z = call.input().reshape(-1), self.said(call).reshape(-1, self.out)
+        tokens, z = call.input().reshape(-1), self.pre_activation(call).reshape(-1, self.out)
         keep = sampling.kept(call.input().shape)
         if keep is not None:
             tokens, z = tokens[keep], z[keep]
@@ -44,7 +45,7 @@ class EmbeddingSubsystem(Subsystem):
         return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
 
 
-class EmbeddingBagSubsystem(EmbeddingSubsystem):
+class EmbeddingBagLayer(EmbeddingLayer):
     """A bag of embeddings: each bag is a sample, and its input counts the tokens.
 
     The diagonal leaves out which tokens occur together; the shared block does not.
@@ -54,8 +55,8 @@ class EmbeddingBagSubsystem(EmbeddingSubsystem):
     kinds: ClassVar[Kinds] = (nn.EmbeddingBag,)
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return the weight as one subsystem."""
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight as one layer."""
         return [] if module.mode == "max" else super().found_in(name, module)
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
@@ -63,7 +64,7 @@ class EmbeddingBagSubsystem(EmbeddingSubsystem):
         names = ("input", "offsets", "per_sample_weights")
         given: dict[str, Any] = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         tokens, weights = given["input"], given.get("per_sample_weights")
-        z = self.said(call)
+        z = self.pre_activation(call)
         count, device = z.shape[0], z.device
         exact = torch.promote_types(z.dtype, torch.float32)
         if tokens.ndim == 2:

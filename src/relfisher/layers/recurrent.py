@@ -1,6 +1,6 @@
 """Recurrent layers: input weights and recurrent weights are linear layers whose units are gates, shared over time.
 
-Each layer and direction has two subsystems, of which the other is the reference: the input weights with x~ = (x_t, 1)
+Each layer and direction has two layers here, of which the other is the reference: the input weights with x~ = (x_t, 1)
 and the recurrent weights with x~ = (h_(t-1), 1). Samples run over sequences and time.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.linear import column, whole
+from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
 from relfisher.responses import ReLUGaussian, SigmoidBernoulli, TanhBernoulli, UnitResponse
 from relfisher.shapes import Float, Num
-from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
-from relfisher.subsystems.linear import column, whole
-from relfisher.subsystems.samples import Rows, Sampling
 
-__all__ = ["Gates", "RecurrentSubsystem"]
+__all__ = ["Gates", "RecurrentLayer"]
 
 _SIGMOID, _TANH = SigmoidBernoulli(), TanhBernoulli()
 _UNITS: dict[str, tuple[UnitResponse, ...]] = {
@@ -87,44 +87,48 @@ class _Sequences:
     initial: Tensor
 
 
-class RecurrentSubsystem(Subsystem):
+@dataclass(frozen=True, eq=False)
+class RecurrentLayer(Layer):
     """The input weights or the recurrent weights of one layer and direction of RNN, LSTM or GRU.
 
-    What lower layers say is inside the module's call, so that those run once more, with the same random numbers for the
-    dropout between layers, when statistics are due.
+    The states of lower layers are inside the module's call, so these layers run again, with the same random numbers for
+    the dropout between them, when statistics are due.
+
+    Args:
+        place: of the layer, counted from 0.
+        reverse: True for the backward direction.
+        recurrent: True for the recurrent weights, False for the input weights.
     """
 
-    kinds: ClassVar[Kinds] = (nn.RNN, nn.LSTM, nn.GRU)
-    followed = False
-    random = True
+    place: int = 0
+    reverse: bool = False
+    recurrent: bool = False
 
-    def __init__(
-        self, name: str, module: Any, parts: list[Part], layer: int, *, reverse: bool, recurrent: bool
-    ) -> None:
-        out, inputs = parts[0].parameter.shape
-        super().__init__(name, module, parts, (out, inputs + len(parts) - 1))
-        self.suffix = f".{name.rpartition('.')[2]}"
-        self.response = Gates(_UNITS[module.mode], reset=recurrent and module.mode == "GRU")
-        self._layer = layer
-        self._reverse = reverse
-        self._recurrent = recurrent
+    kinds: ClassVar[Kinds] = (nn.RNN, nn.LSTM, nn.GRU)
+    followed: ClassVar[bool] = False
+    random: ClassVar[bool] = True
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return two subsystems a layer and direction; none with projections, which have weights of a third kind."""
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return two layers for each layer and direction; none with projections, which have weights of a third kind."""
         if module.proj_size:
             return []
-        found: list[Subsystem] = []
-        for layer in range(module.num_layers):
-            for reverse in range(1 + module.bidirectional):
-                place = f"l{layer}" + "_reverse" * reverse
+        found: list[Layer] = []
+        for place in range(module.num_layers):
+            for reverse in (False, True)[: 1 + module.bidirectional]:
+                label = f"l{place}" + "_reverse" * reverse
                 for side in ("ih", "hh"):
-                    parts = [Part(getattr(module, f"weight_{side}_{place}"), whole)]
-                    if module.bias:
-                        parts.append(Part(getattr(module, f"bias_{side}_{place}"), column))
-                    label = f"{name}.{side}_{place}"
-                    found.append(cls(label, module, parts, layer, reverse=bool(reverse), recurrent=side == "hh"))
+                    weight = f"weight_{side}_{label}"
+                    parts = (Part(weight, whole), Part(f"bias_{side}_{label}", column))[: 1 + module.bias]
+                    out, inputs = getattr(module, weight).shape
+                    shape, recurrent = (out, inputs + len(parts) - 1), side == "hh"
+                    found.append(cls(name, module, parts, shape, f".{side}_{label}", place, reverse, recurrent))
         return found
+
+    @property
+    def own_response(self) -> Gates:
+        """The response of the gates."""
+        return Gates(_UNITS[self.module.mode], reset=self.recurrent and self.module.mode == "GRU")
 
     def output(self, output: Any) -> Tensor | None:
         """Return the sequence of outputs."""
@@ -136,10 +140,10 @@ class RecurrentSubsystem(Subsystem):
         """Return inputs or the states before, and the gates' pre-activations; packed sequences have no padding."""
         if "layers" not in call.shared:
             call.shared["layers"], call.shared["lengths"] = self._run(call)
-        sequences: _Sequences = call.shared["layers"][self._layer]
+        sequences: _Sequences = call.shared["layers"][self.place]
         lengths: Tensor | None = call.shared["lengths"]
         before = self._before(sequences, lengths)
-        x, z = before if self._recurrent else sequences.inputs, self._gates(sequences.inputs, before)
+        x, z = before if self.recurrent else sequences.inputs, self._gates(sequences.inputs, before)
         length, batch = x.shape[:2]
         x, z = x.transpose(0, 1), z.transpose(0, 1)
         if lengths is not None:
@@ -154,10 +158,10 @@ class RecurrentSubsystem(Subsystem):
         return Rows(augment(x, len(self.parts) - 1), z)
 
     def _before(self, sequences: _Sequences, lengths: Tensor | None) -> Tensor:
-        """Return the state before each step, [length, batch, hidden], in this subsystem's direction."""
-        size, start = self.module.hidden_size, sequences.initial[int(self._reverse)].unsqueeze(0)
-        outputs = sequences.outputs[..., size * self._reverse : size * (self._reverse + 1)]
-        if not self._reverse:
+        """Return the state before each step, [length, batch, hidden], in this layer's direction."""
+        size, start = self.module.hidden_size, sequences.initial[int(self.reverse)].unsqueeze(0)
+        outputs = sequences.outputs[..., size * self.reverse : size * (self.reverse + 1)]
+        if not self.reverse:
             return torch.cat([start, outputs[:-1]])
         after = torch.cat([outputs[1:], start])
         if lengths is None:
@@ -167,7 +171,7 @@ class RecurrentSubsystem(Subsystem):
 
     def _gates(self, inputs: Tensor, before: Tensor) -> Tensor:
         """Return the pre-activations of all gates."""
-        weights = [weight.detach() for weight in self._weights(self._layer)[int(self._reverse)]]
+        weights = [weight.detach() for weight in self._weights(self.place)[int(self.reverse)]]
         biases = weights[2:] if self.module.bias else [None, None]
         said = functional.linear(inputs, weights[0], biases[0])
         kept = functional.linear(before, weights[1], biases[1])

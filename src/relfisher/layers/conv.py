@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
-from relfisher.subsystems.samples import Rows, Sampling
 
-__all__ = ["ConvSubsystem", "TransposedConvSubsystem"]
+__all__ = ["ConvLayer", "TransposedConvLayer"]
 
 
 def _grouped(groups: int, tensor: Tensor) -> Tensor:
@@ -31,35 +32,33 @@ def _transposed(groups: int, tensor: Tensor) -> Tensor:
     return _grouped(groups, tensor).transpose(int(groups > 1), int(groups > 1) + 1)
 
 
-class ConvSubsystem(Subsystem):
+class ConvLayer(Layer):
     """A convolution of 1 to 3 dimensions, with its stride, padding, dilation and groups."""
 
     kinds: ClassVar[Kinds] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return the weight and bias as one subsystem."""
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer."""
         groups, weight = module.groups, module.weight
-        parts = [Part(weight, partial(_grouped, groups))]
-        patch = weight[0].numel()
-        out = weight.shape[0] // groups
-        return [cls._of(name, module, parts, out, patch)]
+        return [cls._of(name, module, partial(_grouped, groups), weight.shape[0] // groups, weight[0].numel())]
 
     @classmethod
-    def _of(cls, name: str, module: Any, parts: list[Part], out: int, patch: int) -> Subsystem:
+    def _of(cls, name: str, module: Any, view: Callable[[Tensor], Tensor], out: int, patch: int) -> Layer:
+        parts: tuple[Part, ...] = (Part("weight", view),)
         if module.bias is not None:
-            parts.append(Part(module.bias, partial(_grouped_column, module.groups)))
+            parts += (Part("bias", partial(_grouped_column, module.groups)),)
         shape = (out, patch + len(parts) - 1)
         return cls(name, module, parts, shape if module.groups == 1 else (module.groups, *shape))
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return patches and outputs; a mask covers whole images, or output positions."""
         dimensions = len(self.kernel)
-        x, z = call.input(), self.said(call)
+        x, z = call.input(), self.pre_activation(call)
         if x.ndim == dimensions + 1:  # without a batch dimension
             x, z = x.unsqueeze(0), z.unsqueeze(0)
         keep = sampling.kept(z.movedim(1, -1).shape[:-1])
-        patches = self.patches(x)  # [b, in, *positions, *kernel]
+        patches = self.patches(x, z.shape[2:])  # [b, in, *positions, *kernel]
         order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
         x_rows, z_rows = patches.permute(order), z.movedim(1, -1)
         places = z_rows.shape[:-1]
@@ -90,8 +89,8 @@ class ConvSubsystem(Subsystem):
         """The number of inputs of one unit at one position."""
         return self.d - (len(self.parts) - 1)
 
-    def patches(self, x: Tensor) -> Tensor:
-        """Return the patches [b, in, *positions, *kernel] of images [b, in, *size], as views where it can be."""
+    def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Return the patches [b, in, *positions, *kernel] of images [b, in, *size], as views if possible."""
         module = self.module
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -104,38 +103,30 @@ class ConvSubsystem(Subsystem):
         return x
 
 
-class TransposedConvSubsystem(ConvSubsystem):
+class TransposedConvLayer(ConvLayer):
     """A transposed convolution: a convolution with the flipped kernel, over inputs with zeros between them."""
 
     kinds: ClassVar[Kinds] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return the weight and bias as one subsystem."""
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer."""
         groups, weight = module.groups, module.weight
-        parts = [Part(weight, partial(_transposed, groups))]
-        patch = weight[:, 0].numel() // groups
-        return [cls._of(name, module, parts, weight.shape[1], patch)]
+        return [cls._of(name, module, partial(_transposed, groups), weight.shape[1], weight[:, 0].numel() // groups)]
 
-    def patches(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Return what each output position sees, with the kernel's axes flipped back to the weight's order."""
         module = self.module
         spread = x.new_zeros(*x.shape[:2], *(step * (size - 1) + 1 for step, size in self._along(x)))
         every: Any = (..., *(slice(None, None, step) for step in module.stride))
         spread[every] = x
-        wanted = self._positions
         pads: list[int] = []
         for place in reversed(range(len(self.kernel))):
             reach = module.dilation[place] * (self.kernel[place] - 1)
             before = reach - module.padding[place]
-            pads += [before, wanted[place] + reach - before - spread.shape[2 + place]]
+            pads += [before, positions[place] + reach - before - spread.shape[2 + place]]
         windows = self.windows(functional.pad(spread, pads), (1,) * len(self.kernel))
         return windows.flip(tuple(range(-len(self.kernel), 0)))
-
-    def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return patches and outputs; a mask covers whole images."""
-        self._positions = tuple(self.said(call).shape[-len(self.kernel) :])
-        return super().rows(call, sampling)
 
     def _along(self, x: Tensor) -> zip[tuple[int, int]]:
         return zip(self.module.stride, x.shape[2:], strict=True)

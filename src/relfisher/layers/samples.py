@@ -18,7 +18,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 class Rows(NamedTuple):
-    """Samples of a subsystem: augmented inputs x [*g, n, d] and pre-activations z [*g, n, out]."""
+    """Samples of a layer: augmented inputs x [*g, n, d] and pre-activations z [*g, n, out]."""
 
     x: Tensor
     z: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.linear import column, whole
+from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
-from relfisher.subsystems.base import Call, Kinds, Part, Subsystem
-from relfisher.subsystems.linear import column, whole
-from relfisher.subsystems.samples import Rows, Sampling
 
-__all__ = ["InputProjectionSubsystem", "OutputProjectionSubsystem"]
+__all__ = ["InputProjectionLayer", "OutputProjectionLayer"]
 
 _ROLES = ("query", "key", "value")
 
@@ -34,30 +35,32 @@ def _packed_column(tensor: Tensor) -> Tensor:
     return _packed(tensor).unsqueeze(-1)
 
 
-class InputProjectionSubsystem(Subsystem):
-    """The projections of queries, keys and values: three groups where they are packed, else one role each."""
+@dataclass(frozen=True, eq=False)
+class InputProjectionLayer(Layer):
+    """The projections of queries, keys and values: three groups if they are packed, else a layer for each role.
+
+    Args:
+        roles: 0, 1 and 2 for queries, keys and values.
+    """
+
+    roles: tuple[int, ...] = (0, 1, 2)
 
     kinds: ClassVar[Kinds] = (nn.MultiheadAttention,)
-    followed = False
-
-    def __init__(self, name: str, module: Any, parts: list[Part], shape: tuple[int, ...], roles: range) -> None:
-        super().__init__(name, module, parts, shape)
-        self._roles = roles
-        self.suffix = f".{name.rpartition('.')[2]}"
+    followed: ClassVar[bool] = False
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return one subsystem for packed projections, and three for separate ones."""
-        width, bias = module.embed_dim, module.in_proj_bias
-        ones = int(bias is not None)
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return one layer for packed projections, and three for separate ones."""
+        width, ones = module.embed_dim, int(module.in_proj_bias is not None)
         if module.in_proj_weight is not None:
-            parts = [Part(module.in_proj_weight, _packed)] + [Part(bias, _packed_column) for _ in range(ones)]
-            return [cls(f"{name}.in_proj", module, parts, (3, width, width + ones), range(3))]
-        found: list[Subsystem] = []
-        for role, weight in enumerate((module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)):
-            parts = [Part(weight, whole)] + [Part(bias, partial(_of_role, role, width)) for _ in range(ones)]
-            label = f"{name}.{_ROLES[role][0]}_proj"
-            found.append(cls(label, module, parts, (width, weight.shape[1] + ones), range(role, role + 1)))
+            parts = (Part("in_proj_weight", _packed), Part("in_proj_bias", _packed_column))[: 1 + ones]
+            return [cls(name, module, parts, (3, width, width + ones), ".in_proj")]
+        found: list[Layer] = []
+        for role, label in enumerate(_ROLES):
+            weight = f"{label[0]}_proj_weight"
+            parts = (Part(weight, whole), Part("in_proj_bias", partial(_of_role, role, width)))[: 1 + ones]
+            shape = (width, getattr(module, weight).shape[1] + ones)
+            found.append(cls(name, module, parts, shape, f".{label[0]}_proj", roles=(role,)))
         return found
 
     def output(self, output: Any) -> Tensor | None:
@@ -68,7 +71,7 @@ class InputProjectionSubsystem(Subsystem):
         """Return inputs; what is projected is not seen, and not needed for a linear response."""
         given = {**dict(zip(_ROLES, call.args, strict=False)), **call.kwargs}
         inputs = [
-            sampling.real(_batched(self.module, given[_ROLES[role]].detach(), sampling))[0] for role in self._roles
+            sampling.real(_batched(self.module, given[_ROLES[role]].detach(), sampling))[0] for role in self.roles
         ]
         most = max(len(rows) for rows in inputs)
         chosen = sampling.chosen(most, inputs[0].device)
@@ -103,7 +106,7 @@ def _stretched(rows: Tensor, count: int, chosen: Tensor | None) -> Tensor:
     return rows[sources] * weights.sqrt().unsqueeze(-1)
 
 
-class OutputProjectionSubsystem(Subsystem):
+class OutputProjectionLayer(Layer):
     """The projection of what the heads attended to.
 
     Its input is inside the module's functional call, so that attention runs once more, with the identity in its place
@@ -111,17 +114,15 @@ class OutputProjectionSubsystem(Subsystem):
     """
 
     kinds: ClassVar[Kinds] = (nn.MultiheadAttention,)
-    suffix = ".out_proj"
-    random = True
+    random: ClassVar[bool] = True
 
     @classmethod
-    def found_in(cls, name: str, module: Any) -> list[Subsystem]:
-        """Return the weight and bias as one subsystem."""
-        projection = module.out_proj
-        biases = [] if projection.bias is None else [Part(projection.bias, column)]
-        out, inputs = projection.weight.shape
-        parts = [Part(projection.weight, whole), *biases]
-        return [cls(name + cls.suffix, module, parts, (out, inputs + len(biases)))]
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer."""
+        out, inputs = module.out_proj.weight.shape
+        ones = int(module.out_proj.bias is not None)
+        parts = (Part("out_proj.weight", whole), Part("out_proj.bias", column))[: 1 + ones]
+        return [cls(name, module, parts, (out, inputs + ones), ".out_proj")]
 
     def output(self, output: Any) -> Tensor | None:
         """Return the attended values."""
@@ -137,7 +138,8 @@ class OutputProjectionSubsystem(Subsystem):
         tensors = [named[role].detach() for role in _ROLES]
         swap = module.batch_first and tensors[0].ndim == 3
         queries, keys, values = (tensor.transpose(0, 1) if swap else tensor for tensor in tensors)
-        eye = torch.eye(module.embed_dim, dtype=self.weight.dtype, device=self.weight.device)
+        weight = self.weight
+        eye = torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device)
         with call.random_numbers():
             attended, _ = functional.multi_head_attention_forward(
                 queries,
@@ -160,6 +162,6 @@ class OutputProjectionSubsystem(Subsystem):
                 v_proj_weight=module.v_proj_weight,
                 **{name: value for name, value in named.items() if name not in _ROLES},
             )
-        said = _batched(module, self.said(call), sampling)
+        said = _batched(module, self.pre_activation(call), sampling)
         x, z = sampling.rows(attended.transpose(0, 1) if attended.ndim == 3 else attended, said)
         return Rows(augment(x, len(self.parts) - 1), z)

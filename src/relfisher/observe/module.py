@@ -5,19 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from relfisher.evaluation import evaluation_mode
+from relfisher.layers import Call, Layer, Rows, Sampling, layers_of
 from relfisher.metric import Metric
+from relfisher.observe.activations import Responses
+from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
+from relfisher.observe.trace import Trace
 from relfisher.responses import Response, UnitResponse
-from relfisher.subsystems.base import Call, Subsystem
-from relfisher.subsystems.discover import subsystems_of
-from relfisher.subsystems.roles import could_be_head, is_softmax_gradient, refuse, tell_roles
-from relfisher.subsystems.samples import Rows, Sampling
-from relfisher.subsystems.watch import ActivationWatch
 from relfisher.validation import check_finite
 
 __all__ = ["module_metric", "observe", "survey"]
@@ -31,7 +31,7 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
 
     Args:
         model: the model.
-        name: the layer's dotted name, as in `model.named_modules()`, or the name of one of its subsystems, such as
+        name: the module's dotted name, as in `model.named_modules()`, or the name of one of its layers, such as
             "attention.out_proj".
         inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
         response: what the layer's units say; None for the response of the activation that follows, or a linear one
@@ -54,22 +54,22 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
     return layer.metric(rows, response or found)
 
 
-def _named(model: nn.Module, name: str) -> Subsystem:
-    """Return the one subsystem with this name, its own or its module's.
+def _named(model: nn.Module, name: str) -> Layer:
+    """Return the one layer with this name, its own or its module's.
 
     Raises:
-        ValueError: if there is no module with this name, or it has several subsystems.
+        ValueError: if there is no module with this name, or it has several layers.
         TypeError: if the module has none.
     """
     modules = dict(model.named_modules())
     parent = modules.get(name.rpartition(".")[0])
-    own = {found.name: found for found in subsystems_of(name.rpartition(".")[0], parent)} if parent is not None else {}
+    own = {found.name: found for found in layers_of(name.rpartition(".")[0], parent)} if parent is not None else {}
     if name in own:
         return own[name]
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [key for key in modules if key]
         raise ValueError(f"name must be a module of the model, such as {', '.join(map(repr, near))}; got {name!r}")
-    found = subsystems_of(name, modules[name])
+    found = layers_of(name, modules[name])
     if not found:
         raise TypeError(f"name must be that of a layer with a metric, but {name!r} is a {type(modules[name]).__name__}")
     if len(found) > 1:
@@ -77,102 +77,108 @@ def _named(model: nn.Module, name: str) -> Subsystem:
     return found[0]
 
 
-def observe(model: nn.Module, layers: Mapping[str, Subsystem], inputs: Any) -> dict[str, tuple[Rows, UnitResponse]]:
-    """Run a model in evaluation mode and return what some of its layers saw and said.
+def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[str, tuple[Rows, UnitResponse]]:
+    """Run a model in evaluation mode and return the samples and responses of some of its layers.
 
     Args:
         model: the model, left as it was.
-        layers: subsystems of it, by name.
+        layers: of the model, by name.
         inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
 
     Returns:
         For each layer that was reached its samples and response, in the order in which they were reached.
     """
-    seen: dict[str, list[Rows]] = {}
+    seen: dict[Layer, list[Rows]] = {}
 
-    def see(name: str, call: Call) -> None:
-        rows = layers[name].rows(call, Sampling())
+    def see(layer: Layer, call: Call) -> None:
+        rows = layer.rows(call, Sampling())
         # Both may be overwritten by what works in place, later in the forward pass.
-        seen.setdefault(name, []).append(Rows(rows.x.clone(), rows.z.clone()))
+        seen.setdefault(layer, []).append(Rows(rows.x.clone(), rows.z.clone()))
 
-    _run(model, layers, inputs, see)
+    roles = _run(model, layers, inputs, see)
+    names = {layer: name for name, layer in layers.items()}
     return {
-        name: (
+        names[layer]: (
             Rows(torch.cat([rows.x for rows in calls], dim=-2), torch.cat([rows.z for rows in calls], dim=-2)),
-            layers[name].response,
+            roles[layer].response,
         )
-        for name, calls in seen.items()
+        for layer, calls in seen.items()
     }
 
 
 def survey(
-    model: nn.Module, layers: Sequence[Subsystem], inputs: Any, loss: Callable[[Any], Tensor] | None = None
-) -> dict[Subsystem, int]:
-    """Run a model in evaluation mode, tell its layers what they are to each other and count the samples of each.
+    model: nn.Module,
+    layers: Sequence[Layer],
+    inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    responses: Responses | None = None,
+) -> tuple[dict[Layer, Role], dict[Layer, int]]:
+    """Run a model in evaluation mode and return what its layers are to each other, and the samples of each.
 
     Args:
         model: the model, left as it was.
-        layers: subsystems of it.
+        layers: of the model.
         inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
-        loss: of what the model returns; it tells what scores the output layers.
+        loss: of what the model returns; it tells how the output layers are scored.
+        responses: of activations.
 
     Returns:
-        For each layer that was reached the number of its samples.
+        The roles of layers that were reached or refused, and for each that was reached the number of its samples.
     """
     named = {layer.name: layer for layer in layers}
-    samples: dict[str, int] = {}
+    samples: dict[Layer, int] = {}
 
-    def see(name: str, call: Call) -> None:
-        units = math.prod(named[name].shape[:-1]) if named[name].followed else named[name].out
-        samples[name] = samples.get(name, 0) + named[name].said(call).numel() // units
+    def see(layer: Layer, call: Call) -> None:
+        units = math.prod(layer.shape[:-1]) if layer.followed else layer.out
+        samples[layer] = samples.get(layer, 0) + layer.pre_activation(call).numel() // units
 
-    _run(model, named, inputs, see, loss)
-    return {named[name]: count for name, count in samples.items()}
+    return _run(model, named, inputs, see, loss, responses), samples
 
 
 @torch.enable_grad()
 def _run(
     model: nn.Module,
-    layers: Mapping[str, Subsystem],
+    layers: Mapping[str, Layer],
     inputs: Any,
-    see: Callable[[str, Call], None],
+    see: Callable[[Layer, Call], None],
     loss: Callable[[Any], Tensor] | None = None,
-) -> None:
-    """Run a model, show each call of a layer, and tell the layers that were reached what they are."""
-    watch = ActivationWatch(layers.values())
-    reached: dict[str, Tensor] = {}
+    responses: Responses | None = None,
+) -> dict[Layer, Role]:
+    """Run a model, show each call of a layer, and return the roles of the layers that were reached or refused."""
+    arguments = list(inputs.values()) if isinstance(inputs, Mapping) else list(_tuple(inputs))
+    trace = Trace(layers.values(), model, inputs=arguments, responses=responses)
+    reached: dict[Layer, Tensor] = {}
 
-    def hook_of(name: str, layer: Subsystem) -> Any:
+    def hook_of(layer: Layer) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             z = layer.output(output)
             if z is None:
                 return
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                see(name, Call(args, kwargs, output))
-            reached[name] = z
+                see(layer, Call(args, kwargs, output))
+            reached[layer] = z
             if layer.followed:
-                watch.show(name, z)
+                trace.show(layer, z)
 
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True, prepend=True)
-        for name, layer in layers.items()
+        layer.module.register_forward_hook(hook_of(layer), with_kwargs=True, prepend=True) for layer in layers.values()
     ]
     try:
-        with evaluation_mode(model), watch:
-            output = model(**inputs) if isinstance(inputs, Mapping) else model(*_tuple(inputs))
+        with evaluation_mode(model), trace:
+            output = model(**inputs) if isinstance(inputs, Mapping) else model(*arguments)
     finally:
         for handle in handles:
             handle.remove()
-    refuse(watch)
-    tell_roles(watch, [layers[name] for name in reached], [layer.module for layer in layers.values()])
-    heads = [name for name in reached if could_be_head(watch, layers[name]) and reached[name].requires_grad]
-    watch.forget()
+    roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])
+    heads = [layer for layer in reached if needs_gradient(trace, layer, roles[layer]) and reached[layer].requires_grad]
+    trace.forget()
     if loss is not None and heads:
-        gradients = torch.autograd.grad(loss(output), [reached[name] for name in heads], allow_unused=True)
-        for name, gradient in zip(heads, gradients, strict=True):
-            layers[name].is_head = gradient is not None and is_softmax_gradient(gradient)
+        gradients = torch.autograd.grad(loss(output), [reached[layer] for layer in heads], allow_unused=True)
+        for layer, gradient in zip(heads, gradients, strict=True):
+            roles[layer] = replace(roles[layer], is_head=gradient is not None and is_softmax_gradient(gradient))
+    return roles
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:

@@ -2,45 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from relfisher.subsystems.attention import InputProjectionSubsystem, OutputProjectionSubsystem
-from relfisher.subsystems.base import Subsystem
-from relfisher.subsystems.conv import ConvSubsystem, TransposedConvSubsystem
-from relfisher.subsystems.embedding import EmbeddingBagSubsystem, EmbeddingSubsystem
-from relfisher.subsystems.linear import BilinearSubsystem, LinearSubsystem, TransposedLinearSubsystem
-from relfisher.subsystems.norm import (
-    BatchNormSubsystem,
-    GroupNormSubsystem,
-    InstanceNormSubsystem,
-    LayerNormSubsystem,
-    PReLUSubsystem,
+from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
+from relfisher.layers.base import Layer
+from relfisher.layers.conv import ConvLayer, TransposedConvLayer
+from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer
+from relfisher.layers.linear import BilinearLayer, LinearLayer, TransposedLinearLayer
+from relfisher.layers.norm import (
+    BatchNormLayer,
+    GroupNormLayer,
+    InstanceNormLayer,
+    LayerNormLayer,
+    PReLULayer,
 )
-from relfisher.subsystems.recurrent import RecurrentSubsystem
+from relfisher.layers.recurrent import RecurrentLayer
 
-__all__ = ["Discovery", "discover", "plain_name", "subsystems_of"]
+__all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
 
-_KINDS: tuple[type[Subsystem], ...] = (
-    LinearSubsystem,
-    BilinearSubsystem,
-    ConvSubsystem,
-    TransposedConvSubsystem,
-    EmbeddingSubsystem,
-    EmbeddingBagSubsystem,
-    LayerNormSubsystem,
-    GroupNormSubsystem,
-    BatchNormSubsystem,
-    InstanceNormSubsystem,
-    PReLUSubsystem,
-    InputProjectionSubsystem,
-    OutputProjectionSubsystem,
-    RecurrentSubsystem,
-)
+_KINDS: list[type[Layer]] = [
+    LinearLayer,
+    BilinearLayer,
+    ConvLayer,
+    TransposedConvLayer,
+    EmbeddingLayer,
+    EmbeddingBagLayer,
+    LayerNormLayer,
+    GroupNormLayer,
+    BatchNormLayer,
+    InstanceNormLayer,
+    PReLULayer,
+    InputProjectionLayer,
+    OutputProjectionLayer,
+    RecurrentLayer,
+]
+
+#: Kinds that users registered, the newest first: they take precedence.
+_REGISTERED: list[type[Layer]] = []
+
+Extra = Sequence[type[Layer]]
+
+
+def register_layer(kind: type[Layer]) -> type[Layer]:
+    """Give the modules of a layer kind's `kinds` a metric everywhere, before the kinds that the library has.
+
+    It may be used as a decorator. `MetricOptions(layers=[kind])` does the same for one optimizer alone.
+
+    Args:
+        kind: a subclass of `Layer`.
+
+    Returns:
+        The kind.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    check_kinds([kind])
+    if kind not in _REGISTERED:
+        _REGISTERED.insert(0, kind)
+    return kind
+
+
+def check_kinds(kinds: Iterable[object]) -> None:
+    """Raise TypeError unless all are subclasses of `Layer` that name the modules they are for."""
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, Layer) and getattr(kind, "kinds", None)):
+            raise TypeError(
+                f"a layer kind must be a subclass of Layer that names the modules of its `kinds`, got {kind!r}"
+            )
+
 
 #: What decides how a module computes; one that overrides any of them does something of its own.
 _METHODS = ("forward", "_conv_forward")
@@ -51,11 +87,11 @@ class Discovery:
     """What has a metric in a model.
 
     Attributes:
-        subsystems: in the order of their modules.
+        layers: in the order of their modules.
         refused: the names of all other parameters, and why they have none.
     """
 
-    subsystems: list[Subsystem] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,24 +110,39 @@ def plain_name(model: nn.Module, name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def subsystems_of(name: str, module: nn.Module) -> list[Subsystem]:
-    """Return the subsystems of one module, none if it is of no known kind or does something of its own.
+def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
+    """Return the layers of one module; none if it is of no known kind or has a forward pass of its own.
 
     Args:
-        name: the module's dotted name, for theirs.
+        name: the module's dotted name.
         module: any module.
+        extra: kinds that take precedence over all others.
 
     Returns:
-        New subsystems. A subclass counts as what it derives from if it computes in the same way.
+        New layers. An instance of a subclass counts if it computes in the same way as the class it derives from.
     """
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return TransposedLinearSubsystem.found_in(name, module)
+    if _is_transformers_conv1d(module):
+        return TransposedLinearLayer.found_in(name, module)
+    for kind in [*extra, *_REGISTERED]:
+        found = _found(name, module, [kind])
+        if found:
+            return found
+    return _found(name, module, _KINDS)
+
+
+def _found(name: str, module: nn.Module, kinds: Extra) -> list[Layer]:
     return [
         found
-        for kind in _KINDS
+        for kind in kinds
         if any(isinstance(module, base) and _changed(module, base) is None for base in kind.kinds)
         for found in kind.found_in(name, module)
     ]
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is Hugging Face's Conv1D, a linear layer with weight [in, out], or derives from it."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
 
 
 def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
@@ -106,8 +157,8 @@ def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
     return None
 
 
-def discover(model: nn.Module) -> Discovery:
-    """Return the subsystems of a model.
+def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
+    """Return the layers of a model.
 
     A module counts if all of its parameters are real parameters of this module alone: one that is tied to another
     module, or computed by a parametrization, answers to more than this module's samples. A linear layer that scores
@@ -116,9 +167,10 @@ def discover(model: nn.Module) -> Discovery:
 
     Args:
         model: any module.
+        extra: kinds of layers that take precedence over all others.
 
     Returns:
-        Subsystems and reasons: together they cover every parameter.
+        Layers and reasons: together they cover every parameter.
 
     Raises:
         ValueError: if a lazy module has not seen its input yet.
@@ -136,11 +188,11 @@ def discover(model: nn.Module) -> Discovery:
     covered: set[int] = set()
     for prefix, module in model.named_modules():
         own = [parameter for parameter in module.parameters() if id(parameter) not in covered]
-        reason = _reason(module, own, owners) if own else None
+        reason = _reason(module, own, owners, extra) if own else None
         if reason is None:
-            for subsystem in subsystems_of(plain_name(model, prefix), module) if own else []:
-                found.subsystems.append(subsystem)
-                covered.update(id(parameter) for parameter in subsystem.parameters)
+            for layer in layers_of(plain_name(model, prefix), module, extra) if own else []:
+                found.layers.append(layer)
+                covered.update(id(parameter) for parameter in layer.parameters)
         else:
             found.refused.update({names[id(parameter)]: reason for parameter in module.parameters(recurse=False)})
     for identity, name in names.items():
@@ -151,15 +203,17 @@ def discover(model: nn.Module) -> Discovery:
     return found
 
 
-def _reason(module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, dict[str, nn.Module]]) -> str | None:
-    """Return why a module has no subsystem, or None if it has, or holds others that may."""
+def _reason(
+    module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, dict[str, nn.Module]], extra: Extra
+) -> str | None:
+    """Return why a module has no layer, or None if it has, or holds others that may."""
     if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "a parametrization computes the weight from it"
-    subsystems = subsystems_of("", module)
-    if not subsystems:
+    layers = layers_of("", module, extra)
+    if not layers:
         bases = [base for kind in _KINDS for base in kind.kinds if isinstance(module, base)]
         return next((reason for base in bases if (reason := _changed(module, base))), None)
-    if not all(isinstance(parameter, nn.Parameter) for found in subsystems for parameter in found.parameters):
+    if not all(isinstance(parameter, nn.Parameter) for found in layers for parameter in found.parameters):
         return "the weight is computed from it"
     for parameter in parameters:
         if not parameter.is_floating_point():
@@ -178,7 +232,7 @@ def _is_the_layer(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
     it does, the first forward pass tells.
     """
     return isinstance(module, nn.Linear) and all(
-        owner is module or _looks_up(owner) or (module in owner.modules() and not subsystems_of("", owner))
+        owner is module or _looks_up(owner) or (module in owner.modules() and not layers_of("", owner))
         for owner in owners
     )
 

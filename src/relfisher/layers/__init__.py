@@ -1,0 +1,22 @@
+"""Between torch modules and metrics: which parameters form a layer, and what the samples of its calls are."""
+
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer
+from relfisher.layers.linear import LinearLayer
+from relfisher.layers.samples import Rows, Sampling
+
+__all__ = [
+    "Call",
+    "Discovery",
+    "Kinds",
+    "Layer",
+    "LinearLayer",
+    "Part",
+    "Rows",
+    "Sampling",
+    "check_kinds",
+    "discover",
+    "layers_of",
+    "plain_name",
+    "register_layer",
+]

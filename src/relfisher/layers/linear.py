@@ -1,0 +1,81 @@
+"""Linear and bilinear layers: one matrix [out, in + 1], bias last."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.samples import Rows, Sampling
+from relfisher.moments import augment
+
+__all__ = ["BilinearLayer", "LinearLayer", "TransposedLinearLayer", "column", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself: a weight that has the layer's shape already."""
+    return tensor
+
+
+def column(tensor: Tensor) -> Tensor:
+    """Return a bias [out] as a column [out, 1]."""
+    return tensor.unsqueeze(-1)
+
+
+def with_bias(module: Any, weight: Part) -> tuple[Part, ...]:
+    """Return the part of a module's weight, and that of its bias [out] if it has one."""
+    return (weight,) if module.bias is None else (weight, Part("bias", column))
+
+
+class LinearLayer(Layer):
+    """A linear layer; sequences and positions are samples."""
+
+    kinds: ClassVar[Kinds] = (nn.Linear,)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer; none for the one inside attention, which is never called."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return []
+        parts = with_bias(module, Part("weight", whole))
+        out, inputs = module.weight.shape
+        return [cls(name, module, parts, (out, inputs + len(parts) - 1))]
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return inputs and outputs."""
+        x, z = sampling.rows(call.input(), self.pre_activation(call))
+        return Rows(augment(x, len(self.parts) - 1), z)
+
+
+class TransposedLinearLayer(LinearLayer):
+    """A linear layer whose weight is [in, out], as in the GPT-2 of Hugging Face's transformers."""
+
+    kinds: ClassVar[Kinds] = ()
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer."""
+        inputs, out = module.weight.shape
+        return [cls(name, module, (Part("weight", torch.t), Part("bias", column)), (out, inputs + 1))]
+
+
+class BilinearLayer(Layer):
+    """A bilinear layer: z_o = x1' W_o x2 + b_o, so that x~ = (x1 (x) x2, 1)."""
+
+    kinds: ClassVar[Kinds] = (nn.Bilinear,)
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return the weight and bias as one layer."""
+        parts = with_bias(module, Part("weight", whole))
+        out, first, second = module.weight.shape
+        return [cls(name, module, parts, (out, first * second + len(parts) - 1))]
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return products of inputs, and outputs."""
+        first, second, z = sampling.rows(call.input(0, "input1"), call.input(1, "input2"), self.pre_activation(call))
+        products = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+        return Rows(augment(products, len(self.parts) - 1), z)

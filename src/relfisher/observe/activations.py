@@ -1,0 +1,214 @@
+"""From an activation, as called, to the response of the units that it follows; open to activations of your own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from relfisher.responses import (
+    ActivationGaussian,
+    ELUGaussian,
+    ReLUGaussian,
+    SigmoidBernoulli,
+    TanhBernoulli,
+    UnitResponse,
+)
+
+__all__ = [
+    "JOINING",
+    "RESHAPING",
+    "Activation",
+    "Responses",
+    "canonical_name",
+    "check_responses",
+    "register_activation",
+    "response_of",
+    "response_of_module",
+]
+
+#: An activation: a class of modules, or a function of torch.
+Activation = type[nn.Module] | Callable[..., Any]
+
+#: The response of the units that an activation follows, or a function from the module to it.
+Made = UnitResponse | Callable[[nn.Module], UnitResponse]
+
+#: Responses by activation, as in `RNGD(responses={nn.ReLU: SmoothReLUGaussian(1.0)})`.
+Responses = Mapping[Activation, Made]
+
+# Element-wise and differentiable, with a Gaussian response: nu = f'(z)^2 / sigma^2.
+_GENERIC = frozenset(
+    "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid log_sigmoid mish relu6 rrelu selu silu softplus "
+    "softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
+)
+
+#: Functions after which the pre-activation is still there, in another shape or in part.
+RESHAPING = frozenset(
+    "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze permute transpose t movedim swapaxes "
+    "contiguous clone chunk split tensor_split unbind select narrow getitem mt to type float double half bfloat16 cpu "
+    "cuda".split()
+)
+
+#: Functions that join, normalize, pool or score pre-activations: no activation follows after them.
+JOINING = frozenset(
+    "add sub mul matmul bmm baddbmm linear bilinear conv1d conv2d conv3d scaled_dot_product_attention softmax "
+    "log_softmax cross_entropy nll_loss mse_loss binary_cross_entropy_with_logits layer_norm rms_norm batch_norm "
+    "group_norm instance_norm multi_head_attention_forward dropout dropout1d dropout2d dropout3d alpha_dropout "
+    "feature_alpha_dropout max_pool1d max_pool2d max_pool3d boolean_dispatch avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d mean sum max min amax logsumexp div truediv neg pow cat stack einsum where masked_fill "
+    "embedding embedding_bag prelu lstm gru rnn_tanh rnn_relu pad interpolate pixel_shuffle normalize topk "
+    "kl_div smooth_l1_loss l1_loss huber_loss binary_cross_entropy conv_transpose1d conv_transpose2d "
+    "conv_transpose3d local_response_norm cosine_similarity addmm addcmul lerp glu roll flip index_select gather "
+    "pack_padded_sequence".split()
+)
+
+# Modules that only call the function of this name, so that the module and the function are one activation.
+_FUNCTIONS: dict[type[nn.Module], str] = {
+    nn.CELU: "celu",
+    nn.ELU: "elu",
+    nn.GELU: "gelu",
+    nn.Hardshrink: "hardshrink",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardswish: "hardswish",
+    nn.Hardtanh: "hardtanh",
+    nn.LeakyReLU: "leaky_relu",
+    nn.LogSigmoid: "logsigmoid",
+    nn.Mish: "mish",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SELU: "selu",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.Softplus: "softplus",
+    nn.Softshrink: "softshrink",
+    nn.Softsign: "softsign",
+    nn.Tanh: "tanh",
+    nn.Tanhshrink: "tanhshrink",
+    nn.Threshold: "threshold",
+}
+
+_REGISTERED: dict[Activation, Made] = {}
+
+
+def register_activation(activation: Activation, response: Made) -> None:
+    """Say what the units that an activation follows respond, everywhere.
+
+    `RNGD(responses={activation: response})` does the same for one optimizer alone, and takes precedence.
+
+    Args:
+        activation: a class of modules of your own, which then count as one activation whatever they compute inside; or
+            an activation of torch, as a module or a function, which stands for both.
+        response: a `UnitResponse`, or a function from the module to one.
+
+    Raises:
+        TypeError: if the activation is a Python function, whose calls cannot be seen, or the response is none.
+    """
+    check_responses({activation: response})
+    _REGISTERED[activation] = response
+
+
+def check_responses(responses: object) -> None:
+    """Raise TypeError unless this maps activations to responses."""
+    if not isinstance(responses, Mapping):
+        raise TypeError(f"responses must map activations to responses, got {responses!r}")
+    for activation, made in responses.items():
+        is_module = isinstance(activation, type) and issubclass(activation, nn.Module)
+        if not is_module and not (callable(activation) and _is_of_torch(activation)):
+            raise TypeError(
+                f"an activation must be a class of modules or a function of torch, got {activation!r}: calls of other "
+                "functions cannot be seen; put it into a module"
+            )
+        if isinstance(made, type) or not (isinstance(made, UnitResponse) or callable(made)):
+            raise TypeError(f"the response of {activation!r} must be a UnitResponse, or make one of it; got {made!r}")
+
+
+def response_of(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], responses: Responses | None = None
+) -> UnitResponse | None:
+    """Return the response of units whose pre-activation is the first argument of this call.
+
+    Args:
+        function: what was called, such as `torch.nn.functional.relu` or `torch.Tensor.tanh_`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        responses: of activations, before those that are registered and known.
+
+    Returns:
+        The response, or None if the function is not a known activation.
+    """
+    name = canonical_name(function)
+    for activation, made in {**_REGISTERED, **(responses or {})}.items():
+        if name == _function_name(activation) and isinstance(made, UnitResponse):
+            return made
+    options = _options(function, args, kwargs)
+    match name:
+        case "relu":
+            return ReLUGaussian()
+        case "leaky_relu" if 0 <= options.get("negative_slope", 0.01) < 1:
+            return ReLUGaussian(iota=options.get("negative_slope", 0.01))
+        case "tanh":
+            return TanhBernoulli()
+        case "sigmoid":
+            return SigmoidBernoulli()
+        case "elu" if options.get("alpha", 1.0) > 0:
+            return ELUGaussian(alpha=options.get("alpha", 1.0))
+        case _ if name in _GENERIC:
+            return ActivationGaussian(_Partial(function, tuple(sorted(options.items()))))
+    return None
+
+
+def response_of_module(module: nn.Module, responses: Responses) -> UnitResponse | None:
+    """Return the response of units that a module of the user's own follows; None if it counts as no activation."""
+    for activation, made in {**_REGISTERED, **responses}.items():
+        if isinstance(activation, type) and activation not in _FUNCTIONS and isinstance(module, activation):
+            return made if isinstance(made, UnitResponse) else made(module)
+    return None
+
+
+def canonical_name(function: Callable[..., Any]) -> str:
+    """Return a function's name without the marks of its in-place and operator forms."""
+    name = getattr(function, "__name__", repr(function))
+    stripped = name.strip("_")
+    return stripped[1:] if name.startswith(("__r", "__i")) and stripped[1:] in JOINING else stripped
+
+
+def _function_name(activation: Activation) -> str | None:
+    """Return the canonical name of the function that an activation of torch is; None for a module of the user's."""
+    return _FUNCTIONS.get(activation) if isinstance(activation, type) else canonical_name(activation)
+
+
+def _is_of_torch(function: Callable[..., Any]) -> bool:
+    module = getattr(function, "__module__", None)
+    return module is None or module.partition(".")[0] in ("torch", "builtins")
+
+
+def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments other than its input, by name, without `inplace`."""
+    named = dict(kwargs)
+    try:
+        named = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # a built-in function without a signature
+        named.update(zip(_BUILTIN_OPTIONS.get(canonical_name(function), ()), args[1:], strict=False))
+    return {key: value for key, value in named.items() if key not in ("input", "self", "inplace")}
+
+
+_BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",)}
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """An activation with its options, free of `inplace`, so that it can be differentiated; equal if all is equal."""
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        result: Tensor = self.function(z, **dict(self.options))
+        return result
+
+    def __repr__(self) -> str:
+        return canonical_name(self.function)

@@ -1,0 +1,314 @@
+"""What feeds what: which activation follows a layer, and which layer follows that, seen once while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from relfisher.layers import Layer
+from relfisher.observe.activations import (
+    JOINING,
+    RESHAPING,
+    Responses,
+    canonical_name,
+    response_of,
+    response_of_module,
+)
+from relfisher.responses import LinearGaussian, UnitResponse
+
+__all__ = ["Trace"]
+
+
+# Reads of an attribute, and what leaves the graph: they take a pre-activation nowhere.
+_LOOKS = frozenset(["get", "detach"])
+
+# After these, units are still along the last axis, if it is as long as before; dropout leaves their mean as it was.
+_CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
+
+
+class _Consumer(NamedTuple):
+    """A function that took a pre-activation: its name, the response that it makes, whether it is a softmax of it."""
+
+    name: str
+    response: UnitResponse | None
+    softmax: bool
+
+
+class Trace(TorchFunctionMode):
+    """While active, notes which functions take the pre-activations that it was shown.
+
+    `show(layer, z)` registers a layer's output. The layer's response is then the one activation that takes z; it is
+    linear if z also goes elsewhere, if nothing takes it (the model's output), or if the function is not known.
+
+    Args:
+        layers: whose weights are watched, too.
+        root: the model; its modules that count as activations are found in it.
+        running: True if the model is being called already.
+        inputs: what the model is called with.
+        responses: of activations.
+
+    Attributes:
+        misused: layers whose parameters met data outside the calls of their module, as those of an embedding that also
+            scores the outputs in a function; and the function that took them. Tokens may be looked up in the weight of
+            a linear layer; see `discover`.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer] = (),
+        root: nn.Module | None = None,
+        *,
+        running: bool = False,
+        inputs: Iterable[Any] = (),
+        responses: Responses | None = None,
+    ) -> None:
+        super().__init__()
+        self.misused: dict[Layer, str] = {}
+        self._responses = responses or {}
+        self._layers: dict[nn.Module, list[Layer]] = {}
+        self._running: list[nn.Module] = [root] if running and root is not None else []
+        self._handles: list[RemovableHandle] = []
+        # Parameters, and tensors made of them alone.
+        self._weights: dict[int, tuple[Layer, Tensor]] = {}
+        for layer in layers:
+            self._layers.setdefault(layer.module, []).append(layer)
+        for module in self._layers:
+            self._find_weights(module)
+        self._activations: dict[nn.Module, UnitResponse] = {}
+        for module in root.modules() if root is not None else ():
+            response = response_of_module(module, self._responses)
+            if response is not None and module not in self._layers:
+                self._activations[module] = response
+        self._inside: list[nn.Module] = []  # activations of the user's own that are being called
+        # Outputs of calls that go on, their versions, and how many consumers there were before them.
+        self._shown_calls: dict[Layer, tuple[Tensor, int, int]] = {}
+        self._shown: dict[int, tuple[Layer, Tensor]] = {}
+        self._consumers: dict[Layer, list[_Consumer]] = {}
+        self._activated: dict[int, tuple[Layer, Tensor]] = {}
+        # The layer of each linear function that took a layer's activated units, None for any other function.
+        self._followers: dict[Layer, list[Layer | None]] = {}
+        # The model's inputs, and what was made of them without parameters.
+        self._raw: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(inputs)}
+        self._reading: set[Layer] = set()
+
+    def __enter__(self) -> Trace:
+        """Start to watch."""
+        for module in self._layers:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for module in self._activations:
+            self._handles.append(module.register_forward_pre_hook(self._enter_activation, prepend=True))
+            self._handles.append(
+                module.register_forward_hook(self._leave_activation, with_kwargs=True, always_call=True)
+            )
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop watching."""
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _find_weights(self, module: nn.Module) -> None:
+        """Note the tensors that now stand on a module as its layers' parameters."""
+        for layer in self._layers[module]:
+            self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
+
+    @_disable_dynamo
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(module)
+        self._find_weights(module)
+        if any(id(tensor) in self._raw for tensor in _tensors([*args, *kwargs.values()])):
+            self._reading.update(self._layers[module])
+
+    @_disable_dynamo
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if module in self._running:
+            del self._running[self._running.index(module) :]
+        for layer in self._layers[module]:
+            shown = self._shown_calls.pop(layer, None)
+            final = None if shown is None or output is None else layer.output(output)
+            if shown is not None and final is not None:
+                with torch._C.DisableTorchFunction():
+                    self._replace(layer, *shown, final)
+
+    @_disable_dynamo
+    def _enter_activation(self, module: nn.Module, args: object) -> None:
+        self._inside.append(module)
+
+    @_disable_dynamo
+    def _leave_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module not in self._inside:
+            return
+        del self._inside[self._inside.index(module) :]
+        if self._inside or not isinstance(output, Tensor):
+            return
+        for tensor in _tensors([*args, *kwargs.values()]):
+            if id(tensor) in self._shown:
+                layer = self._shown[id(tensor)][0]
+                response = self._activations[module]
+                self._consumers[layer].append(_Consumer(type(module).__name__, response, softmax=False))
+                self._activated[id(output)] = (layer, output)
+
+    def _replace(self, layer: Layer, z: Tensor, version: int, consumers: int, final: Tensor) -> None:
+        """Go on with what other hooks made of an output: the same values, maybe in another tensor, or others."""
+        if z._version != version:
+            return  # they changed it in place, which was seen
+        if final is z or (z.shape == final.shape and torch.equal(z.detach(), final.detach())):
+            del self._consumers[layer][consumers:]  # what hooks look at goes nowhere
+            self._note(layer, final)
+        elif id(final) not in self._shown:
+            self._consumers[layer].append(_Consumer("a forward hook", None, softmax=False))
+
+    def show(self, layer: Layer, z: Tensor) -> None:
+        """Watch what becomes of a layer's output."""
+        self._shown_calls[layer] = z, z._version, len(self._consumers.get(layer, ()))
+        self._note(layer, z)
+
+    def _note(self, layer: Layer, z: Tensor) -> None:
+        self._shown[id(z)] = (layer, z)
+        self._consumers.setdefault(layer, [])
+
+    @_disable_dynamo  # one pass of a compiled model is watched as it is
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
+        tensors = list(_tensors([*args, *kwargs.values()]))
+        given = [id(each) for each in tensors]
+        taken = {place: self._shown[place] for place in given if place in self._shown}
+        units = [self._activated[place] for place in given if place in self._activated]
+        versions = {place: z._version for place, (_, z) in taken.items()}
+        result = func(*args, **kwargs)
+        name = canonical_name(func)
+        self._note_weights(name, kwargs, tensors, result)
+        self._note_raw(tensors, result)
+        if name in RESHAPING and args and id(args[0]) in taken:
+            layer = taken[id(args[0])][0]
+            for part in _tensors(result if isinstance(result, tuple | list) else [result]):
+                self._note(layer, part)
+        elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
+            for place, (layer, z) in taken.items():
+                in_place = z._version != versions[place]
+                if result is z and not in_place:
+                    continue  # a cast to what it was already
+                response = response_of(func, args, kwargs, self._responses) if args and args[0] is z else None
+                self._consumers[layer].append(_Consumer(name, response, _is_softmax(name, z, args, kwargs)))
+                if in_place:  # an activation stands where there was a pre-activation
+                    del self._shown[place]
+                if response is not None:
+                    self._activated[id(result)] = (layer, result)
+            for layer, activated in units:
+                self._follow(layer, activated, name, args, result)
+        return result
+
+    def _note_weights(self, name: str, kwargs: Mapping[str, Any], tensors: Sequence[Tensor], result: Any) -> None:
+        """Note which parameters a function took outside the calls of their own module.
+
+        What takes parameters alone, as a penalty on their size does, says nothing of their samples.
+        """
+        taken = [self._weights[id(each)][0] for each in tensors if id(each) in self._weights and each.requires_grad]
+        outside = [layer for layer in taken if layer.module not in self._running]
+        if not outside or not torch.is_grad_enabled():
+            return
+        parts = _tensors(result if isinstance(result, tuple | list) else [result])
+        made = [each for each in parts if each.is_floating_point() and each.requires_grad and each.ndim]
+        if not made:
+            return
+        if any(id(each) not in self._weights for each in tensors):
+            for layer in outside:
+                if not (isinstance(layer.module, nn.Linear) and _looks_up(name, kwargs)):
+                    self.misused.setdefault(layer, name)
+        else:
+            self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
+
+    def _note_raw(self, tensors: Sequence[Tensor], result: Any) -> None:
+        """Note what is made of the model's inputs, and of numbers, without parameters."""
+        raw = [id(each) in self._raw for each in tensors]
+        constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
+        if any(raw) and all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
+            parts = _tensors(result if isinstance(result, tuple | list) else [result])
+            self._raw.update({id(each): each for each in parts})
+
+    def _follow(self, layer: Layer, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note what takes the activated units of a layer."""
+        if name in _CARRYING and isinstance(result, Tensor) and result.shape[-1:] == activated.shape[-1:]:
+            self._activated[id(result)] = (layer, result)
+        else:
+            linear = name == "linear" and args[0] is activated
+            follower = self._weights.get(id(args[1]), (None,))[0] if linear else None
+            is_linear = follower is not None and isinstance(follower.module, nn.Linear)
+            self._followers.setdefault(layer, []).append(follower if is_linear else None)
+
+    def response(self, layer: Layer) -> UnitResponse:
+        """Return the response of a layer that was shown."""
+        found = {consumer.response for consumer in self._consumers.get(layer, [])}
+        only = found.pop() if len(found) == 1 else None
+        return LinearGaussian() if only is None else only
+
+    def unresolved(self, layer: Layer) -> list[str]:
+        """Return the functions that took a layer's output and are neither activations nor known to join or score."""
+        consumers = self._consumers.get(layer, [])
+        return sorted({each.name for each in consumers if not each.response and each.name not in JOINING})
+
+    def following(self, layer: Layer) -> Layer | None:
+        """Return the linear layer that takes a layer's activated units, if it is the only one to do so."""
+        if len({consumer.response for consumer in self._consumers.get(layer, [])}) != 1:
+            return None
+        followers = set(self._followers.get(layer, []))
+        return followers.pop() if len(followers) == 1 else None
+
+    def is_output(self, layer: Layer) -> bool:
+        """Return whether nothing took a layer's output."""
+        return self._consumers.get(layer) == []
+
+    def is_softmax(self, layer: Layer) -> bool:
+        """Return whether a layer's outputs went into softmax functions over its units, and nowhere else."""
+        consumers = self._consumers.get(layer, [])
+        return bool(consumers) and all(consumer.softmax for consumer in consumers)
+
+    def reads_input(self, layer: Layer) -> bool:
+        """Return whether a layer took the model's inputs, or what was made of them without parameters."""
+        return layer in self._reading
+
+    def forget(self) -> None:
+        """Let the tensors go."""
+        self._shown.clear()
+        self._activated.clear()
+        self._weights.clear()
+        self._shown_calls.clear()
+        self._raw.clear()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the values, and one level inside lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call is a softmax over the last axis of z, or scores such a one."""
+    axes = z.dim()
+    if not args or args[0] is not z:
+        return False
+    if name == "cross_entropy":
+        return axes == 2
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return name in ("softmax", "log_softmax") and axis in (-1, axes - 1)
+
+
+def _looks_up(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function looks tokens up, and changes neither the weight nor the gradient in doing so."""
+    return name == "embedding" and kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")

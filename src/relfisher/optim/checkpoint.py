@@ -1,0 +1,100 @@
+"""Saving, loading and copying: a state is checked by name and shape before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from relfisher.structures import Kept
+
+__all__ = ["check_groups", "check_names", "check_shapes", "moved"]
+
+
+def check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
+    """Raise ValueError unless a state is that of an RNGD optimizer.
+
+    Args:
+        mine: the groups of an optimizer.
+        state_dict: what is to be loaded into it.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"state_dict must be that of an RNGD optimizer, got {type(state_dict).__name__} without groups"
+        )
+    for own, saved in zip(mine, state_dict["param_groups"], strict=False):
+        missing = sorted(own.keys() - saved.keys() - {"param_names"})
+        if missing:
+            names = ", ".join(map(repr, missing))
+            raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {names}")
+
+
+def check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless two lists of groups are of parameters of the same names; those without names may be any.
+
+    Args:
+        mine: the groups of an optimizer.
+        saved: the groups of a state that is to be loaded into it.
+
+    Raises:
+        ValueError: with the names that are missing on either side.
+    """
+    have = [name for group in mine for name in group["param_names"]]
+    give = [name for group in saved for name in group.get("param_names", ())]
+    if give and have != give:
+        missing, unknown = [name for name in have if name not in give], [name for name in give if name not in have]
+        raise ValueError(
+            "state_dict is of other parameters than these: "
+            + (f"it lacks {', '.join(missing)}; " if missing else "")
+            + (f"it has {', '.join(unknown)} besides; " if unknown else "")
+            + ("" if missing or unknown else "the same ones in another order or in other groups; ")
+            + "load it into an optimizer of the same model"
+        )
+
+
+def check_shapes(
+    mine: Iterable[Mapping[str, Any]],
+    saved: Iterable[Mapping[str, Any]],
+    states: Mapping[int, Mapping[str, Any]],
+    wanted: Mapping[Tensor, Mapping[str, Kept]],
+) -> None:
+    """Raise ValueError unless what a state keeps of each parameter has the declared shape.
+
+    Args:
+        mine: the groups of an optimizer.
+        saved: the groups of a state that is to be loaded into it.
+        states: the state of each parameter by its place in the saved groups.
+        wanted: what is kept with each parameter.
+
+    Raises:
+        ValueError: with the name of the first parameter where a tensor has another shape.
+    """
+    have = [pair for group in mine for pair in zip(group["param_names"], group["params"], strict=True)]
+    places = [place for group in saved for place in group["params"]]
+    for (name, parameter), place in zip(have, places, strict=False):
+        for key, kept in wanted[parameter].items():
+            tensor = states.get(place, {}).get(key)
+            if tensor is not None and tuple(tensor.shape) != kept.shape:
+                raise ValueError(
+                    f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
+                    f"{list(tensor.shape)}, but here it would have {list(kept.shape)}"
+                )
+
+
+def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """Return a copy of what was saved of a parameter, on its device; what the host reads stays on the host.
+
+    Args:
+        saved: the tensors, in the dtypes that they keep.
+        like: the parameter.
+        kept: what is declared of it.
+    """
+    hosted = {key for key, each in kept.items() if each.on_host}
+    return {
+        key: value.to("cpu" if key in hosted else like.device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in saved.items()
+    }

@@ -1,0 +1,172 @@
+"""Options in groups: how metrics are kept, and how AdamW trains the parameters that have none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from relfisher.layers import Layer, check_kinds
+from relfisher.observe import Role
+from relfisher.optim.assignment import Rule, check_rules
+from relfisher.optim.matching import ROLES, check_keys, entry
+from relfisher.optim.schedule import WARMUP, Schedule
+from relfisher.structures import Inversion
+from relfisher.validation import check_integer, check_interval, check_positive
+
+__all__ = ["AdamWOptions", "Damping", "Inversions", "MetricOptions"]
+
+#: A multiple of the metric's mean eigenvalue, an `Inversion`, or either by layer.
+Damping = float | Inversion | Mapping[str, float | Inversion]
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """How the metrics of a model's layers are kept; for `RNGD`, `Preconditioner`, `plan` and `coverage` alike.
+
+    `structure` and `power` may be given by layer, as in `{"head": "kronecker", "encoder.*": "shared"}`: a key is the
+    name of a layer or its module, a pattern of names as in `fnmatch`, or the name of a class of modules; for `power`
+    also "first", for layers that read the model's raw inputs, or "head", for the logits of a softmax.
+
+    Args:
+        structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published", "fallback" (AdamW),
+            or the name of a registered structure; or a `Structure`. See `relfisher.optim.assign`. Embeddings keep the
+            diagonal unless a rule by layer says otherwise.
+        structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
+        power: of the inverse, in [0, 1]: 1 for the natural gradient, 0 for the gradient.
+        decay: the share of the moving average that is kept an iteration, in [0, 1).
+        stats_interval: iterations from one update of the metric to the next.
+        stats_samples: at most about so many samples (rows of a batch, positions of a sequence or an image) of a layer
+            go into the statistics of a step, evenly spread over all of its calls; None for all. Accumulated batches
+            give the sample of one large batch if a layer is called once a pass with samples first.
+        refresh_interval: iterations from one refresh of the inverse to the next.
+        warmup_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
+        bias_correction: True starts the moving average empty and corrects its bias; False starts it at the identity.
+        stagger: True spreads the layers' updates and refreshes over the intervals, so that no step is slow; False does
+            them all at once.
+        layers: kinds of layers of your own, which take precedence over registered ones.
+
+    Raises:
+        ValueError: if an option lies outside what is allowed.
+        TypeError: if one is of another type.
+    """
+
+    structure: Rule | Mapping[str, Rule] = "auto"
+    structure_bytes: int = 256 << 20
+    power: float | Mapping[str, float] = 1.0
+    decay: float = 0.995
+    stats_interval: int = 20
+    stats_samples: int | None = 256
+    refresh_interval: int = 200
+    warmup_refreshes: tuple[int, ...] = WARMUP
+    bias_correction: bool = True
+    stagger: bool = True
+    layers: tuple[type[Layer], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_rules(self.structure)
+        check_positive("structure_bytes", self.structure_bytes)
+        for power in self.power.values() if isinstance(self.power, Mapping) else [self.power]:
+            check_interval("power", power, 0, 1, closed="both")
+        check_interval("decay", self.decay, 0, 1)
+        if self.stats_samples is not None:
+            check_integer("stats_samples", self.stats_samples)
+        check_kinds(self.layers)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "warmup_refreshes", tuple(self.warmup_refreshes))
+        self.schedule  # noqa: B018  # it checks the intervals
+
+    @property
+    def schedule(self) -> Schedule:
+        """When statistics and refreshes are due."""
+        return Schedule(self.stats_interval, self.refresh_interval, self.warmup_refreshes, staggered=self.stagger)
+
+    @property
+    def ema_decay(self) -> float:
+        """The share of the moving average that is kept from one update to the next."""
+        return self.decay**self.stats_interval
+
+    def check(self, layers: list[Layer]) -> None:
+        """Raise ValueError if an option by layer names no layer of a model."""
+        check_rules(self.structure, layers)
+        if isinstance(self.power, Mapping):
+            check_keys("power", self.power, layers, ROLES)
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """How AdamW trains the parameters without a metric (Loshchilov & Hutter 2019).
+
+    Args:
+        lr: the learning rate.
+        betas: the decay rates of the two moments.
+        eps: added to the root of the second moment.
+
+    Raises:
+        ValueError: if an option lies outside what is allowed.
+        TypeError: if one is of another type.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_positive("fallback.lr", self.lr)
+        check_positive("fallback.eps", self.eps)
+        check_betas(self.betas)
+
+
+def check_betas(betas: object) -> None:
+    """Raise ValueError unless these are two decay rates."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"fallback.betas must be two numbers, got {betas!r}")
+    for beta in betas:
+        check_interval("fallback.betas", beta, 0, 1)
+
+
+class Inversions:
+    """The inversion of each layer, from what `damping` and `MetricOptions.power` say of it.
+
+    Args:
+        damping: for all layers, or by layer.
+        power: likewise.
+
+    Attributes:
+        default: the damping of layers that nothing names, in a group without its own.
+    """
+
+    def __init__(self, damping: Damping, power: float | Mapping[str, float]) -> None:
+        given = damping.values() if isinstance(damping, Mapping) else [damping]
+        for each in given:
+            if isinstance(each, Inversion):
+                if each.rank is not None:
+                    raise ValueError(f"the rank belongs to the structure, as in SharedBlock({each.rank}); got {each}")
+            else:
+                check_interval("damping", each, 0, math.inf)
+        self._by_layer: Mapping[str, float | Inversion] = damping if isinstance(damping, Mapping) else {}
+        if isinstance(damping, Inversion):
+            self._base = damping
+        else:
+            self._base = Inversion() if isinstance(damping, Mapping) else Inversion(float(damping))
+        self._power = power
+        self.default = self._base.damping
+
+    def check(self, layers: list[Layer]) -> None:
+        """Raise ValueError if `damping` names no layer of a model."""
+        check_keys("damping", self._by_layer, layers, ROLES)
+
+    def of(self, layer: Layer, role: Role | None, damping: float) -> Inversion:
+        """Return the inversion of a layer.
+
+        Args:
+            layer: the layer.
+            role: its role, if that is known.
+            damping: of its group, for a layer that `damping` does not name.
+        """
+        own = entry(self._by_layer, layer, role)
+        found = (
+            own if isinstance(own, Inversion) else replace(self._base, damping=float(damping if own is None else own))
+        )
+        power = entry(self._power, layer, role) if isinstance(self._power, Mapping) else self._power
+        return found if power is None or power == 1.0 else replace(found, power=power)

@@ -1,0 +1,96 @@
+"""One step: the gradients of layers with their metrics, what the rule makes of them, and how the weights move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from relfisher.layers import Layer
+from relfisher.optim.averaging import Averaging, growing
+from relfisher.optim.curvature import Curvature
+from relfisher.optim.groups import METRIC
+from relfisher.optim.momentum import Momentum
+from relfisher.optim.record import Record
+from relfisher.optim.rules import Move, StepRule
+
+__all__ = ["Moving", "moving_layers", "take"]
+
+Group = dict[str, Any]
+
+
+class Moving(NamedTuple):
+    """A layer that moves, and the group that it belongs to."""
+
+    record: Record
+    group: Group
+    move: Move
+
+
+def moving_layers(
+    curvature: Curvature, place: Mapping[Layer, int], groups: Sequence[Group], rule: StepRule
+) -> list[Moving]:
+    """Return the layers that have a gradient and a metric; no state is changed yet.
+
+    Args:
+        curvature: the metrics.
+        place: of each layer's group.
+        groups: all groups; their highest learning rates are noted.
+        rule: what the moves are for.
+    """
+    for group in groups:
+        # A scheduler that begins low says how high it goes.
+        highest = group.get("max_lr") or group.get("initial_lr") or 0.0
+        group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
+    found = []
+    for layer, index in place.items():
+        record, group = curvature.records[layer], groups[index]
+        structure, gradient = record.structure, record.gradient()
+        if structure is None or gradient is None:
+            continue
+        state = curvature.state(record, structure)
+        last = state.get("momentum") if group["momentum"] else None
+        gradient = gradient.to(state["metric"].dtype)
+        gradient, velocity = Momentum.added(gradient, last, group["momentum"], nesterov=rule.nesterov)
+        lr = float(group["lr"])
+        annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
+        found.append(Moving(record, group, Move(layer, structure, state, gradient, velocity, lr, annealing)))
+    return found
+
+
+def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> bool:
+    """Move the layers, or return False and leave all as it was if the step is not finite."""
+    steps = rule.steps([each.move for each in moving])
+    if steps is None:
+        return False
+    for group in groups:
+        if group["weight_decay"] and group["kind"] == METRIC:
+            moved = {p for each in moving for p in each.record.layer.parameters if p.grad is not None}
+            shrinking = [p for p in group["params"] if p in moved]
+            if shrinking:
+                torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
+    for (record, group, move), step in zip(moving, steps, strict=True):
+        if group["momentum"]:
+            move.state["momentum"] = move.velocity
+        if group["averaging"]:
+            lead = move.state["lead"] = _like(step.direction, move.state.get("lead"))
+            average = Averaging(group["averaging"], group["averaged"], _weight(group))
+            record.add_(average.change(step.direction, step.scale, lead), 1.0)
+        else:
+            record.add_(step.direction, -step.scale)
+    for group in groups:
+        group["averaged"] += _weight(group)
+    return True
+
+
+def _weight(group: Group) -> float:
+    """Return the weight in the average of what the next step leads to."""
+    weight: float = group["peak_lr"] ** 2 * growing(group["iteration"])
+    return weight
+
+
+def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """Return what was kept in a tensor's dtype and on its device, or zeros if there is nothing yet."""
+    return torch.zeros_like(tensor) if kept is None else kept.to(tensor)
