@@ -144,8 +144,8 @@ class Softmax(Information):
 
 def _laplacian(weights: Float[Tensor, "*n out out"]) -> Float[Tensor, "*n out out"]:
     """Return D - A, where A is the off-diagonal part of the weights and D the diagonal matrix of A's row sums."""
-    beside = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
-    return torch.diag_embed(beside.sum(-1)) - beside
+    off_diagonal = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+    return torch.diag_embed(off_diagonal.sum(-1)) - off_diagonal
 
 
 @dataclass(frozen=True)
