@@ -63,6 +63,7 @@ def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | Non
 
     Raises:
         ValueError: if the shape is wrong, or a value is not finite.
+        TypeError: if `tensor` is not a real floating-point tensor.
     """
     check_floating(name, tensor)
     wrong_rows = tensor.ndim == 2 and rows is not None and tensor.shape[0] != rows

@@ -37,7 +37,7 @@ def neuron_metric(
 
     Raises:
         ValueError: if the shapes do not match, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     check_floating("weight", weight)
     if weight.ndim != 1:
@@ -67,7 +67,7 @@ def layer_metric(
 
     Raises:
         ValueError: if the shapes do not match, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     z = _pre_activation(x, weight, bias)
     return LayerMetric(response.operator(z), x.detach(), bias=bias is not None)
@@ -88,7 +88,7 @@ def softmax_metric(x: Tensor, weight: Tensor, bias: Tensor | None) -> LayerMetri
 
     Raises:
         ValueError: if the shapes do not match, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     return layer_metric(x, weight, bias, Categorical())
 
@@ -106,8 +106,8 @@ def two_layer_metric(
 
     The hidden layer is deterministic, h = f(z); the next layer's parameters are part of the reference. Block (i, j) is
     mean_n c_i' F_n c_j f'(z_ni) f'(z_nj) x~_n x~_n', where c_i is the i-th column of the next layer's weight. Equations
-    (26) and (81) are printed with nu_f in place of f'. The two are equal for tanh and sigmoid units, but not for
-    (P)ReLU and ELU units, where nu_f = f'^2 / sigma^2.
+    (26) and (81) are printed with nu_f in place of f'. The two are equal for tanh and sigmoid units, but not in general
+    for (P)ReLU and ELU units, where nu_f = f'^2 / sigma^2.
 
     Args:
         x: the inputs of the first layer, [n, in].
@@ -123,6 +123,7 @@ def two_layer_metric(
 
     Raises:
         ValueError: if the shapes do not match, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     z = _pre_activation(x, weight, bias)
     check_matrix("next_weight", next_weight, None, weight.shape[0], "[next, out]")
