@@ -1,4 +1,4 @@
-"""Mixed precision: autocast, and a gradient scaler for float16, on noisy gratings: `python examples/amp.py`."""
+"""Mixed precision by autocast, with a gradient scaler for float16, on noisy gratings: `python examples/amp.py`."""
 
 import torch
 from synthetic import gratings
@@ -15,7 +15,7 @@ def network() -> nn.Sequential:
 
 
 def train(dtype: torch.dtype, *, epochs: int = 10, samples: int = 512, batch: int = 64) -> list[float]:
-    """Return the loss of each step in this precision; float16 needs the scaler, bfloat16 has the range without."""
+    """Train in the given precision and return the loss of each step; only float16 needs the gradient scaler."""
     model = network()
     optimizer = RNGD(model)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)

@@ -1,6 +1,6 @@
-"""Section 4 in pictures: spectra and ranks of RFIM and FIM layer by layer, and the learning zones of neurons.
+"""Section 4 in pictures: spectra and ranks of each layer's RFIM and FIM block, and the learning zones of neurons.
 
-Writes three PNG files to docs/images and prints the numbers; needs the extra `experiments`. About half a minute.
+Write three PNG files to docs/images and print the numbers, in about half a minute. Needs the extra `experiments`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALL = 10**6
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return 5,000 digits as 7x7 means of 4x4 pixels, in [0, 1] and float64, shuffled, and their labels."""
+    """Return 5,000 shuffled digits and their labels; images are 7x7 means of 4x4 pixels, float64, in [0, 1]."""
     pixels, labels = mnist_data()
     images = torch.as_tensor(pixels).reshape(-1, 7, 4, 7, 4).mean((2, 4)).reshape(-1, 49) / 255
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ def train(
 
 
 def binary_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the cost (29)."""
+    """Return the cost of equation (29)."""
     return functional.binary_cross_entropy_with_logits(logits.squeeze(1), y)
 
 
@@ -75,20 +75,20 @@ def layers_of(model: nn.Sequential) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def plain(axes: Axes) -> None:
-    """Take off what says nothing."""
+    """Remove the frame and draw a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write a picture."""
+    """Write a figure to the folder of images."""
     FigureCanvasAgg(figure)
     figure.savefig(IMAGES / name, dpi=110)
 
 
 def draw_spectra(comparison: Comparison, model: nn.Module) -> None:
-    """One panel a layer: eigenvalues in descending order, on a logarithmic scale down to rounding errors."""
+    """Draw one panel per layer: eigenvalues in descending order, on a logarithmic scale down to rounding errors."""
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     panels = figure.subplots(1, len(comparison.layers), sharey=True)
     titles = ["first hidden layer", "second hidden layer", "softmax layer"]
@@ -114,7 +114,7 @@ def draw_spectra(comparison: Comparison, model: nn.Module) -> None:
 
 
 def ranks(model: nn.Sequential, x: Tensor, counts: list[int]) -> dict[str, tuple[list[int], list[int]]]:
-    """Return the ranks of each layer's RFIM and FIM block for the first n samples, n in counts."""
+    """Return the ranks of each layer's RFIM and FIM block for the first n samples, for each n in `counts`."""
     found: dict[str, tuple[list[int], list[int]]] = {name: ([], []) for name, _ in layers_of(model)}
     for n in counts:
         for row in compare(model, x[:n], SigmoidBernoulli()):
@@ -124,7 +124,7 @@ def ranks(model: nn.Sequential, x: Tensor, counts: list[int]) -> dict[str, tuple
 
 
 def draw_ranks(model: nn.Sequential, found: dict[str, tuple[list[int], list[int]]], counts: list[int]) -> None:
-    """One panel a hidden layer: rank against the number of samples, with the bounds of section 4."""
+    """Draw one panel per hidden layer: rank against the number of samples, with the bounds of section 4."""
     figure = Figure(figsize=(10.5, 4.1), layout="constrained")
     hidden = list(layers_of(model))[:-1]
     n = np.array(counts)
@@ -151,7 +151,7 @@ def draw_ranks(model: nn.Sequential, found: dict[str, tuple[list[int], list[int]
 
 
 def moons(n: int = 400) -> tuple[Tensor, Tensor]:
-    """Return two interleaved half circles with noise, and which of the two a point is of."""
+    """Return the noisy points of two interleaved half circles, and which half circle each point belongs to."""
     generator = torch.Generator().manual_seed(0)
     angle = torch.pi * torch.rand(n, generator=generator, dtype=torch.float64)
     y = torch.arange(n) % 2
@@ -163,7 +163,7 @@ ZONES = {"tanh": nn.Tanh, "ReLU": nn.ReLU, "ELU": nn.ELU}
 
 
 def draw_zones() -> None:
-    """One row an activation: nu_f of the first layer's neurons over the input, the data, and the decision."""
+    """Draw one row per activation: nu_f of the first layer's neurons over the input, the data, and the decision."""
     figure = Figure(figsize=(10.5, 7.2), layout="constrained")
     panels = figure.subplots(len(ZONES), 4, sharex=True, sharey=True)
     x, y = moons()
@@ -179,9 +179,9 @@ def draw_zones() -> None:
             picture = axes.pcolormesh(first, second, nu[..., unit], cmap="cividis", vmin=0, vmax=1, rasterized=True)
             line = axes.contour(first, second, decision, levels=[0.0], colors="white", linewidths=1.6)
             line.set_path_effects([Stroke(linewidth=3.2, foreground=INK), Normal()])
-            for label, marker, colour in ((0, "o", "white"), (1, "^", GLOBAL)):
+            for label, marker, color in ((0, "o", "white"), (1, "^", GLOBAL)):
                 chosen = x[y == label][::3]
-                axes.scatter(*chosen.T, s=16, marker=marker, color=colour, edgecolors=INK, linewidths=0.5)
+                axes.scatter(*chosen.T, s=16, marker=marker, color=color, edgecolors=INK, linewidths=0.5)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(f"{name} neuron {unit + 1}", fontsize=10, color=INK)
@@ -199,7 +199,7 @@ def report(comparison: Comparison) -> None:
 
 
 def main() -> None:
-    """Train, draw and print."""
+    """Train the networks, draw the figures and print the numbers."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     x, labels = digits()
 

@@ -11,7 +11,7 @@ from relfisher import RNGD
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """Return a randomly initialised GPT-2 of two layers of width 32, without dropout."""
+    """Return a randomly initialized GPT-2 of two layers of width 32, without dropout."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=32,
@@ -29,7 +29,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def sequences(samples: int = 512, **options: Any) -> list[dict[str, Tensor]]:
-    """Return progressions as a language model takes them."""
+    """Return progressions in the form that a language model is trained on."""
     return [{"input_ids": tokens, "labels": tokens} for tokens in progressions(samples, **options)]
 
 
@@ -49,7 +49,7 @@ def arguments(folder: str, **options: Any) -> TrainingArguments:
 
 if __name__ == "__main__":
     model = gpt2()
-    # Trainer makes the scheduler itself where none is given.
+    # Trainer creates the scheduler itself if none is given.
     trainer = Trainer(
         model,
         arguments("runs/hf_gpt2", num_train_epochs=20),

@@ -31,14 +31,14 @@ class Classifier(lightning.LightningModule):
         return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """Return a batch's loss; the model is called as a whole, so that RNGD sees which activations follow."""
+        """Return a batch's loss; calling the model as a whole lets RNGD see which activation follows each layer."""
         images, labels = batch
         loss = cross_entropy(self(images), labels)
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> tuple[list[RNGD], list[torch.optim.lr_scheduler.LRScheduler]]:
-        """Return the optimizer, and a scheduler that lowers its learning rates epoch by epoch."""
+        """Return the optimizer and a scheduler that lowers its learning rates after each epoch."""
         optimizer = RNGD(self)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 

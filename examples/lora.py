@@ -1,4 +1,4 @@
-"""LoRA by PEFT: a GPT-2 that counts up is frozen, and adapters teach it to count down: `python examples/lora.py`."""
+"""LoRA with PEFT: freeze a GPT-2 that counts up, and train adapters to count down: `python examples/lora.py`."""
 
 import torch
 from hf_gpt2 import gpt2
@@ -10,13 +10,13 @@ from relfisher import RNGD
 
 
 def adapted(base: nn.Module, rank: int = 8) -> PeftModel:
-    """Return the model, frozen, with adapters on its attention and feed-forward layers."""
+    """Freeze the model, and return it with adapters on its attention and feed-forward layers."""
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=rank, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True))
 
 
 def train(model: nn.Module, optimizer: RNGD, tokens: Tensor, *, epochs: int = 10, batch: int = 32) -> list[float]:
-    """Return the loss of each step."""
+    """Train the model and return the loss of each step."""
     losses = []
     for _ in range(epochs):
         for chosen in tokens[torch.randperm(len(tokens))].split(batch):

@@ -9,7 +9,7 @@ from relfisher import RNGD
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, out: int, stride: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Sequential):
-    """Eight blocks on a stem for small images; the published network has width 64."""
+    """A stem for small images and eight blocks; the published network has width 64."""
 
     def __init__(self, classes: int, width: int = 64) -> None:
         widths = [width, width, 2 * width, 4 * width, 8 * width]
@@ -49,7 +49,7 @@ class ResNet18(nn.Sequential):
 
 
 def train(width: int = 8, samples: int = 512, epochs: int = 4, batch: int = 32) -> list[float]:
-    """Return the mean loss of each epoch."""
+    """Train on noisy gratings and return the mean loss of each epoch."""
     torch.manual_seed(0)
     model = ResNet18(classes=4, width=width)
     optimizer = RNGD(model)

@@ -1,4 +1,4 @@
-"""Data that the examples make on the spot: gratings to tell apart, and token sequences to continue or to sort."""
+"""Synthetic data for the examples: gratings to classify, and token sequences to continue or to classify."""
 
 import math
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def gratings(samples: int, *, size: int = 32, noise: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return colour images [samples, 3, size, size] of gratings at one of four angles, and which angle [samples]."""
+    """Return color images [samples, 3, size, size] of gratings at one of four angles, and their labels [samples]."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (samples,), generator=generator)
     angle = (labels * math.pi / 4).reshape(-1, 1, 1)
     phase = 2 * math.pi * torch.rand(samples, 1, 1, generator=generator)
     place = torch.arange(size, dtype=torch.float32)
     wave = torch.cos(angle.cos() * place + angle.sin() * place.unsqueeze(1) + phase)
-    colour = torch.rand(samples, 3, 1, 1, generator=generator)
-    return colour * wave.unsqueeze(1) + noise * torch.randn(samples, 3, size, size, generator=generator), labels
+    color = torch.rand(samples, 3, 1, 1, generator=generator)
+    return color * wave.unsqueeze(1) + noise * torch.randn(samples, 3, size, size, generator=generator), labels
 
 
 def progressions(
     samples: int, *, vocabulary: int = 32, length: int = 12, steps: tuple[int, ...] = (1, 2, 3), seed: int = 0
 ) -> Tensor:
-    """Return tokens [samples, length] that count in one of the given steps, round and round the vocabulary."""
+    """Return tokens [samples, length] that count up in steps of a given size, modulo the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(vocabulary, (samples, 1), generator=generator)
     step = torch.tensor(steps)[torch.randint(len(steps), (samples, 1), generator=generator)]
@@ -29,7 +29,7 @@ def progressions(
 
 
 def topics(samples: int, *, vocabulary: int = 32, length: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return tokens [samples, length], four in five of them from one half of the vocabulary, and which half."""
+    """Return tokens [samples, length], about four fifths of them from one half of the vocabulary, and which half."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(2, (samples,), generator=generator)
     astray = torch.rand(samples, length, generator=generator) < 0.2

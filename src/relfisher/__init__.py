@@ -1,10 +1,10 @@
 """Relative Fisher information metrics and relative natural gradient descent for PyTorch.
 
-A trainer writes `RNGD(model)` where `Adam(model.parameters())` stood; a geometer asks for the metric of a neuron, a
-layer, a softmax head, two layers or a subsystem of their own. After Sun & Nielsen, "Relative Natural Gradient for
-Learning Large Complex Models", 2016.
+To train, write `RNGD(model)` instead of `Adam(model.parameters())`. To study geometry, ask for the metric of a neuron,
+a layer, a softmax head, two layers or a subsystem of your own. The library follows Sun & Nielsen, "Relative Natural
+Gradient for Learning Large Complex Models", 2016.
 
-Public names are imported when they are first used, so that `import relfisher` and the command line's help cost nothing.
+Public names are imported on first use, so that `import relfisher` and the command line's help are fast.
 """
 
 from importlib import import_module

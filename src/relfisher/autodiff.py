@@ -1,7 +1,8 @@
-"""Definition 1 for any subsystem, by automatic differentiation: the oracle for every closed form.
+"""Definition 1 for any subsystem, by automatic differentiation: the reference for every closed form.
 
-A subsystem is a function of its parameters; everything else that it uses, inputs and other parameters alike, is the
-reference theta_f. `relative_fisher` is (9), `fisher` the global metric (5), `observed_fisher` the Hessian form (3).
+A subsystem is a function of its parameters. Everything else that it uses, inputs and other parameters alike, is the
+reference theta_f. `relative_fisher` computes (9), `fisher` the global metric (5), `observed_fisher` the Hessian form
+(3).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ Parameters = Tensor | Mapping[str, Tensor]
 
 
 class PullbackMetric(Metric):
-    """The metric J' F J of the parameters of a pre-activation z(theta), with J = dz / dtheta by autodiff.
+    """The metric J' F J of the parameters of a pre-activation z(theta), J = dz / dtheta by automatic differentiation.
 
-    A product costs one forward-mode and one reverse-mode pass; the matrix is formed only where it is asked for.
+    A product takes one forward-mode and one reverse-mode pass. The matrix is formed only if it is requested.
 
     Args:
-        pre_activation: flat parameters [D] -> z [n, out].
-        theta: the parameters, flat.
-        response: what the subsystem says given z.
+        pre_activation: the function from flat parameters [D] to z [n, out].
+        theta: the flat parameters.
+        response: the response of the subsystem given z.
         parameter_shape: the shape of the parameters; None for [D].
     """
 
@@ -94,33 +95,36 @@ def relative_fisher(
     draws: int = 1000,
     seed: int = 0,
 ) -> Metric:
-    """Return the relative Fisher information metric of a subsystem that you write. Definition 1, equation (9).
+    """Return the relative Fisher information metric of a subsystem of your own. Definition 1, equation (9).
 
-    The subsystem is one of three functions of its parameters:
+    The subsystem is a function of its parameters, of one of three forms:
 
-    - with `response`: `subsystem(parameters)` is the pre-activation [n, out]; exact, and matrix-free;
-    - with `outcomes` or `sampler`: `subsystem(parameters, y)` is ln p(y_n) [n] or [n, units]; exact over a finite list
-      of outcomes, each of them a y for all samples, or a Monte Carlo mean over `sampler(parameters)`;
-    - otherwise: `subsystem(parameters)` is a `torch.distributions.Distribution` over the response, with the samples
-      along its first batch dimension: exact if its support is finite, in closed form if it is `Normal`, else Monte
-      Carlo with its `sample`.
+    - with `response`: `subsystem(parameters)` is the pre-activation [n, out]. The metric is exact and matrix-free.
+    - with `outcomes` or `sampler`: `subsystem(parameters, y)` is ln p(y_n), [n] or [n, units]. The metric is exact for
+      a finite list of outcomes, each one y for all samples, or a Monte Carlo mean over draws of
+      `sampler(parameters)`.
+    - otherwise: `subsystem(parameters)` is a `torch.distributions.Distribution` of the response, with the samples along
+      its first batch dimension. The metric is exact if the support is finite, in closed form for a `Normal`, and a
+      Monte Carlo mean over the distribution's `sample` otherwise.
 
     Args:
-        subsystem: the function.
-        parameters: one tensor, or tensors by name; the point at which the metric is taken.
-        response: what the subsystem says given its pre-activation.
-        outcomes: all values of y.
-        sampler: draws y for all samples at the given parameters.
+        subsystem: the subsystem, as described above.
+        parameters: one tensor, or tensors by name: the point at which the metric is taken.
+        response: the response of the subsystem given its pre-activation.
+        outcomes: all possible values of y.
+        sampler: a function that draws y for all samples at the given parameters.
         draws: the number of Monte Carlo draws of the whole response, at least 2.
-        seed: of the draws; the global random state is left as it was.
+        seed: the seed of the draws; the global random state is restored afterwards.
 
     Returns:
-        The mean over the n samples, summed over the units of a sample: [D, D], where D counts the parameters in the
-        order of their names. A Monte Carlo metric has the standard error of each entry as `standard_error`.
+        The metric [D, D], averaged over the n samples and summed over the units of each sample, where D counts the
+        parameters in the order in which they are given. A Monte Carlo metric has the standard error of each entry as
+        `standard_error`.
 
     Raises:
-        ValueError: if there is no parameter, one is not finite, or more than one way to take the expectation is given.
-        TypeError: if the subsystem returns no distribution, and no other way to take the expectation is given.
+        ValueError: if there is no parameter, a parameter is not finite, or more than one of `response`, `outcomes` and
+            `sampler` is given.
+        TypeError: if none of them is given and the subsystem does not return a distribution.
     """
     if sum(way is not None for way in (response, outcomes, sampler)) > 1:
         raise ValueError("give at most one of response, outcomes and sampler")
@@ -155,13 +159,13 @@ def fisher(model: nn.Module, inputs: Any, response: Response, names: Sequence[st
 
     Args:
         model: its output is the pre-activation of the response: logits for `Categorical()`, for instance.
-        inputs: what the model is called with: a tensor, or a tuple of arguments.
-        response: what the model's output says.
-        names: the parameters that the metric is of; None for all that are trained. With the others as reference, this
-            is the diagonal block of the whole metric (proposition 2).
+        inputs: the arguments of the model: a tensor, or a tuple of arguments.
+        response: the response whose pre-activation is the model's output.
+        names: the parameters of the metric; None for all trainable ones. The other parameters are the reference, so
+            that the result is a diagonal block of the full metric (proposition 2).
 
     Returns:
-        The metric of the flattened parameters, in the order of `model.named_parameters()`.
+        The metric of the flattened parameters, in the order of `names`, or of `model.named_parameters()`.
     """
     function, parameters = as_function(model, inputs, names)
     return relative_fisher(function, parameters, response)
@@ -170,22 +174,22 @@ def fisher(model: nn.Module, inputs: Any, response: Response, names: Sequence[st
 def observed_fisher(
     subsystem: Callable[..., Any], parameters: Parameters, y: Any, response: Response | None = None
 ) -> DenseMetric:
-    """Return the observed metric: minus the mean Hessian of the log-likelihood at observations. Equation (3).
+    """Return the observed metric, minus the mean Hessian of the log-likelihood at observations. Equation (3).
 
-    Unlike the expected metric it need not be positive semi-definite.
+    Unlike the expected metric, it need not be positive semi-definite.
 
     Args:
-        subsystem: with `response`, `subsystem(parameters)` is the pre-activation [n, out]; without,
+        subsystem: with `response`, `subsystem(parameters)` is the pre-activation [n, out]; without it,
             `subsystem(parameters, y)` is ln p(y_n), [n] or [n, units].
         parameters: one tensor, or tensors by name.
         y: the observed responses.
-        response: what the subsystem says given its pre-activation.
+        response: the response of the subsystem given its pre-activation.
 
     Returns:
-        The matrix [D, D], a mean over samples; positions of a pre-activation [n, positions, out] are samples too.
+        The matrix [D, D], a mean over samples. Positions of a pre-activation [n, positions, out] count as samples.
 
     Raises:
-        ValueError: if there is no parameter, or one of them or y is not finite.
+        ValueError: if there is no parameter, or a parameter or y is not finite.
     """
     theta, shape, restore = _flatten(parameters)
     if isinstance(y, Tensor) and y.is_floating_point():
@@ -204,18 +208,18 @@ def observed_fisher(
 def as_function(
     model: nn.Module, inputs: Any, names: Sequence[str] | None = None
 ) -> tuple[Callable[[Mapping[str, Tensor]], Tensor], dict[str, Tensor]]:
-    """Return a model in evaluation mode as a function of its parameters, and those parameters.
+    """Return a model in evaluation mode as a function of its parameters, together with those parameters.
 
     Args:
-        model: the module; parameters that are not named keep their values, as part of the reference.
-        inputs: what the model is called with: a tensor, or a tuple of arguments.
-        names: of the parameters; None for all that are trained.
+        model: the module. Parameters that are not named keep their values, as part of the reference.
+        inputs: the arguments of the model: a tensor, or a tuple of arguments.
+        names: the names of the parameters; None for all trainable ones.
 
     Returns:
-        The function, parameters by name -> the model's output, and the parameters by name.
+        The function from parameters by name to the model's output, and the parameters by name.
 
     Raises:
-        ValueError: if a name is not a parameter of the model.
+        ValueError: if a name is not a parameter of the model, or there is no parameter.
     """
     own = dict(model.named_parameters())
     chosen = [name for name, parameter in own.items() if parameter.requires_grad] if names is None else list(names)
@@ -235,12 +239,12 @@ def as_function(
 
 
 def _rows(z: Tensor) -> Float[Tensor, "n out"]:
-    """Return a pre-activation as [n, out]: positions are samples, and a vector is one unit."""
+    """Reshape a pre-activation to [n, out]: positions count as samples, and a vector is one unit."""
     return z.unsqueeze(-1) if z.ndim <= 1 else z.flatten(0, -2)
 
 
 def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Any]]:
-    """Return the parameters as one vector, their shape, and the way back."""
+    """Return the parameters as one vector, their shape, and the function that restores them from a vector."""
     if isinstance(parameters, Tensor):
         check_floating("parameters", parameters)
         check_finite("parameters", parameters)
@@ -263,18 +267,18 @@ def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[
 
 
 def _enumerated(log_prob: Callable[[Tensor], Tensor], theta: Tensor, shape: tuple[int, ...]) -> DenseMetric:
-    """Return sum_y p(y) s(y) s(y)' from log-probabilities [outcomes, n, ...], summed over the units of a sample."""
+    """Return sum_y p(y) s(y) s(y)', averaged over samples and summed over units, from log-probs [outcomes, n, ...]."""
     weights = log_prob(theta).exp()
     scores: Tensor = jacrev(log_prob)(theta)
     flat = scores.reshape(-1, theta.numel())
-    # An outcome of probability 0 has no score.
+    # An outcome of probability 0 contributes nothing, but its score may not be finite.
     flat = torch.where(weights.reshape(-1, 1) > 0, flat, torch.zeros_like(flat))
     samples = weights.shape[1] if weights.ndim > 1 else 1
     return DenseMetric((flat * weights.reshape(-1, 1)).T @ flat / samples, shape, samples)
 
 
 def _normal(distribution: Callable[[Tensor], Normal], theta: Tensor, shape: tuple[int, ...]) -> DenseMetric:
-    """Return the metric of a Gaussian response, whose mean and scale may both depend on the parameters."""
+    """Return the metric of a Gaussian response whose mean and scale may both depend on the parameters."""
     scale = distribution(theta).scale.detach().reshape(-1, 1)
     of_mean: Tensor = jacrev(lambda flat: distribution(flat).loc.expand(distribution(flat).batch_shape))(theta)
     of_scale: Tensor = jacrev(lambda flat: distribution(flat).scale.expand(distribution(flat).batch_shape))(theta)
@@ -292,7 +296,7 @@ def _sampled(
     draws: int,
     seed: int,
 ) -> DenseMetric:
-    """Return the mean of s(y) s(y)' over draws of y, with the standard error of the mean."""
+    """Return the mean of s(y) s(y)' over draws of y, with its standard error."""
     check_interval("draws", draws, 2, math.inf)
     total = theta.new_zeros(theta.numel(), theta.numel())
     squares = torch.zeros_like(total)

@@ -1,4 +1,4 @@
-"""What the metric says about a model: section 4 as library calls."""
+"""Compare and balance the metrics of a model's layers: section 4 as library calls."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "u
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The spectrum of a metric in numbers.
+    """Summary numbers of a metric's spectrum.
 
     Attributes:
         rank: the number of eigenvalues above D machine epsilons times the largest.
-        trace: their sum.
-        top: the largest ones, in descending order.
-        condition_number: the largest over the smallest of those that count for the rank.
+        trace: the sum of the eigenvalues.
+        top: the largest eigenvalues, in descending order.
+        condition_number: the ratio of the largest eigenvalue to the smallest one that counts for the rank.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, metric: Metric, top: int) -> Spectrum:
-        """Return the spectrum of a metric, with so many of its largest eigenvalues."""
+        """Return the spectrum of a metric, keeping the `top` largest eigenvalues."""
         values = metric.eigvalsh().flip(0)
         rank = int((values > metric.shape[0] * torch.finfo(metric.dtype).eps * values[0]).sum())
         condition = float(values[0] / values[rank - 1]) if rank else float("nan")
@@ -46,12 +46,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """A layer's relative metric beside its block of the global one.
+    """A layer's relative metric (RFIM) and its block of the global metric (FIM).
 
     Attributes:
-        name: of the layer.
-        response: what its units say.
-        parameters: D, their number.
+        name: the name of the layer.
+        response: the response of its units.
+        parameters: the number of parameters, D.
         relative: the spectrum of the RFIM.
         global_block: the spectrum of the layer's diagonal block of the FIM.
     """
@@ -65,7 +65,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One `LayerComparison` a layer, in the order of the model; prints as a table."""
+    """The comparison of all layers, in the order in which the forward pass reached them; `str` returns a table."""
 
     layers: tuple[LayerComparison, ...]
 
@@ -87,17 +87,17 @@ class Comparison:
 def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> Comparison:
     """Compare each linear layer's relative metric with its block of the global metric. Section 4.
 
-    The rank of a hidden layer's RFIM is at most n * out, that of the global metric at most n times the number of
-    independent outcomes of `response`; for the last layer the two metrics are one.
+    The rank of a hidden layer's RFIM is at most n * out. The rank of the global metric is at most n times the number of
+    independent outcomes of `response`. For the last layer the two metrics are equal.
 
     Args:
-        model: its output is the pre-activation of the response.
-        inputs: what the model is called with: a tensor, or a tuple of arguments; n samples.
-        response: what the model's output says; also the response of the layer that makes the output.
-        top: how many of the largest eigenvalues to keep.
+        model: the model, whose output is the pre-activation of the response.
+        inputs: the arguments of the model, with n samples: a tensor, or a tuple of arguments.
+        response: the response of the model's output, which is also that of the last layer.
+        top: the number of largest eigenvalues to keep.
 
     Returns:
-        The comparison, a row a layer that the forward pass reached.
+        The comparison, with one row per layer that the forward pass reached.
 
     Raises:
         ValueError: if a layer is parametrized, so that its parameters are not its weight and bias.
@@ -119,7 +119,7 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
 
 
 def _plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the linear layers by name, none of which may be parametrized."""
+    """Return the linear layers by name, after checking that none is parametrized."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     taken = [name for name, module in modules.items() if parametrize.is_parametrized(module)]
     if taken:
@@ -128,7 +128,7 @@ def _plain_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 class _Scaled(nn.Module):
-    """weight = scale * phi: the coordinates in which the metric is scale^2 times as large."""
+    """The parametrization weight = scale * phi; the metric of phi is scale^2 times the metric of the weight."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -142,22 +142,22 @@ class _Scaled(nn.Module):
 
 
 def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, float]:
-    """Reparametrise each linear layer so that the largest eigenvalue of its metric is 1. Section 4.
+    """Reparametrize each linear layer so that the largest eigenvalue of its metric is 1. Section 4.
 
-    A layer's weight and bias become scale * phi with scale = 1 / sqrt(largest eigenvalue), as parametrizations of
-    torch; the model computes what it did before, and its parameters are the phi. A step of bounded length in phi then
-    changes each layer's response by a bounded amount. `unbalance` is the inverse.
+    Each layer's weight and bias become scale * phi, as torch parametrizations, where scale is 1 / sqrt(largest
+    eigenvalue). The model computes the same function, and its parameters are the phi. A step of bounded length in phi
+    then changes each layer's response by a bounded amount. `unbalance` is the inverse.
 
     Args:
-        model: changed in place; make the optimizer afterwards.
-        inputs: what the model is called with: a tensor, or a tuple of arguments.
-        response: the response of the layer that makes the model's output.
+        model: the model, which is changed in place; create the optimizer afterwards.
+        inputs: the arguments of the model: a tensor, or a tuple of arguments.
+        response: the response of the model's output, which is also that of the last layer.
 
     Returns:
         The scale of each layer, by name.
 
     Raises:
-        ValueError: if a layer is parametrized already, or its metric is zero.
+        ValueError: if a layer is already parametrized, or its metric is zero.
     """
     layers = _plain_layers(model)
     seen = observe(model, layers, inputs)
@@ -177,7 +177,7 @@ def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, floa
 
 
 def unbalance(model: nn.Module) -> None:
-    """Undo `balance`: the parameters are weights and biases again, with the values that they have reached."""
+    """Undo `balance`: turn the parameters back into weights and biases, keeping their current values."""
     for module in model.modules():
         if not parametrize.is_parametrized(module):
             continue

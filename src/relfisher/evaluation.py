@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while: its metric is that of the function which it computes when it is used."""
+"""Put a model in evaluation mode temporarily, since its metric is that of the function used for inference."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["evaluation_mode"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of a model in evaluation mode, and back in its own mode at the end, whatever happens.
+    """Put every module of a model in evaluation mode, and restore each module's mode at the end, even after an error.
 
     Args:
-        model: without dropout and with the running statistics of batch norm in the meantime.
+        model: the model; meanwhile it has no dropout, and its batch norm uses the running statistics.
 
     Yields:
         Nothing.

@@ -1,7 +1,7 @@
-"""The information F_n that a response carries about its pre-activation z_n, as a batched operator.
+"""The Fisher information F_n of a response about its pre-activation z_n, as a batched operator.
 
-F(z) = E_y[d ln p(y|z)/dz d ln p(y|z)/dz'] is an [out, out] matrix for each of n samples. It is never stored as such:
-a kind of response has a kind of F, and each kind knows how to act on a field r of shape [..., n, out].
+F(z) = E_y[d ln p(y|z)/dz d ln p(y|z)/dz'] is an [out, out] matrix for each of n samples. The matrices are not stored:
+each kind of response has its own class here, which applies F to a field r of shape [..., n, out].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Diagonal", "Information", "Isotropic", "PulledBack", "Softmax"]
 class Information(ABC):
     """One symmetric positive semi-definite [out, out] matrix F_n for each of n samples."""
 
-    #: True if every F_n is a diagonal matrix, so that the metric is block diagonal, a block a unit.
+    #: Whether every F_n is diagonal, which makes the metric block diagonal with one block per unit.
     is_diagonal: bool = False
 
     @property
@@ -30,7 +30,7 @@ class Information(ABC):
 
     @abstractmethod
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
-        """Apply each F_n to its vector: row n of the result is F_n r_n."""
+        """Apply each F_n to the vector of its sample: row n of the result is F_n r_n."""
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, "n out"]:
@@ -38,7 +38,7 @@ class Information(ABC):
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "n out out"]:
-        """Return the matrices F_n themselves: n * out^2 numbers."""
+        """Return the matrices F_n, which take n * out^2 numbers."""
 
     @abstractmethod
     def total(self) -> Float[Tensor, "out out"]:
@@ -47,11 +47,11 @@ class Information(ABC):
 
 @dataclass(frozen=True)
 class Isotropic(Information):
-    """F_n = value * I for all samples: the linear Gaussian layer, equation (22).
+    """F_n = value * I for all samples: a linear Gaussian layer, equation (22).
 
     Args:
         value: the scalar 1 / sigma^2.
-        like: a tensor [n, out] that gives the shape, dtype and device; its values are not used.
+        like: a tensor [n, out] with the shape, dtype and device; its values are not used.
     """
 
     value: float
@@ -82,7 +82,7 @@ class Isotropic(Information):
 
 @dataclass(frozen=True)
 class Diagonal(Information):
-    """F_n = diag(nu_n): units that respond independently of each other, equation (23)."""
+    """F_n = diag(nu_n): units with independent responses, equation (23)."""
 
     nu: Float[Tensor, "n out"]
     is_diagonal = True
@@ -113,8 +113,8 @@ class Diagonal(Information):
 class Softmax(Information):
     """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25).
 
-    The diagonal of matrices is made of the products eta_i eta_j, j != i, which sum to eta_i (1 - eta_i): where one
-    class is all but certain, the difference would be rounding error alone, and the matrix not positive semi-definite.
+    In the matrices, the diagonal entry eta_i (1 - eta_i) is computed as the sum of eta_i eta_j over j != i. Where one
+    class is almost certain, the difference would be pure rounding error, and the matrix not positive semi-definite.
     """
 
     eta: Float[Tensor, "n out"]
@@ -130,7 +130,7 @@ class Softmax(Information):
         return torch.addcmul(weighted, self.eta, weighted.sum(-1, keepdim=True), value=-1)
 
     def diagonal(self) -> Float[Tensor, "n out"]:
-        """Return eta (1 - eta), as in a sigmoid unit, equation (14)."""
+        """Return eta (1 - eta), as for a sigmoid unit, equation (14)."""
         return self.eta * (1 - self.eta)
 
     def dense(self) -> Float[Tensor, "n out out"]:
@@ -143,17 +143,17 @@ class Softmax(Information):
 
 
 def _laplacian(weights: Float[Tensor, "*n out out"]) -> Float[Tensor, "*n out out"]:
-    """Return the diagonal matrix of the sums of what stands beside the diagonal in each row, minus that."""
-    beside = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
-    return torch.diag_embed(beside.sum(-1)) - beside
+    """Return D - A, where A is the off-diagonal part of the weights and D the diagonal matrix of A's row sums."""
+    off_diagonal = weights - torch.diag_embed(weights.diagonal(dim1=-2, dim2=-1))
+    return torch.diag_embed(off_diagonal.sum(-1)) - off_diagonal
 
 
 @dataclass(frozen=True)
 class PulledBack(Information):
-    """F_n = J_n' F_n^next J_n with J_n = C diag(f'(z_n)): the next layer's information, equation (26).
+    """F_n = J_n' F_n^next J_n with J_n = C diag(f'(z_n)): the next layer's information, pulled back. Equation (26).
 
     Args:
-        following: the information of the next layer about its own pre-activation, [n, next].
+        following: the information of the next layer about its own pre-activation, with F_n [next, next].
         weight: C, the next layer's weight [next, out].
         slope: f'(z) of this layer's units, [n, out].
     """
@@ -168,7 +168,7 @@ class PulledBack(Information):
         return self.slope.shape[-1]
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
-        """Push the field forward through J_n, apply the next layer's information, pull it back."""
+        """Push the field forward through J_n, apply the next layer's information, and pull the result back."""
         forward = (field * self.slope) @ self.weight.T
         return (self.following.apply(forward) @ self.weight) * self.slope
 

@@ -1,4 +1,4 @@
-"""How much memory is free, and whether a dense matrix may be formed in it."""
+"""Check how much memory is free before forming a dense matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["available_bytes", "check_fits"]
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device; on other than CPU and CUDA devices, those of the host."""
+    """Return the free bytes of a device; for devices other than CPU and CUDA, those of the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -22,17 +22,17 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_fits(what: str, numbers: int, dtype: torch.dtype, device: torch.device, instead: str) -> None:
-    """Raise unless a tensor takes at most half of the free memory.
+    """Raise ValueError unless a tensor takes at most half of the free memory.
 
     Args:
-        what: the tensor, in words.
-        numbers: how many entries it has.
-        dtype: of its entries.
-        device: where it would be.
-        instead: what to do otherwise, in words.
+        what: a description of the tensor, for the message.
+        numbers: the number of its entries.
+        dtype: the dtype of its entries.
+        device: the device that would hold it.
+        instead: what to do instead, for the message.
 
     Raises:
-        ValueError: with the size, the room and the alternative.
+        ValueError: if the tensor takes more; the message gives its size, the free memory and the alternative.
     """
     needed = numbers * dtype.itemsize
     free = available_bytes(device)

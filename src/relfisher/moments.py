@@ -1,4 +1,4 @@
-"""Weighted second moments of the augmented input x~ = (x, 1): the sums that every exact metric block is made of."""
+"""Weighted second moments of the augmented input x~ = (x, 1), from which all exact metric blocks are built."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from relfisher.shapes import Float
 
 __all__ = ["add_product", "add_second_moments", "add_weighted_second_moments", "augment", "weighted_second_moments"]
 
-# Up to this many inputs the outer products of a piece of the batch are formed and met by one matrix product; above it
-# a product a unit is as fast and needs no room.
+# Up to this many inputs, the outer products of a chunk of the batch are formed and reduced by one matrix product. Above
+# it, one product per unit is as fast and needs no extra memory.
 _FLAT_INPUTS = 160
 _FLAT_NUMBERS = 1 << 23
 
 
 def augment(x: Float[Tensor, "*g n in"], ones: int = 1) -> Float[Tensor, "*g n d"]:
-    """Return x~ = (x, 1), the input in homogeneous coordinates: with a 1 for each bias."""
+    """Return x~ = (x, 1), the input in homogeneous coordinates: a column of ones for each bias."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], ones)], dim=-1) if ones else x
 
 
@@ -24,11 +24,11 @@ def weighted_second_moments(weights: Float[Tensor, "n q"], augmented: Float[Tens
     """Return sum_n w_nq x~_n x~_n' for every column q of the weights.
 
     Args:
-        weights: nu of each unit, or any other weights of the samples.
-        augmented: x~.
+        weights: the weights of the samples, such as nu of each unit.
+        augmented: the augmented input x~.
 
     Returns:
-        One symmetric matrix a column, [q, d, d].
+        One symmetric matrix per column, [q, d, d].
     """
     q, d = weights.shape[1], augmented.shape[1]
     moments = augmented.new_empty(q, d, d)
@@ -63,13 +63,13 @@ def add_second_moments(
     """Replace moments by keep * moments + share * sum_n x~_n x~_n', in place, if the sum is finite.
 
     Args:
-        moments: one matrix, or one a group.
-        augmented: x~.
-        keep: the factor of what is there.
-        share: that of the sum.
+        moments: one matrix, or one per group.
+        augmented: the augmented input x~.
+        keep: the factor of the old moments.
+        share: the factor of the sum.
 
     Returns:
-        Whether it is: False leaves the moments as they were.
+        Whether the sum is finite; if False, the moments are unchanged.
     """
     # An entry of a positive semi-definite matrix is bounded by its trace.
     length = float(torch.linalg.vector_norm(augmented))

@@ -1,8 +1,8 @@
-"""What the units of a layer say: the stochastic response y of a pre-activation z, and its information F(z).
+"""Stochastic responses y of a layer with pre-activation z, and their Fisher information F(z).
 
-A response fixes p(y | z). Each class gives the activation f(z), its slope f'(z), the information nu(z), the
-log-density and samples. Unit responses act on each unit alone, so that F(z) = diag(nu(z)); `Categorical` joins all of
-them. Scales: `sigma` is the standard deviation of a Gaussian response, in the units of the activation.
+A response defines p(y | z). Each class provides the activation f(z), its slope f'(z), the information nu(z), the
+log-density and samples. A unit response acts on each unit independently, so that F(z) = diag(nu(z)); `Categorical`
+couples all units. `sigma` is the standard deviation of a Gaussian response, in the units of the activation.
 
 Source: Sun & Nielsen 2016, section 3.1 and appendices A to H.
 """
@@ -45,23 +45,23 @@ class Response(ABC):
 
     @abstractmethod
     def operator(self, z: Float[Tensor, "n out"]) -> Information:
-        """Return F(z) as an operator that is never formed."""
+        """Return F(z) as an operator that does not store the matrices."""
 
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return ln p(y | z): an entry a unit for unit responses, an entry a sample otherwise."""
+        """Return ln p(y | z): one entry per unit for unit responses, else one per sample."""
 
     @abstractmethod
     def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*shape"]:
-        """Draw y from p(y | z), with the generator's randomness where one is given."""
+        """Draw y from p(y | z), using the generator if one is given."""
 
     @abstractmethod
     def outcomes(self, out: int) -> tuple[float, ...] | None:
-        """Return all values that y (of a unit, or of the sample) can take, or None if they are a continuum."""
+        """Return all values that y can take (per unit, or per sample), or None if y is continuous."""
 
 
 class UnitResponse(Response):
-    """A response of each unit on its own, so that F(z) = diag(nu(z)); a subclass says f and nu."""
+    """A response of independent units, so that F(z) = diag(nu(z)); subclasses define f and nu."""
 
     @abstractmethod
     def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -73,7 +73,7 @@ class UnitResponse(Response):
 
     @abstractmethod
     def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return nu(z), the Fisher information of one unit about its pre-activation; the shape of z."""
+        """Return nu(z), the Fisher information of each unit about its pre-activation, in the shape of z."""
 
     def operator(self, z: Float[Tensor, "n out"]) -> Information:
         """Return diag(nu(z_n)) for each sample."""
@@ -81,13 +81,13 @@ class UnitResponse(Response):
 
 
 class _Bernoulli(UnitResponse):
-    """A unit with two outcomes, low and 1, whose log-odds are `_gain * z`."""
+    """A unit with the two outcomes `_low` and 1 and log-odds `_gain * z`."""
 
     _low: float
     _gain: float
 
     def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f'(z), which equals nu(z) for these units."""
+        """Return f'(z), which is equal to nu(z) for these units."""
         return self.information(z)
 
     def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -95,7 +95,7 @@ class _Bernoulli(UnitResponse):
         return functional.logsigmoid(torch.where(y > 0, self._gain, -self._gain) * z)
 
     def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
-        """Draw outcomes of the shape of z."""
+        """Draw outcomes in the shape of z."""
         high = torch.bernoulli(torch.sigmoid(self._gain * z), generator=generator)
         return high * (1 - self._low) + self._low
 
@@ -116,7 +116,7 @@ class TanhBernoulli(_Bernoulli):
         return torch.tanh(z)
 
     def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return sech(z)^2, written so that it keeps its relative accuracy where tanh saturates."""
+        """Return sech(z)^2, in a form that stays accurate where tanh saturates."""
         return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
 
 
@@ -154,12 +154,12 @@ class _Gaussian(UnitResponse):
         return -0.5 * scaled.square() - math.log(self.sigma) - 0.5 * math.log(2 * math.pi)
 
     def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
-        """Draw a response of the shape of z."""
+        """Draw responses in the shape of z."""
         noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
         return self.activation(z) + self.sigma * noise
 
     def outcomes(self, out: int) -> None:
-        """Return None: the outcomes are a continuum."""
+        """Return None: the response is continuous."""
         return
 
 
@@ -178,7 +178,7 @@ class LinearGaussian(_Gaussian):
         return torch.ones_like(z)
 
     def operator(self, z: Float[Tensor, "n out"]) -> Information:
-        """Return I / sigma^2 for each sample: one block is shared by all units."""
+        """Return I / sigma^2 for each sample, so that all units share one block of the metric."""
         return Isotropic(self.sigma**-2, z)
 
 
@@ -187,11 +187,12 @@ class ReLUGaussian(_Gaussian):
     """A (P)ReLU unit: nu = 1 / sigma^2 above 0 and iota^2 / sigma^2 below. Equations (15), (16).
 
     Args:
-        iota: the slope below 0, in [0, 1); 0 is ReLU. Where (16) is undefined, at z = 0, it is the slope, as in torch.
+        iota: the slope below 0, in [0, 1); 0 is ReLU. At z = 0, where (16) is undefined, the slope is iota, as in
+            torch.
         sigma: the response noise, > 0.
 
     Raises:
-        ValueError: if iota or sigma lies outside.
+        ValueError: if iota or sigma is out of range.
     """
 
     iota: float = 0.0
@@ -220,7 +221,7 @@ class SmoothReLUGaussian(_Gaussian):
         sigma: the response noise, > 0.
 
     Raises:
-        ValueError: if one of them lies outside.
+        ValueError: if an argument is out of range.
     """
 
     omega: float = 1.0
@@ -271,10 +272,10 @@ class ELUGaussian(_Gaussian):
 
 @dataclass(frozen=True)
 class ActivationGaussian(_Gaussian):
-    """Any differentiable activation with Gaussian response: nu = f'(z)^2 / sigma^2. Equation (58).
+    """Any differentiable activation with a Gaussian response: nu = f'(z)^2 / sigma^2. Equation (58).
 
     Args:
-        function: an element-wise activation, such as `torch.nn.functional.gelu`.
+        function: the element-wise activation f, such as `torch.nn.functional.gelu`.
         sigma: the response noise, > 0.
 
     Raises:
@@ -285,7 +286,7 @@ class ActivationGaussian(_Gaussian):
     sigma: float = 1.0
 
     def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f(z); the function may be one that works in place."""
+        """Return f(z); f may modify its input in place."""
         return self.function(z.clone())
 
     def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -1,9 +1,9 @@
-"""Shape annotations, checked at run time only where jaxtyping is installed, as in the tests.
+"""Shape annotations, checked at run time only if jaxtyping is installed, as it is for the tests.
 
-The core depends on torch alone. Annotations are never evaluated without jaxtyping, so that the names may be empty.
+The core depends only on torch. Without jaxtyping, annotations are never evaluated, so these names may be placeholders.
 
-Axes keep their letters everywhere: `n` samples (and positions, where weights are shared), `in` inputs, `out` units or
-classes, `d = in + 1` the augmented input (x, 1), `k` right-hand sides.
+Axes have the same letters everywhere: `n` samples (and positions, where weights are shared), `in` inputs, `out` units
+or classes, `d = in + 1` the augmented input (x, 1), `k` right-hand sides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The oracle, for a response or a metric of your own: one call that checks it against its definition.
+"""Check a response or a metric of your own against its definition, in one call.
 
-Nothing here trusts what it checks: expectations are enumerated or integrated from `log_prob` alone, derivatives come
-from automatic differentiation, and a metric is compared with the matrix that its products spell out.
+The checks do not rely on the code under test: expectations are enumerated or integrated from `log_prob` alone,
+derivatives come from automatic differentiation, and a metric is compared with the matrix that its products define.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _REACH = 12.0
 def check_response(response: Response, z: Float[Tensor, "n out"] | None = None, rtol: float = 1e-5) -> None:
     """Check that a response's information is the Fisher information of its own log-density. Equations (1), (2).
 
-    At each z: the probabilities sum to 1, the expected score is 0, and `information(z)` equals both the expected outer
-    product of scores and minus the expected Hessian of `log_prob`; `operator(z)` agrees with it on products, diagonal
-    and matrices; a unit response's `slope` is the derivative of its `activation`. Expectations are sums over
-    `outcomes`, or, for a continuum, integrals around `activation(z)` on the scale of the response's `sigma` (1 if it
-    has none), which must hold its mass within 12 sigma.
+    At each z, check that the probabilities sum to 1, that the expected score is 0, and that `information(z)` equals
+    both the expected outer product of scores and minus the expected Hessian of `log_prob`. Also check that
+    `operator(z)` agrees with it on products, diagonal and matrices, and that the `slope` of a unit response is the
+    derivative of its `activation`. Expectations are sums over `outcomes`. For a continuous response they are integrals
+    over `activation(z)` plus or minus 12 `sigma` (1 if the response has none), which must contain its mass.
 
     Args:
-        response: what to check.
-        z: float64 pre-activations to check at, away from kinks of the activation; None for some between -3 and 3.
+        response: the response to check.
+        z: float64 pre-activations to check at, away from kinks of the activation; None for a grid between -3 and 3.
         rtol: the relative tolerance.
 
     Raises:
-        AssertionError: if something does not hold, with what and where.
+        AssertionError: if a check fails; the message says which one, and where.
     """
     points = torch.linspace(-3, 3, 14, dtype=torch.float64).reshape(-1, 2) if z is None else z
     for sample in points:
@@ -55,19 +55,19 @@ def check_response(response: Response, z: Float[Tensor, "n out"] | None = None, 
 
 
 def check_metric(metric: Metric, expected: Float[Tensor, "D D"] | None = None, rtol: float = 1e-8) -> None:
-    """Check that a metric's operations agree with one matrix, and that this matrix is a metric.
+    """Check that a metric's operations agree with a single matrix, and that this matrix is a metric.
 
-    The matrix is spelled out column by column by `matvec`. It must be symmetric and positive semi-definite, and
-    `matmat`, `to_dense`, `blocks`, `diagonal`, `trace`, `eigvalsh`, `inner`, `solve` and `logdet` must agree with it.
+    The matrix is built column by column with `matvec`. It must be symmetric and positive semi-definite, and `matmat`,
+    `to_dense`, `blocks`, `diagonal`, `trace`, `eigvalsh`, `inner`, `solve` and `logdet` must agree with it.
 
     Args:
-        metric: what to check, of a few hundred parameters at most.
-        expected: the matrix that it should be, such as `relative_fisher(...).to_dense()`; None to check the operations
-            against each other alone.
+        metric: the metric to check, with at most a few hundred parameters.
+        expected: the matrix that the metric should equal, such as `relative_fisher(...).to_dense()`; None to check only
+            that the operations agree with each other.
         rtol: the tolerance, relative to the largest entry.
 
     Raises:
-        AssertionError: if something does not hold, with what and by how much.
+        AssertionError: if a check fails; the message says which one, and by how much.
     """
     size = metric.shape[0]
     eye = torch.eye(size, dtype=metric.dtype, device=metric.device)
@@ -110,7 +110,7 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
         mean, outer = weights @ scores, (scores * weights.unsqueeze(1)).T @ scores
         curvature = -torch.einsum("k,kij->ij", weights, hessians)
     else:
-        # Units are independent, so that each is integrated on its own, along the diagonal.
+        # Units are independent: integrate each one separately, along the diagonal.
         mean, outer = (weights * scores).sum(0), torch.diag((weights * scores.square()).sum(0))
         curvature = -torch.diag((weights * hessians.diagonal(dim1=-2, dim2=-1)).sum(0))
     mass = weights.sum(0)
@@ -122,9 +122,9 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
 
 
 def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Tensor]:
-    """Return responses of one sample with their weights: probabilities, or densities times quadrature weights.
+    """Return responses of one sample and their weights: probabilities, or densities times quadrature weights.
 
-    Both are [k, out], a weight a unit, or [k] where the response joins the units.
+    Both are [k, out], with one weight per unit, or [k] if the response couples the units.
 
     Raises:
         AssertionError: if the response cannot be integrated.
@@ -138,7 +138,7 @@ def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Ten
     if not isinstance(response, UnitResponse):
         raise AssertionError("a response with a continuum of outcomes must be a UnitResponse to be integrated")
     spread = _REACH * float(getattr(response, "sigma", 1.0))
-    # The trapezoidal rule converges geometrically for a density that has decayed at both ends.
+    # The trapezoidal rule converges geometrically for a density that vanishes at both ends.
     offsets = torch.linspace(-spread, spread, _NODES + 1, dtype=z.dtype)
     y = response.activation(z) + offsets.unsqueeze(1)
     return y, response.log_prob(z.expand(len(y), -1), y).exp() * (2 * spread / _NODES)

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, the value and what is allowed."""
+"""Check arguments: each error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def check_interval(name: str, value: float, low: float, high: float, *, closed: 
 
     Args:
         name: the argument's name, for the message.
-        value: what was given; NaN is never allowed.
-        low: the lower end.
-        high: the upper end.
+        value: the value; NaN is never allowed.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
         closed: "left" for [low, high), "both" for [low, high].
 
     Raises:
-        ValueError: if `value` lies outside.
+        ValueError: if `value` is out of range.
     """
     check_number(name, value)
     inside = low <= value <= high if closed == "both" else low <= value < high
@@ -89,17 +89,18 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, axes: str) -> None:
-    """Raise unless `tensor` is a finite floating matrix of the expected shape.
+    """Raise unless `tensor` is a finite floating-point matrix of the expected shape.
 
     Args:
         name: the argument's name, for the message.
-        tensor: what was given.
+        tensor: the tensor to check.
         rows: the expected number of rows; None allows any.
         columns: the expected number of columns; None allows any.
         axes: the expected axes in words, such as "[out, in]".
 
     Raises:
-        ValueError: if the shape is not the expected one, or a value is not finite.
+        ValueError: if the shape is wrong, or a value is not finite.
+        TypeError: if `tensor` is not a real floating-point tensor.
     """
     check_floating(name, tensor)
     wrong_rows = tensor.ndim == 2 and rows is not None and tensor.shape[0] != rows

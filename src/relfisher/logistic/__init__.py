@@ -1,4 +1,4 @@
-"""Logistic regression by natural gradient steps, as a scikit-learn classifier; needs scikit-learn."""
+"""Logistic regression by natural gradient steps, as a scikit-learn classifier. Needs scikit-learn."""
 
 from relfisher.logistic.estimator import LogisticRegression
 

@@ -1,15 +1,16 @@
 """Logistic regression by natural gradient steps, as a scikit-learn classifier.
 
-The link is canonical, so that the metric of the sigmoid neuron (14) or of the softmax layer (25) is the Hessian of the
-loss: a natural gradient step is a Newton step. The objective is scikit-learn's,
+The link is canonical, so the metric of the sigmoid neuron (14) or of the softmax layer (25) is the Hessian of the loss,
+and a natural gradient step is a Newton step. The objective is scikit-learn's,
 
     mean_n -ln p(y_n | x_n) + |W|^2 / (2 C n),
 
-the intercept free. Each step solves (G + I / (C n)) d = gradient by conjugate gradients on the metric as an operator,
-preconditioned by the Kronecker product of mean F_n and mean x~_n x~_n' (for two classes: by the metric itself, at the
-weights where it was last formed), over some of the samples, and is shortened until the objective falls.
+where the intercept is not penalized. Each step solves (G + I / (C n)) d = gradient by conjugate gradients on the metric
+as an operator, and is halved until the objective decreases. The preconditioner is computed from a subset of the
+samples: the Kronecker product of mean F_n and mean x~_n x~_n', or, for two classes, an earlier metric, which is
+recomputed from time to time.
 
-Needs scikit-learn. Axes: `n` samples, `d = in + 1` (without intercept: `in`), `k` rows of weights: 1 for two classes.
+Needs scikit-learn. Axes: `n` samples, `d = in + 1` (`in` without intercept), `k` rows of weights (1 for two classes).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from relfisher.logistic.newton import LogisticObjective, minimise
+from relfisher.logistic.newton import LogisticObjective, minimize
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -36,27 +37,27 @@ if TYPE_CHECKING:
     Number: TypeAlias = float
     Whole: TypeAlias = int
 else:
-    # scikit-learn's contract: anything may be passed, and `fit` itself says what is wrong, with its own errors.
+    # scikit-learn's contract: any type may be passed, and `fit` reports what is wrong with scikit-learn's own errors.
     ArrayLike = Flag = Number = Whole = object
 
 __all__ = ["LogisticRegression"]
 
 
 class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """Logistic regression, binary or multinomial, with scikit-learn's objective and its natural gradient.
+    """Logistic regression, binary or multinomial: scikit-learn's objective, minimized by natural gradient steps.
 
     Args:
-        C: the inverse of the L2 penalty on the weights, > 0; infinity for none.
-        fit_intercept: whether there is an intercept, which is not penalised.
-        tol: stops once the largest entry of the objective's gradient is below, > 0.
-        max_iter: the most natural gradient steps.
+        C: the inverse of the L2 penalty on the weights, > 0; infinity for no penalty.
+        fit_intercept: whether to fit an intercept, which is not penalized.
+        tol: the tolerance, > 0; `fit` stops once no entry of the objective's gradient is larger.
+        max_iter: the largest number of natural gradient steps.
 
     Attributes:
         classes_: the labels, sorted.
         coef_: the weights, [1, in] for two classes, else [classes, in].
         intercept_: [1] or [classes].
-        n_iter_: how many steps were taken, [1].
-        n_features_in_: in.
+        n_iter_: the number of steps taken, [1].
+        n_features_in_: the number of features, in.
     """
 
     def __init__(
@@ -68,17 +69,17 @@ class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         self.max_iter = max_iter
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> LogisticRegression:
-        """Fits the weights, from zero.
+        """Fit the weights, starting from zero.
 
         Args:
-            X: samples, [n, in].
-            y: a label each, [n], of two or more classes.
+            X: the samples, [n, in].
+            y: the label of each sample, [n], from two or more classes.
 
         Returns:
-            The classifier.
+            The fitted classifier.
 
         Raises:
-            ValueError: a parameter is out of range, or there is only one class.
+            ValueError: if a parameter is out of range, or there is only one class.
         """
         for name in ("C", "tol", "max_iter"):
             if not getattr(self, name) > 0:
@@ -96,7 +97,7 @@ class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             penalty=1 / (self.C * len(x)),
             bias=self.fit_intercept,
         )
-        result = minimise(objective, tolerance=self.tol, max_steps=self.max_iter)
+        result = minimize(objective, tolerance=self.tol, max_steps=self.max_iter)
         if not result.converged:
             warnings.warn(
                 f"after {result.steps} steps the gradient is {result.gradient_norm:.1e}, not below tol={self.tol:g}: "
@@ -112,25 +113,25 @@ class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
         return self
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Returns the log-odds of the second class, [n], or the scores of all classes, [n, classes]."""
+        """Return the log-odds of the second class, [n], or the scores of all classes, [n, classes]."""
         check_is_fitted(self)
         samples = validate_data(self, X, dtype=np.float64, reset=False)
         scores: NDArray[np.float64] = samples @ self.coef_.T + self.intercept_
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Returns the most probable label of each sample, [n]."""
+        """Return the most probable label of each sample, [n]."""
         scores = self.decision_function(X)
         indices = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)
         labels: NDArray[Any] = self.classes_[indices]
         return labels
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Returns the probability of each class, [n, classes]."""
+        """Return the probability of each class, [n, classes]."""
         return np.exp(self.predict_log_proba(X))
 
     def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Returns the log-probability of each class, [n, classes]."""
+        """Return the log-probability of each class, [n, classes]."""
         scores = torch.from_numpy(self.decision_function(X))
         if scores.ndim == 1:
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)

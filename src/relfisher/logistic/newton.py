@@ -1,4 +1,4 @@
-"""Newton's method for logistic regression, with the metric as an operator: the solver of `LogisticRegression`."""
+"""Newton's method for logistic regression with the metric as an operator: the solver of `LogisticRegression`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.nn import functional
 
 from relfisher.shapes import Float, Num
 
-__all__ = ["LogisticObjective", "Result", "minimise"]
+__all__ = ["LogisticObjective", "Result", "minimize"]
 
 _ARMIJO = 1e-4
 _SHORTEST = 2.0**-30
 _ROUNDING = 1e-14
-# Eigenvalues of a preconditioner, relative to the largest or the mean.
+# The smallest eigenvalue of a preconditioner, relative to the largest or to the mean.
 _FLOOR = 1e-10
-# Forming the metric of d parameters costs about d / 30 products with it, which are bound by memory.
+# Forming the metric of d parameters costs about as much as d / 30 products with it, which are memory-bound.
 _COST_RATIO = 30.0
 _SAMPLES_PER_PARAMETER = 4
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where the minimisation ended. `weights` are [k, d], `gradient_norm` is the largest entry of the gradient."""
+    """The result of a minimization. `weights` are [k, d], `gradient_norm` is the gradient's largest absolute entry."""
 
     weights: Tensor
     steps: int
@@ -33,14 +33,14 @@ class Result:
 
 
 class LogisticObjective:
-    """Mean cross-entropy with an L2 penalty: value, gradient, metric.
+    """Mean cross-entropy with an L2 penalty: its value, gradient and metric.
 
     Args:
         x: the samples, float64.
         labels: class indices.
-        classes: how many; two have one row of weights.
+        classes: the number of classes; two classes have one row of weights.
         penalty: the factor of |W|^2 / 2, >= 0.
-        bias: whether there is an unpenalised intercept.
+        bias: whether there is an intercept, which is not penalized.
     """
 
     def __init__(self, x: Float[Tensor, "n in"], labels: Num[Tensor, "n"], *, classes: int, penalty: float, bias: bool):
@@ -85,21 +85,21 @@ class LogisticObjective:
         return weighted - probabilities * weighted.sum(1, keepdim=True)
 
     def hessian(self, probabilities: Float[Tensor, "n k"], vector: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        """Return (G + penalty) v in two matrix products, G the metric of the neuron or of the softmax layer."""
+        """Return (G + penalty) v in two matrix products, with G the metric of the neuron or of the softmax layer."""
         field = self.information(probabilities, self.scores(vector))
         return (field.T @ self.x).div_(len(self.x)).addcmul_(vector, self.penalty)
 
 
-def minimise(objective: LogisticObjective, *, tolerance: float, max_steps: int) -> Result:
-    """Minimise from zero by damped Newton steps.
+def minimize(objective: LogisticObjective, *, tolerance: float, max_steps: int) -> Result:
+    """Minimize the objective from zero by Newton steps with backtracking.
 
     Args:
-        objective: what to minimise; it is convex.
-        tolerance: where the largest entry of the gradient is small enough.
-        max_steps: where to stop at the latest.
+        objective: the convex objective.
+        tolerance: the largest absolute entry of the gradient at which to stop.
+        max_steps: the largest number of steps.
 
     Returns:
-        The weights and whether the tolerance was reached.
+        The weights, and whether the tolerance was reached.
     """
     weights = objective.x.new_zeros(objective.rows, objective.x.shape[1])
     scores = objective.scores(weights)
@@ -115,7 +115,7 @@ def minimise(objective: LogisticObjective, *, tolerance: float, max_steps: int) 
         direction = _direction(objective, probabilities, gradient, preconditioner, tolerance)
         change = objective.scores(direction)
         decrease, length = float((gradient * direction).sum()), 1.0
-        # Near the minimum the decrease is below the rounding of the value.
+        # Near the minimum the decrease is smaller than the rounding error of the value.
         while (lower := objective.value(scores - length * change, weights - length * direction)) > (
             value - _ARMIJO * length * decrease + _ROUNDING * abs(value)
         ):
@@ -127,52 +127,52 @@ def minimise(objective: LogisticObjective, *, tolerance: float, max_steps: int) 
 
 
 def _some(x: Float[Tensor, "n d"]) -> slice:
-    """Return evenly spaced samples, enough for a preconditioner of metrics that are means over all of them."""
+    """Return a slice of evenly spaced samples, enough to estimate a metric for a preconditioner."""
     return slice(None, None, max(1, len(x) // (_SAMPLES_PER_PARAMETER * x.shape[1])))
 
 
 class _Metric:
-    """Preconditioner for two classes: the inverse of the metric at the weights where it was last formed."""
+    """The preconditioner for two classes: the inverse of the metric at the weights where it was last formed."""
 
     def __init__(self, objective: LogisticObjective) -> None:
         self._penalty = objective.penalty
         self._some = _some(objective.x)
         x = self._x = objective.x[self._some]
         # At zero weights nu is 1/4 everywhere.
-        self._factor = self._factorised((x.T @ x).div_(4 * len(x)))
+        self._factor = self._factorized((x.T @ x).div_(4 * len(x)))
         self._spent = 0
 
     def refresh(self, probabilities: Float[Tensor, "n k"]) -> None:
-        """Form the metric anew where the iterations spent with the last one have cost as much as that."""
+        """Recompute the metric once the iterations since the last time have cost as much as forming it."""
         x = self._x
         if self._spent > x.shape[1] / _COST_RATIO:
             some = probabilities[self._some]
             rooted = x * (some * (1 - some)).div(len(x)).sqrt()
-            self._factor = self._factorised(rooted.T @ rooted)
+            self._factor = self._factorized(rooted.T @ rooted)
             self._spent = 0
 
     def __call__(self, residual: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         self._spent += 1
         return torch.cholesky_solve(residual.T, self._factor).T
 
-    def _factorised(self, metric: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    def _factorized(self, metric: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         metric.diagonal().add_(self._penalty + _FLOOR * metric.diagonal().mean())
         factor: Tensor = torch.linalg.cholesky(metric)
         return factor
 
 
 class _KroneckerMetric:
-    """Preconditioner for more classes: the inverse of mean F_n (x) mean x~_n x~_n' + penalty, from eigenvectors."""
+    """The preconditioner for more classes: the inverse of mean F_n (x) mean x~_n x~_n' + penalty, from eigenvectors."""
 
     def __init__(self, objective: LogisticObjective) -> None:
         x = objective.x[_some(objective.x)]
         values, self._vectors = torch.linalg.eigh((x.T @ x).div_(len(x)))
         self._values = values.clamp(min=_FLOOR * float(values[-1]))
-        # The intercept is not penalised, but its curvature is so large that this does not show.
+        # The intercept is not penalized, but its curvature is so large that the penalty makes no visible difference.
         self._penalty = float(objective.penalty.max())
 
     def refresh(self, probabilities: Float[Tensor, "n k"]) -> None:
-        """Take mean F_n at these probabilities, equation (25)."""
+        """Compute mean F_n at these probabilities, equation (25)."""
         mean = (probabilities.T @ probabilities).div_(-len(probabilities))
         mean.diagonal().add_(probabilities.mean(0))
         values, self._rotation = torch.linalg.eigh(mean)
@@ -192,7 +192,7 @@ def _direction(
     preconditioner: _Metric | _KroneckerMetric,
     tolerance: float,
 ) -> Float[Tensor, "k d"]:
-    """Solve (G + penalty) d = gradient by preconditioned conjugate gradients, as exactly as the step deserves."""
+    """Solve (G + penalty) d = gradient by preconditioned conjugate gradients, more accurately near the minimum."""
     preconditioner.refresh(probabilities)
     norm = gradient.norm()
     target = max(float(norm) * min(0.1, float(norm) ** 0.5), 0.1 * tolerance)

@@ -1,4 +1,4 @@
-"""The metric of a subsystem as one linear operator, and its closed forms."""
+"""The metric of a subsystem as one linear operator, and the closed forms of the paper."""
 
 from relfisher.metric.base import Metric, SingularMetricError
 from relfisher.metric.blocks import BlockMetric, DiagonalMetric, KroneckerMetric

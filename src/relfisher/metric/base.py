@@ -1,9 +1,9 @@
-"""A metric tensor as one linear operator: products, solves, spectra and lengths, whatever the subsystem.
+"""A metric tensor as one linear operator: products, solves, spectra and lengths, for any subsystem.
 
-A subclass says how G acts on vectors, and as which direct sum of dense blocks it can be written. Everything else is
-here, and treats a block-diagonal metric and a full one alike: a full one is a direct sum of one block.
+A subclass defines how G acts on vectors and how G splits into a direct sum of dense blocks. Everything else is derived
+here. A full metric is a direct sum of one block, so full and block-diagonal metrics share the same code.
 
-Axes: `D` parameters of the subsystem, `b` parameters of a block, `q` distinct blocks, `k` vectors at once.
+Axes: `D` parameters of the subsystem, `b` parameters of a block, `q` distinct blocks, `k` columns.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Metric", "SingularMetricError"]
 
-# Blocks of up to this many parameters are factorised; larger ones are solved by conjugate gradients.
+# Blocks of up to this many parameters are factorized; larger ones are solved by conjugate gradients.
 _DENSE_BLOCK = 4096
 
 
 class SingularMetricError(ValueError):
-    """A metric without damping has no inverse."""
+    """The metric, with the damping that was given, is singular to working precision."""
 
 
 class Metric(ABC):
     """A symmetric positive semi-definite matrix G [D, D] that is applied without being formed.
 
     Attributes:
-        parameter_shape: the shape of the subsystem's parameters; D is the product of it. Vectors may be given flat
-            [D] or in this shape, and come back as they were given.
-        samples: how many samples the metric is a mean over.
-        dtype: of its entries.
-        device: where it lives.
+        parameter_shape: the shape of the subsystem's parameters; D is its product. Methods accept vectors that are flat
+            [D] or have this shape, and return results of the same shape.
+        samples: the number of samples that the metric averages over.
+        dtype: the dtype of its entries.
+        device: the device that holds it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Metric(ABC):
         self.dtype = dtype
         self.device = device
 
-    # What a subclass says.
+    # A subclass implements these.
 
     @abstractmethod
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -60,7 +60,7 @@ class Metric(ABC):
 
     @abstractmethod
     def _direct_sum(self) -> Float[Tensor, "q b b"]:
-        """Return the blocks whose direct sum is G; one block (q = 1) may stand for all D / b of them."""
+        """Return the blocks whose direct sum is G; a single block (q = 1) may stand for D / b equal ones."""
 
     @abstractmethod
     def _direct_sum_shape(self) -> tuple[int, int]:
@@ -70,7 +70,7 @@ class Metric(ABC):
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return the diagonal of G."""
 
-    # What follows from it.
+    # Derived operations.
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,33 +79,33 @@ class Metric(ABC):
         return (size, size)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """Return G v for one vector, [D] or in the shape of the parameters.
+        """Return G v for one vector.
 
         Args:
-            vector: v.
+            vector: v, [D] or in the shape of the parameters.
 
         Returns:
             G v, in the shape of v.
 
         Raises:
-            ValueError: if v has another shape.
-            TypeError: if v has another dtype than the metric.
+            ValueError: if v has the wrong shape.
+            TypeError: if the dtype of v is not the metric's.
         """
         flat = self._flat("vector", vector)
         return self._product(flat.unsqueeze(1)).squeeze(1).reshape(vector.shape)
 
     def matmat(self, vectors: Tensor) -> Float[Tensor, "D k"]:
-        """Return G V for the columns of V, [D, k].
+        """Return G V for a matrix of columns.
 
         Args:
-            vectors: V.
+            vectors: V, [D, k].
 
         Returns:
             G V.
 
         Raises:
             ValueError: if V does not have D rows.
-            TypeError: if V has another dtype than the metric.
+            TypeError: if the dtype of V is not the metric's.
         """
         self._check_dtype("vectors", vectors)
         if vectors.ndim != 2 or vectors.shape[0] != self.shape[0]:
@@ -129,7 +129,7 @@ class Metric(ABC):
         """Return the matrix G.
 
         Returns:
-            G, parameters in the order of the flattened parameter shape.
+            G, with the parameters in the order of the flattened parameter shape.
 
         Raises:
             ValueError: if it would take more than half of the free memory.
@@ -147,13 +147,13 @@ class Metric(ABC):
         return dense.reshape(self.shape)
 
     def blocks(self) -> Float[Tensor, "blocks b b"]:
-        """Return the blocks whose direct sum is G: one a unit where the units respond independently, else G itself.
+        """Return the blocks whose direct sum is G: one per unit if units are independent, else G itself.
 
         Returns:
-            The D / b blocks; equal ones may share their memory.
+            The D / b blocks; equal blocks may share memory.
 
         Raises:
-            ValueError: if they would take more than half of the free memory.
+            ValueError: if the blocks would take more than half of the free memory.
         """
         distinct = self._checked_direct_sum()
         return distinct.expand(self.shape[0] // distinct.shape[-1], *distinct.shape[1:])
@@ -166,8 +166,8 @@ class Metric(ABC):
         """Return u' G v, the inner product of two steps. Equations (6), (10).
 
         Args:
-            u: a vector, [D] or in the shape of the parameters.
-            v: another.
+            u: a step, [D] or in the shape of the parameters.
+            v: another step.
 
         Returns:
             A scalar.
@@ -175,10 +175,10 @@ class Metric(ABC):
         return torch.dot(self._flat("u", u), self.matvec(v).reshape(-1))
 
     def norm(self, u: Tensor) -> Float[Tensor, ""]:
-        """Return the length of a step, the root of u' G u: how much it changes the response. Equations (6), (10).
+        """Return the length of a step, sqrt(u' G u): how much it changes the response. Equations (6), (10).
 
         Args:
-            u: a vector, [D] or in the shape of the parameters.
+            u: a step, [D] or in the shape of the parameters.
 
         Returns:
             A scalar.
@@ -186,17 +186,17 @@ class Metric(ABC):
         return self.inner(u, u).clamp(min=0).sqrt()
 
     def eigvalsh(self, k: int | None = None) -> Float[Tensor, "k"]:
-        """Return eigenvalues of G in ascending order.
+        """Return the eigenvalues of G, or the largest of them, in ascending order.
 
         Args:
-            k: how many of the largest; None for all of them. The k largest of a metric whose blocks are too large to
-                be decomposed come from Lanczos iterations, which need scipy.
+            k: the number of largest eigenvalues to return; None for all. If the blocks have more than 4096 parameters,
+                the k largest are computed by Lanczos iterations, which need scipy.
 
         Returns:
             All D eigenvalues, or the k largest.
 
         Raises:
-            ValueError: if k lies outside 1 ... D, or the blocks are too large and k is None.
+            ValueError: if k is not in 1 ... D, or the blocks are too large to be formed and k is None.
         """
         if k is not None and not 1 <= k <= self.shape[0]:
             raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
@@ -209,7 +209,7 @@ class Metric(ABC):
         return values if k is None else values[-k:]
 
     def rank(self, rtol: float | None = None) -> int:
-        """Return the number of eigenvalues above `rtol` times the largest.
+        """Return the numerical rank: the number of eigenvalues above `rtol` times the largest.
 
         Args:
             rtol: the relative threshold; None for D times the machine epsilon.
@@ -224,10 +224,10 @@ class Metric(ABC):
         """Return the ratio of the largest to the smallest eigenvalue of G + damping I.
 
         Args:
-            damping: >= 0.
+            damping: the damping, >= 0.
 
         Returns:
-            The ratio; infinite for a singular metric.
+            The ratio; infinite for a singular metric without damping.
         """
         check_interval("damping", damping, 0, math.inf)
         values = self.eigvalsh().clamp(min=0)
@@ -239,10 +239,10 @@ class Metric(ABC):
         """Return ln det(G + damping I).
 
         Args:
-            damping: >= 0.
+            damping: the damping, >= 0.
 
         Returns:
-            A scalar; -inf for a singular metric without damping.
+            A scalar, -inf for a singular metric without damping; eigenvalues below the threshold of `rank` count as 0.
         """
         check_interval("damping", damping, 0, math.inf)
         values = self.eigvalsh()
@@ -252,19 +252,20 @@ class Metric(ABC):
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """Return (G + damping I)^-1 v.
 
-        Blocks of up to 4096 parameters are factorised (Cholesky); larger metrics are solved by conjugate gradients,
-        preconditioned by the diagonal, to a relative residual of 100 machine epsilons.
+        Blocks of up to 4096 parameters are factorized (Cholesky). Larger ones are solved by conjugate gradients,
+        preconditioned by the diagonal, to a relative residual of 100 machine epsilons, with a `ConvergenceWarning` if
+        that is not reached.
 
         Args:
             v: one vector, [D] or in the shape of the parameters, or several, [D, k].
-            damping: >= 0.
+            damping: the damping, >= 0.
 
         Returns:
             The solution, in the shape of v.
 
         Raises:
-            ValueError: if damping is negative or v has another shape.
-            SingularMetricError: if the damped metric is singular to working precision.
+            ValueError: if damping is negative or v has the wrong shape.
+            SingularMetricError: if a factorized block is singular to working precision, damping included.
         """
         check_interval("damping", damping, 0, math.inf)
         columns = self._columns(v)
@@ -286,16 +287,16 @@ class Metric(ABC):
         return solution.reshape(v.shape)
 
     def pinv_solve(self, v: Tensor, rtol: float | None = None) -> Tensor:
-        """Return the Moore-Penrose pseudo-inverse of G times v: the natural gradient of a singular metric.
+        """Return the Moore-Penrose pseudo-inverse of G times v, the natural gradient of a singular metric.
 
         Source: Thomas 2014, as cited in section 2.
 
         Args:
             v: one vector, [D] or in the shape of the parameters, or several, [D, k].
-            rtol: eigenvalues up to rtol times the largest count as 0; None for D times the machine epsilon.
+            rtol: eigenvalues up to `rtol` times the largest count as 0; None for D times the machine epsilon.
 
         Returns:
-            The solution of least norm, in the shape of v.
+            The least-norm solution, in the shape of v.
         """
         columns = self._columns(v)
         values, vectors = torch.linalg.eigh(self._checked_direct_sum())
@@ -306,24 +307,25 @@ class Metric(ABC):
         return solution.reshape(v.shape)
 
     def natural_gradient(self, gradient: Tensor, damping: float = 0.0) -> Tensor:
-        """Return the natural gradient G^-1 dL, the direction of equation (7), for a loss gradient dL.
+        """Return the natural gradient G^-1 dL of a loss, the direction of equation (7).
 
         Args:
-            gradient: dL, [D] or in the shape of the parameters.
-            damping: >= 0; with 0, a singular metric is inverted on its range (Thomas 2014).
+            gradient: the gradient dL, [D] or in the shape of the parameters.
+            damping: the damping, >= 0. With 0, G^-1 is the pseudo-inverse (Thomas 2014), or, for blocks of more than
+                4096 parameters, a solve by conjugate gradients.
 
         Returns:
-            The direction, in the shape of the gradient; a step is minus the learning rate times it.
+            The direction, in the shape of the gradient; a step is the negative of it times the learning rate.
         """
         if damping == 0 and self._direct_sum_shape()[1] <= _DENSE_BLOCK:
             return self.pinv_solve(gradient)
         return self.solve(gradient, damping)
 
     def to_scipy(self) -> LinearOperator:
-        """Return the operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
+        """Return the metric as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
 
         Returns:
-            The operator, of the same shape and dtype.
+            The operator, with the metric's shape and dtype.
 
         Raises:
             ModuleNotFoundError: if scipy is not installed.
@@ -339,7 +341,7 @@ class Metric(ABC):
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)
 
-    # The machinery.
+    # Internals.
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         check_floating(name, tensor)
@@ -357,7 +359,7 @@ class Metric(ABC):
         return vector.reshape(-1)
 
     def _columns(self, v: Tensor) -> Float[Tensor, "D k"]:
-        """Return right-hand sides as columns, after checking them."""
+        """Check the right-hand sides and return them as columns."""
         self._check_dtype("v", v)
         one = v.ndim == 1 or tuple(v.shape) == self.parameter_shape
         if one:
@@ -385,7 +387,7 @@ class Metric(ABC):
         return rtol * max(float(values.max()), 0.0)
 
     def _lanczos(self, k: int) -> Float[Tensor, "k"]:
-        """Return the k largest eigenvalues; Lanczos iterations would see one of several equal blocks only once."""
+        """Return the k largest eigenvalues, from one copy of repeated blocks: Lanczos finds equal ones only once."""
         import numpy as np
         from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -404,6 +406,6 @@ class Metric(ABC):
         return found.repeat_interleave(repeats).sort().values[-k:]
 
     def _repeats(self) -> int:
-        """Return how often the direct sum stands in G: D / b where all blocks are equal, else once."""
+        """Return how many copies of the direct sum make up G: D / b if all blocks are equal, else 1."""
         count, size = self._direct_sum_shape()
         return self.shape[0] // (count * size)

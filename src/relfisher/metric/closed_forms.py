@@ -1,7 +1,7 @@
-"""The metrics of section 3 from tensors: a neuron, a layer, a softmax head, two layers.
+"""The metrics of section 3, computed from tensors: a neuron, a layer, a softmax head, two layers.
 
-Weights are torch's: `weight` [out, in], `bias` [out]; x is [n, in]. A metric's parameters are the matrix
-(weight, bias) [out, in + 1], neuron-major with the bias last; without a bias they are the weight alone.
+Shapes follow torch: `weight` [out, in], `bias` [out], x [n, in]. The parameters of a metric are the matrix
+(weight, bias) [out, in + 1], neuron-major with the bias last, or the weight alone if there is no bias.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def neuron_metric(
     Args:
         x: the neuron's inputs, [n, in].
         weight: its weights, [in].
-        bias: its bias, one number; None for a neuron without.
-        response: what the neuron says, such as `SigmoidBernoulli()`.
+        bias: its bias, one number; None for a neuron without a bias.
+        response: the response of the neuron, such as `SigmoidBernoulli()`.
 
     Returns:
         A metric of shape [in + 1, in + 1], or [in, in] without a bias.
 
     Raises:
-        ValueError: if shapes do not fit, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        ValueError: if the shapes do not match, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     check_floating("weight", weight)
     if weight.ndim != 1:
@@ -54,20 +54,20 @@ def layer_metric(
     bias: Tensor | None,
     response: Response,
 ) -> LayerMetric:
-    """Return the metric of a layer with this response: equation (22) if linear, (23) if element-wise, (25) if softmax.
+    """Return the metric of a layer. Equations (22) for a linear response, (23) for unit responses, (25) for softmax.
 
     Args:
         x: the layer's inputs, [n, in].
         weight: the layer's weight, [out, in].
-        bias: its bias, [out]; None for a layer without.
-        response: what its units say.
+        bias: its bias, [out]; None for a layer without a bias.
+        response: the response of the layer.
 
     Returns:
         A metric of shape [D, D], D = out * (in + 1), or out * in without a bias.
 
     Raises:
-        ValueError: if shapes do not fit, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        ValueError: if the shapes do not match, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     z = _pre_activation(x, weight, bias)
     return LayerMetric(response.operator(z), x.detach(), bias=bias is not None)
@@ -76,19 +76,19 @@ def layer_metric(
 def softmax_metric(x: Tensor, weight: Tensor, bias: Tensor | None) -> LayerMetric:
     """Return the metric of a softmax layer. Equation (25).
 
-    It is singular: an equal shift of the weights of all classes changes nothing.
+    The metric is singular: adding the same vector to the weights of all classes does not change the response.
 
     Args:
         x: the layer's inputs, [n, in].
-        weight: the layer's weight, a row a class, [out, in].
-        bias: its bias, [out]; None for a layer without.
+        weight: the layer's weight, [out, in], one row per class.
+        bias: its bias, [out]; None for a layer without a bias.
 
     Returns:
         A metric of shape [D, D], D = out * (in + 1), or out * in without a bias.
 
     Raises:
-        ValueError: if shapes do not fit, or a value is not finite.
-        TypeError: if a tensor is not of a floating-point dtype.
+        ValueError: if the shapes do not match, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     return layer_metric(x, weight, bias, Categorical())
 
@@ -104,25 +104,26 @@ def two_layer_metric(
 ) -> LayerMetric:
     """Return the metric of a layer's parameters with respect to the response of the next layer. Equation (26).
 
-    The hidden layer is deterministic, h = f(z); the next layer's parameters belong to the reference. Block (i, j) is
-    mean_n c_i' F_n c_j f'(z_ni) f'(z_nj) x~_n x~_n', with c_i the i-th column of the next layer's weight. The printed
-    (26), (81) have nu_f in place of f': the same for tanh and sigmoid units, but not for (P)ReLU and ELU units, where
-    nu_f = f'^2 / sigma^2.
+    The hidden layer is deterministic, h = f(z); the next layer's parameters are part of the reference. Block (i, j) is
+    mean_n c_i' F_n c_j f'(z_ni) f'(z_nj) x~_n x~_n', where c_i is the i-th column of the next layer's weight. Equations
+    (26) and (81) are printed with nu_f in place of f'. The two are equal for tanh and sigmoid units, but not in general
+    for (P)ReLU and ELU units, where nu_f = f'^2 / sigma^2.
 
     Args:
         x: the inputs of the first layer, [n, in].
         weight: the first layer's weight, [out, in].
-        bias: its bias, [out]; None for a layer without.
-        activation: the response that names the hidden activation f; its noise is not used.
+        bias: its bias, [out]; None for a layer without a bias.
+        activation: the response that defines the hidden activation f; its noise is not used.
         next_weight: the next layer's weight, [next, out].
-        next_bias: its bias, [next]; None for a layer without.
-        response: what the next layer says.
+        next_bias: its bias, [next]; None for a layer without a bias.
+        response: the response of the next layer.
 
     Returns:
-        A metric of the first layer's parameters, of shape [D, D], D = out * (in + 1).
+        A metric of the first layer's parameters, of shape [D, D], D = out * (in + 1), or out * in without a bias.
 
     Raises:
-        ValueError: if shapes do not fit, or a value is not finite.
+        ValueError: if the shapes do not match, or a value is not finite.
+        TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
     z = _pre_activation(x, weight, bias)
     check_matrix("next_weight", next_weight, None, weight.shape[0], "[next, out]")
@@ -132,7 +133,7 @@ def two_layer_metric(
 
 
 def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Float[Tensor, "n out"]:
-    """Return z = W x + b, after checking that everything fits."""
+    """Check shapes, dtypes and values, and return z = W x + b."""
     check_matrix(f"{prefix}weight", weight, None, None, "[out, in]")
     out, inputs = weight.shape
     check_matrix("x", x, None, inputs, "[n, in]")

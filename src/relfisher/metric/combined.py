@@ -1,4 +1,4 @@
-"""Metrics made of others: the mean over batches, the sum over groups of parameters, the same in other coordinates."""
+"""Metrics built from other metrics: a mean over batches, a direct sum over groups, a change of coordinates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class _Kind(NamedTuple):
-    """What the metrics of all batches have in common."""
+    """The properties that metrics must share to be combined."""
 
     parameter_shape: tuple[int, ...]
     blocks_shape: tuple[int, int]
@@ -31,17 +31,19 @@ def _kind(metric: Metric) -> _Kind:
 
 
 class BatchedMetric(Metric):
-    """The metric over all batches of a data set, of which one is in memory at a time.
+    """The metric over all batches of a data set, with one batch in memory at a time.
 
-    Every operation goes through the batches once, and weighs each by its samples.
+    Every operation makes one pass over the batches, and weights each batch by its number of samples.
 
     Args:
-        make: the metric of one batch, such as `lambda x: layer_metric(x, weight, bias, response)`.
-        batches: what can be iterated over again and again: a list or a `DataLoader` that does not shuffle, no iterator.
+        make: a function that returns the metric of one batch, such as
+            `lambda x: layer_metric(x, weight, bias, response)`.
+        batches: an iterable that allows repeated passes, such as a list or a `DataLoader` that does not shuffle; not an
+            iterator.
 
     Raises:
-        TypeError: if `batches` is an iterator, which is empty after the first pass.
-        ValueError: if there is no batch, or the metrics of two batches are of different parameters.
+        TypeError: if `batches` is an iterator, which would be empty after the first pass.
+        ValueError: if there is no batch, or the metrics of two batches differ in parameters, blocks, dtype or device.
     """
 
     def __init__(self, make: Callable[[Any], Metric], batches: Iterable[Any]) -> None:
@@ -64,7 +66,7 @@ class BatchedMetric(Metric):
         self._blocks_shape = kind.blocks_shape
 
     def _each(self, term: Callable[[Metric], Result]) -> Iterator[Result]:
-        """Yield a term of the metric of every batch; a batch is let go before the next one is taken."""
+        """Yield a term of each batch's metric, releasing each batch before taking the next one."""
         for batch in self._batches:
             result = term(self._make(batch))
             del batch
@@ -92,19 +94,19 @@ class BatchedMetric(Metric):
 
 
 class GroupedMetric(Metric):
-    """The metric of groups of parameters that do not meet, block diagonal with a metric a group.
+    """The block-diagonal metric of independent groups of parameters, with one metric per group.
 
     Args:
-        metrics: one a group, of parameters of the same shape and over as many samples.
+        metrics: one metric per group, all of the same parameter shape and number of samples.
 
     Raises:
-        ValueError: if there is none, or two are not alike.
+        ValueError: if there is no metric, or two of them are not alike.
     """
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         kinds = {(_kind(metric), metric.samples) for metric in metrics}
         if len(kinds) != 1:
-            raise ValueError(f"metrics must be alike and at least one, got {len(kinds)} kinds")
+            raise ValueError(f"metrics must not be empty and must be alike, got {len(kinds)} kinds")
         first = metrics[0]
         super().__init__((len(metrics), *first.parameter_shape), first.samples, first.dtype, first.device)
         self.metrics = list(metrics)
@@ -118,7 +120,7 @@ class GroupedMetric(Metric):
         return len(self.metrics) * self._copies() * count, size
 
     def _copies(self) -> int:
-        """Return how many blocks of a group are one: those that its units share are spelled out here."""
+        """Return how many equal blocks of a group each distinct block stands for; `_direct_sum` repeats them."""
         count, size = self.metrics[0]._direct_sum_shape()
         return self.metrics[0].shape[0] // (count * size)
 
@@ -126,20 +128,20 @@ class GroupedMetric(Metric):
         return torch.cat([metric._direct_sum().repeat(self._copies(), 1, 1) for metric in self.metrics])
 
     def diagonal(self) -> Float[Tensor, "D"]:
-        """Return the diagonals, one group after another."""
+        """Return the diagonals of the groups, concatenated."""
         return torch.cat([metric.diagonal() for metric in self.metrics])
 
 
 class TransformedMetric(Metric):
-    """The metric in other coordinates, J' G J. Equation (8).
+    """A metric in other coordinates, J' G J. Equation (8).
 
     Args:
-        metric: G, in the coordinates Lambda.
-        jacobian: J = dLambda / dTheta, [D, K].
+        metric: the metric G in the coordinates Lambda.
+        jacobian: the Jacobian J = dLambda / dTheta, [D, K].
 
     Raises:
         ValueError: if J does not have D rows, or is not finite.
-        TypeError: if J has another dtype than the metric.
+        TypeError: if the dtype of J is not the metric's.
     """
 
     def __init__(self, metric: Metric, jacobian: Tensor) -> None:

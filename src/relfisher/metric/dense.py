@@ -1,4 +1,4 @@
-"""A metric that is held as a matrix, as automatic differentiation gives it."""
+"""A metric stored as a matrix, such as automatic differentiation returns."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class DenseMetric(Metric):
     """A metric given by its matrix.
 
     Args:
-        matrix: G, symmetric [D, D]; it is kept, not copied.
+        matrix: the symmetric matrix G, [D, D]; it is kept, not copied.
         parameter_shape: the shape of the subsystem's parameters; None for [D].
-        samples: how many samples G is a mean over.
-        standard_error: of each entry of G, where it was estimated by sampling.
+        samples: the number of samples that G averages over.
+        standard_error: the standard error of each entry of G, if G was estimated by sampling.
 
     Raises:
-        ValueError: if the matrix is not square and finite, or is not of as many parameters as their shape says.
-        TypeError: if it is not of a floating-point dtype.
+        ValueError: if the matrix is not square and finite, or its size does not match `parameter_shape`.
+        TypeError: if the matrix does not have a floating-point dtype.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Conjugate gradients for metrics that are too large to factorise."""
+"""Conjugate gradients for metrics that are too large to factorize."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ConvergenceWarning", "conjugate_gradients", "least_correlation_eigen
 
 
 class ConvergenceWarning(UserWarning):
-    """An iteration stopped before it reached its tolerance."""
+    """An iterative solver stopped before it reached its tolerance."""
 
 
 def conjugate_gradients(
@@ -27,14 +27,14 @@ def conjugate_gradients(
     """Solve (G + damping I) X = B for all columns of B at once, preconditioned by the diagonal (Hestenes & Stiefel).
 
     Args:
-        product: V -> G V on [D, k].
-        right: B.
+        product: the function V -> G V on [D, k].
+        right: the right-hand sides B.
         diagonal: the diagonal of G.
-        damping: what is added to it.
-        max_iterations: where to stop.
+        damping: the damping, >= 0.
+        max_iterations: the largest number of iterations.
 
     Returns:
-        X, to a relative residual of 100 machine epsilons in every column, or, with a warning, the last iterate.
+        X, to a relative residual of 100 machine epsilons in every column, or the last iterate, with a warning.
     """
     preconditioner = diagonal.add(damping)
     preconditioner = torch.where(preconditioner > 0, preconditioner, torch.ones_like(preconditioner)).unsqueeze(1)
@@ -49,7 +49,7 @@ def conjugate_gradients(
             return solution
         image = product(direction).add(direction, alpha=damping)
         curvature = (direction * image).sum(0)
-        # A column that has converged to 0 has neither energy nor curvature left.
+        # A column whose residual is exactly 0 has zero energy and zero curvature.
         length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))
         solution += length * direction
         residual -= length * image
@@ -70,17 +70,17 @@ def conjugate_gradients(
 def least_correlation_eigenvalues(
     factors: Float[Tensor, "q b b"], diagonals: Float[Tensor, "q b"]
 ) -> Float[Tensor, "q"]:
-    """Return about the least eigenvalue of each matrix scaled to a diagonal of ones, by two inverse iterations.
+    """Estimate the least eigenvalue of each matrix scaled to a unit diagonal, by two inverse iterations.
 
-    A singular matrix has a Cholesky factor as often as rounding errors let its last pivot be positive. The least
-    eigenvalue of the scaled matrix is then one or two machine epsilons, whatever its size and the parameters' units.
+    Rounding errors can make the last pivot of a singular matrix positive, so that its Cholesky factorization succeeds.
+    The least eigenvalue of the scaled matrix is then one or two machine epsilons, whatever the size and the units.
 
     Args:
-        factors: Cholesky factors.
-        diagonals: the diagonals of the matrices that were factorised, > 0.
+        factors: the Cholesky factors.
+        diagonals: the diagonals of the factorized matrices, > 0.
 
     Returns:
-        The eigenvalues, not below the true ones.
+        The estimates, which are never below the true eigenvalues.
     """
     scale = diagonals.sqrt().unsqueeze(-1)
     start = torch.randn(scale.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The metric of a layer, G = mean_n F_n (x) x~_n x~_n': the one expression behind equations (12) to (26)."""
+"""The metric of a layer, G = mean_n F_n (x) x~_n x~_n', the common form of equations (12) to (26)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FIELD_NUMBERS = 1 << 25
 class LayerMetric(Metric):
     """The relative Fisher information metric of a layer's parameters [out, d], neuron-major, bias last.
 
-    A product with a vector V [out, d] is two matrix products over the samples, (F (X V'))' X / n: G is never formed.
+    A product with V [out, d] takes two matrix products over the samples, (F (X V'))' X / n, and never forms G.
 
     Args:
-        information: F_n, the information of the layer's response about its pre-activation.
-        x: the layer's input.
-        bias: True if the layer has a bias, so that x~ = (x, 1) and d = in + 1.
+        information: the Fisher information F_n of the layer's response about its pre-activation.
+        x: the layer's inputs.
+        bias: whether the layer has a bias, so that x~ = (x, 1) and d = in + 1.
     """
 
     def __init__(self, information: Information, x: Float[Tensor, "n in"], *, bias: bool) -> None:
