@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from relfisher.structures import Kept
 
-__all__ = ["check_groups", "check_names", "check_shapes", "moved"]
+__all__ = ["check", "moved", "restore"]
 
 
-def check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
+def check(
+    groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], declared: Mapping[Tensor, Mapping[str, Kept]]
+) -> None:
+    """Raise ValueError unless a state can be loaded into an optimizer.
+
+    Args:
+        groups: of the optimizer.
+        state_dict: what is to be loaded.
+        declared: what is kept with each parameter.
+
+    Raises:
+        ValueError: with what is missing, or what differs.
+    """
+    _check_groups(groups, state_dict)
+    saved = state_dict["param_groups"]
+    _check_names(groups, saved)
+    _check_shapes(groups, saved, state_dict["state"], declared)
+
+
+def restore(
+    states: MutableMapping[Tensor, dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    declared: Mapping[Tensor, Mapping[str, Kept]],
+) -> None:
+    """Put what was saved in its own dtypes: torch casts a state to the dtype of its parameter, which the metric lacks.
+
+    Args:
+        states: of the optimizer, by parameter.
+        state_dict: what is loaded.
+        declared: what is kept with each parameter, in the order of the groups.
+    """
+    places = [place for group in state_dict["param_groups"] for place in group["params"]]
+    for place, (parameter, kept) in zip(places, declared.items(), strict=True):
+        if place in state_dict["state"]:
+            states[parameter].update(moved(state_dict["state"][place], parameter, kept))
+
+
+def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """Return a copy of what was saved of a parameter, on its device; what the host reads stays on the host.
+
+    Args:
+        saved: the tensors, in the dtypes that they keep.
+        like: the parameter.
+        kept: what is declared of it.
+    """
+    hosted = {key for key, each in kept.items() if each.on_host}
+    return {
+        key: value.to("cpu" if key in hosted else like.device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in saved.items()
+    }
+
+
+def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
     """Raise ValueError unless a state is that of an RNGD optimizer.
 
     Args:
@@ -33,7 +85,7 @@ def check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
             raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {names}")
 
 
-def check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
+def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
     """Raise ValueError unless two lists of groups are of parameters of the same names; those without names may be any.
 
     Args:
@@ -56,7 +108,7 @@ def check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, 
         )
 
 
-def check_shapes(
+def _check_shapes(
     mine: Iterable[Mapping[str, Any]],
     saved: Iterable[Mapping[str, Any]],
     states: Mapping[int, Mapping[str, Any]],
@@ -83,18 +135,3 @@ def check_shapes(
                     f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
                     f"{list(tensor.shape)}, but here it would have {list(kept.shape)}"
                 )
-
-
-def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> dict[str, Any]:
-    """Return a copy of what was saved of a parameter, on its device; what the host reads stays on the host.
-
-    Args:
-        saved: the tensors, in the dtypes that they keep.
-        like: the parameter.
-        kept: what is declared of it.
-    """
-    hosted = {key for key, each in kept.items() if each.on_host}
-    return {
-        key: value.to("cpu" if key in hosted else like.device, copy=True) if isinstance(value, Tensor) else value
-        for key, value in saved.items()
-    }

@@ -263,6 +263,20 @@ class Curvature:
             kept |= record.structure.declares(record.layer.shape, root=self._root)
         return kept
 
+    def tell_without_metric(self, iteration: int) -> None:
+        """Say once of each layer that it has a gradient, but was never seen; at first, also which have none."""
+        unseen = [record for record in self.records.values() if record.structure is None]
+        unseen = [record for record in unseen if not self.observer.explains(record.layer)]
+        for record in unseen:
+            if record.layer.weight.grad is not None and not record.told_without_metric:
+                record.told_without_metric = True
+                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
+                warnings.warn(message, HealthWarning, stacklevel=6)
+        idle = ", ".join(record.name for record in unseen if record.is_idle)
+        if iteration == 0 and idle:
+            message = f"no part in the first step had {idle}: without a gradient, in no forward pass"
+            warnings.warn(message, HealthWarning, stacklevel=6)
+
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Give layers whose role is new their structures; those that were refused lose their state."""
         new = {layer: role for layer, role in roles.items() if self.records[layer].role is not role}

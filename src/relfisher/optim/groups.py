@@ -1,18 +1,18 @@
-"""Parameter groups: their options, the names in them, the halves with a metric and without, and the layers in each."""
+"""Parameter groups: their options, the names in them, and the halves with a metric and without."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from relfisher.layers import Layer, plain_name
+from relfisher.layers import plain_name
 from relfisher.optim.options import check_betas
 from relfisher.validation import check_interval, check_positive
 
-__all__ = ["ADAMW", "METRIC", "check_options", "homes", "named", "names_of", "not_owned", "split"]
+__all__ = ["ADAMW", "METRIC", "check_options", "named", "names_of", "split"]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
@@ -50,8 +50,8 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     Raises:
         TypeError: if what is given is no group.
     """
-    if not isinstance(group, dict):
-        raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
     params = named(group["params"], names)
     halves: dict[str, list[tuple[str, Tensor]]] = {METRIC: [], ADAMW: []}
     for name, parameter in params:
@@ -93,33 +93,3 @@ def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
         (name or names.get(id(parameter), f"a parameter of shape {list(parameter.shape)}"), parameter)
         for name, parameter in pairs
     ]
-
-
-def homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict[Layer, int]:
-    """Return the place of the group that each layer belongs to; layers of which no part has a metric here are left out.
-
-    Args:
-        layers: in the order of the model.
-        groups: all groups.
-
-    Returns:
-        For each layer the group of its weight, or of another part if that alone is given, in the order of the groups.
-    """
-    pending, found = list(layers), {}
-    for index, group in enumerate(groups):
-        if group["kind"] == METRIC:
-            given = {id(parameter) for parameter in group["params"]}
-            found.update({layer: index for layer in pending if id(layer.weight) in given})
-    home = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-    for layer in pending:
-        first = next((home[id(parameter)] for parameter in layer.parameters if id(parameter) in home), None)
-        if layer not in found and first is not None and groups[first]["kind"] == METRIC:
-            found[layer] = first
-    return found
-
-
-def not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Return the attributes of a layer's parts that are in no group."""
-    given = {id(parameter) for group in groups for parameter in group["params"]}
-    pairs = zip(layer.parts, layer.parameters, strict=True)
-    return frozenset(part.attribute for part, parameter in pairs if id(parameter) not in given)

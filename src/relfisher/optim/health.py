@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Health", "HealthWarning"]
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+__all__ = ["Health", "HealthWarning", "all_finite"]
 
 
 class HealthWarning(UserWarning):
@@ -51,3 +57,12 @@ class Health:
             warnings.warn(
                 f"{message} (iteration {iteration}{so_far}; counted in RNGD.health)", HealthWarning, stacklevel=5
             )
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether all gradients are finite."""
+    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    if not values or math.isfinite(get_total_norm(values)):
+        return True
+    # The norm of large finite values may overflow.
+    return all(bool(torch.isfinite(gradient).all()) for gradient in values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,23 @@ from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
 from relfisher.structures import Structure
 
-__all__ = ["Record"]
+__all__ = ["LayerView", "Record"]
+
+
+class LayerView(NamedTuple):
+    """A layer as an optimizer sees it.
+
+    Attributes:
+        name: of the layer.
+        role: as the model's forward pass told it; None before the first one.
+        structure: how its metric is kept; None before that, and if it has none.
+        group: the place of its group in `param_groups`.
+    """
+
+    name: str
+    role: Role | None
+    structure: Structure | None
+    group: int
 
 
 class Record:
@@ -28,6 +44,7 @@ class Record:
         role: as the model's forward pass told it; None before.
         structure: how its metric is kept; None until the role is known, and if the layer is refused.
         trainable_before: which parts were trained at the last update; None before the first one.
+        told_without_metric: whether it was said that it has a gradient, but was not seen.
         metric_in_use: the tensor of a state that was found to fit the structure.
     """
 
@@ -38,6 +55,7 @@ class Record:
         self.role: Role | None = None
         self.structure: Structure | None = None
         self.trainable_before: list[bool] | None = None
+        self.told_without_metric = False
         self.metric_in_use: Tensor | None = None
 
     @property

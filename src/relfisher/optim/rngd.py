@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from relfisher.layers import Layer, discover
 from relfisher.metric import Metric
-from relfisher.observe import Responses, Role, check_responses
-from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
+from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging
-from relfisher.optim.checkpoint import check_groups, check_names, check_shapes, moved
+from relfisher.optim.binding import Binding
+from relfisher.optim.checkpoint import check, restore
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import ADAMW, METRIC, check_options, homes, named, names_of, not_owned, split
-from relfisher.optim.health import Health, HealthWarning
+from relfisher.optim.groups import ADAMW, METRIC, check_options
+from relfisher.optim.health import Health, all_finite
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions
+from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
 from relfisher.optim.rules import StepRule, TrustRegion
 from relfisher.optim.rules.choice import rule_named
-from relfisher.optim.stepping import Moving, moving_layers, take
+from relfisher.optim.stepping import moving_layers, take, take_fallback, unchecked_gradients
 from relfisher.optim.watching import Watching
 from relfisher.responses import SmoothReLUGaussian
-from relfisher.structures import Inversion, Kept, Structure
+from relfisher.structures import Inversion, Kept
 from relfisher.validation import check_instance
 
-__all__ = ["RNGD", "LayerView"]
-
-
-class LayerView(NamedTuple):
-    """A layer as an optimizer sees it.
-
-    Attributes:
-        name: of the layer.
-        role: as the model's forward pass told it; None before the first one.
-        structure: how its metric is kept; None before that, and if it has none.
-        group: the place of its group in `param_groups`.
-    """
-
-    name: str
-    role: Role | None
-    structure: Structure | None
-    group: int
+__all__ = ["RNGD"]
 
 
 class RNGD(Watching, torch.optim.Optimizer):
@@ -135,11 +116,8 @@ class RNGD(Watching, torch.optim.Optimizer):
             "iteration": 0,
         }
         check_options(defaults)
-        self._known = discover(model, metric.layers).layers
-        metric.check(self._known)
-        self._inversions.check(self._known)
-        self._options = metric
-        self._model = weakref.ref(model)
+        self._binding = Binding(model, metric)
+        self._inversions.check(self._binding.known)
         self.health = Health()
         self._curvature = Curvature(
             model,
@@ -151,9 +129,6 @@ class RNGD(Watching, torch.optim.Optimizer):
             optional=(Momentum, Averaging),
             fallback=Fallback,
         )
-        self._rules: dict[Layer, Rule] = {}
-        self._place: dict[Layer, int] = {}  # the group of each layer
-        self._without_metric: set[str] = set()
         self._complete = False
         super().__init__(list(model.parameters()) if params is None else params, defaults)
         self._complete = True
@@ -199,7 +174,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         records = self._curvature.records
         return tuple(
             LayerView(layer.name, records[layer].role, records[layer].structure, place)
-            for layer, place in self._place.items()
+            for layer, place in self._binding.place.items()
         )
 
     def metric(self, name: str) -> Metric:
@@ -226,30 +201,14 @@ class RNGD(Watching, torch.optim.Optimizer):
             ValueError: if an option lies outside what is allowed, or a parameter is in another group already.
             TypeError: if it is no group of tensors.
         """
-        model = self._model()
-        names = {} if model is None else names_of(model)
-        if model is not None and self.param_groups:  # it may have got layers since
-            known = {id(layer.weight) for layer in self._known}
-            found = discover(model, self._options.layers).layers
-            self._known = [*self._known, *(layer for layer in found if id(layer.weight) not in known)]
-        if isinstance(param_group, dict):
-            rules = param_group.get("structure", self._options.structure)
-            check_rules(rules, self._known)
-            param_group = {**param_group, "params": named(param_group.get("params", ()), names)}
-            given = {id(parameter) for _, parameter in param_group["params"]}
-            for layer in self._known:
-                if layer not in self._place and any(id(parameter) in given for parameter in layer.parameters):
-                    self._rules[layer] = rule_for(layer, rules)
-        ruled = [layer for layer in self._known if self._rules.get(layer) != FALLBACK]
         self._curvature.states = self.state
-        for half in split(param_group, {id(p) for layer in ruled for p in layer.parameters}, names):
+        for half in self._binding.halves(param_group, self._curvature.model(), again=bool(self.param_groups)):
             self._add_half(half)
         if self._complete:
             self._settle()
 
     def _add_half(self, group: dict[str, Any]) -> None:
         """Add a group of parameters that all have a metric, or that all have none."""
-        group.pop("structure", None)
         if group["kind"] == ADAMW:
             group.setdefault("lr", group.get("fallback_lr", self.defaults["fallback_lr"]))
         full = {**self.defaults, **group}
@@ -263,16 +222,14 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Place layers in groups, say which parts of each are not owned, and complete the states."""
-        before, self._place = self._place, homes(self._known, self.param_groups)
-        self._place = {layer: self._place.get(layer, place) for layer, place in before.items()} | self._place
-        missing = {layer: not_owned(layer, self.param_groups) for layer in self._place}
-        for layer in before:
-            self._curvature.disown(layer, missing[layer])
-        self._curvature.add([layer for layer in self._place if layer not in before], self._rules, missing)
-        for layer, place in self._place.items():
+        new, not_owned = self._binding.settle(self.param_groups)
+        for layer in not_owned.keys() - set(new):
+            self._curvature.disown(layer, not_owned[layer])
+        self._curvature.add(new, self._binding.rules, not_owned)
+        for layer, place in self._binding.place.items():
             if self.param_groups[place]["averaging"]:
                 self._curvature.complete(layer, [Averaging])
-        covered = {parameter for layer in self._place for parameter in layer.parameters}
+        covered = self._binding.covered()
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
                 self.state[parameter].update(Fallback.create(parameter))
@@ -300,14 +257,15 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not _finite(self._unchecked()):
+        if not all_finite(unchecked_gradients(self._curvature, self.param_groups)):
             self._curvature.observer.drop()
             self.health.skipped(self._iteration, "a gradient is not finite")
             return loss
-        self._curvature.update(self._iteration, lambda record: self._inversion_of(record.layer, record.role))
-        moving = moving_layers(self._curvature, self._place, self.param_groups, self._rule)
+        self._curvature.update(self._iteration, self._inversion_of)
+        moving = moving_layers(self._curvature, self._binding.place, self.param_groups, self._rule)
         if take(moving, self.param_groups, self._rule):
-            self._take_fallback(moving)
+            self._curvature.tell_without_metric(self._iteration)
+            take_fallback(moving, self.param_groups, self.state)
         else:
             self.health.skipped(self._iteration, "the preconditioned step is not finite")
         iteration = self._iteration + 1
@@ -334,17 +292,11 @@ class RNGD(Watching, torch.optim.Optimizer):
         Raises:
             ValueError: if it is another optimizer's, or of other parameters, or its metrics have other shapes.
         """
-        check_groups(self.param_groups, state_dict)
-        check_names(self.param_groups, state_dict["param_groups"])
         declared = self._declared()
-        check_shapes(self.param_groups, state_dict["param_groups"], state_dict["state"], declared)
+        check(self.param_groups, state_dict, declared)
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
-        # The base class casts a state to the dtype of its parameter; the metric of a low-precision layer has its own.
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, (parameter, kept) in zip(saved, declared.items(), strict=True):
-            if index in state_dict["state"]:
-                self.state[parameter].update(moved(state_dict["state"][index], parameter, kept))
+        restore(self.state, state_dict, declared)
         self._curvature.recall()
         self._curvature.advance(self._iteration)
 
@@ -354,7 +306,6 @@ class RNGD(Watching, torch.optim.Optimizer):
         memo[id(self)] = twin
         own = {key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED}
         twin.__setstate__(own)
-        twin._model = twin._curvature.model
         twin._curvature.states = twin.state
         weakref.finalize(twin, twin._curvature.observer.close)
         return twin
@@ -364,76 +315,28 @@ class RNGD(Watching, torch.optim.Optimizer):
         iteration: int = self.param_groups[0]["iteration"]
         return iteration
 
-    def _inversion_of(self, layer: Layer, role: Role | None) -> Inversion:
-        return self._inversions.of(layer, role, float(self.param_groups[self._place[layer]]["damping"]))
+    def _inversion_of(self, record: Record) -> Inversion:
+        group = self.param_groups[self._binding.place[record.layer]]
+        return self._inversions.of(record.layer, record.role, float(group["damping"]))
 
     def _declared(self) -> dict[Tensor, dict[str, Kept]]:
         """Return what is kept with each parameter, in the order of the groups."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         declared = {parameter: Fallback.declares(tuple(parameter.shape)) for parameter in parameters}
-        for layer in self._place:
+        for layer in self._binding.place:
             record = self._curvature.records[layer]
             declared[record.key] = self._curvature.declares(record) | declared[record.key]
         return declared
 
-    def _unchecked(self) -> list[Tensor]:
-        """Return the gradients that must be finite for all to go on.
-
-        If no statistics wait, what the step rule makes of the layers' gradients tells of those, and costs nothing.
-        """
-        waiting = self._curvature.observer.waiting
-        records = [self._curvature.records[layer] for layer in self._place]
-        known = set() if waiting else {id(p) for each in records if each.structure for p in each.layer.parameters}
-        given = (p for group in self.param_groups for p in group["params"] if id(p) not in known)
-        return [p.grad for p in given if p.grad is not None]
-
-    def _take_fallback(self, moving: Sequence[Moving]) -> None:
-        """Step with AdamW on what has a gradient but no metric."""
-        moved = {id(parameter) for each in moving for parameter in each.record.layer.parameters}
-        self._tell_without_metric()
-        for group in self.param_groups:
-            rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
-            if rest:
-                Fallback.step(rest, [self.state[p] for p in rest], group["lr"] * group["fallback_ratio"], group)
-
-    def _tell_without_metric(self) -> None:
-        """Say once of each layer that it has a gradient, but was never seen; at first, also which have none."""
-        observer = self._curvature.observer
-        unseen = [layer for layer in self._place if self._curvature.records[layer].structure is None]
-        for layer in (layer for layer in unseen if not observer.explains(layer)):
-            if layer.weight.grad is not None and layer.name not in self._without_metric:
-                self._without_metric.add(layer.name)
-                message = f"{layer.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
-                warnings.warn(message, HealthWarning, stacklevel=5)
-        if self._iteration == 0:
-            idle = [layer for layer in unseen if self._curvature.records[layer].is_idle]
-            names = [layer.name for layer in idle if not observer.explains(layer)]
-            if names:
-                message = f"no part in the first step had {', '.join(names)}: without a gradient, in no forward pass"
-                warnings.warn(message, HealthWarning, stacklevel=5)
-
 
 _COPIED = (
     "_curvature",  # first: it copies the model, and so all parameters
+    "_binding",
     "_complete",
     "defaults",
     "state",
     "param_groups",
     "health",
     "_inversions",
-    "_known",
-    "_options",
-    "_place",
     "_rule",
-    "_rules",
-    "_without_metric",
 )
-
-
-def _finite(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all gradients are finite."""
-    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    if not values or math.isfinite(get_total_norm(values)):
-        return True
-    # The norm of large finite values may overflow.
-    return all(bool(torch.isfinite(gradient).all()) for gradient in values)

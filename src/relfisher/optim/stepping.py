@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.optim.averaging import Averaging, growing
 from relfisher.optim.curvature import Curvature
+from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import METRIC
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, StepRule
 
-__all__ = ["Moving", "moving_layers", "take"]
+__all__ = ["Moving", "moving_layers", "take", "take_fallback", "unchecked_gradients"]
 
 Group = dict[str, Any]
 
@@ -83,6 +84,28 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
     for group in groups:
         group["averaged"] += _weight(group)
     return True
+
+
+def unchecked_gradients(curvature: Curvature, groups: Iterable[Group]) -> list[Tensor]:
+    """Return the gradients that must be finite for all to go on.
+
+    If no statistics wait, what the step rule makes of the layers' gradients tells of those, and costs nothing.
+    """
+    records = () if curvature.observer.waiting else curvature.records.values()
+    known = {id(p) for record in records if record.structure for p in record.layer.parameters}
+    given = (p for group in groups for p in group["params"] if id(p) not in known)
+    return [p.grad for p in given if p.grad is not None]
+
+
+def take_fallback(
+    moving: Iterable[Moving], groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]
+) -> None:
+    """Step with AdamW on what has a gradient but no metric."""
+    moved = {id(parameter) for each in moving for parameter in each.record.layer.parameters}
+    for group in groups:
+        rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
+        if rest:
+            Fallback.step(rest, [states[p] for p in rest], group["lr"] * group["fallback_ratio"], group)
 
 
 def _weight(group: Group) -> float:

@@ -1,11 +1,12 @@
 """How a running metric is kept: exact neuron blocks, a block that units share, Kronecker factors or a diagonal."""
 
-from relfisher.structures.base import Cost, Kept, State, Statistics, Structure
+from relfisher.structures.base import Structure
 from relfisher.structures.diagonal import Diagonal
 from relfisher.structures.inverse import Factor, Inversion
 from relfisher.structures.kronecker import KroneckerFactors
 from relfisher.structures.neuron import NeuronBlocks
 from relfisher.structures.shared import SharedBlock
+from relfisher.structures.state import Cost, Kept, State, Statistics
 
 __all__ = [
     "Cost",

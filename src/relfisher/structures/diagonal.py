@@ -11,8 +11,9 @@ from torch import Tensor
 from relfisher.metric import DiagonalMetric, Metric
 from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.base import Cost, State, Structure
+from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, Inversion
+from relfisher.structures.state import Cost, State
 
 __all__ = ["Diagonal"]
 

@@ -18,9 +18,10 @@ from relfisher.metric import Metric
 from relfisher.moments import add_second_moments
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
-from relfisher.structures.base import Cost, State, Structure
+from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times, transposed_times
 from relfisher.structures.operator import kronecker_operator
+from relfisher.structures.state import Cost, State
 
 __all__ = ["KroneckerFactors"]
 
