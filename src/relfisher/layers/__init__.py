@@ -2,7 +2,7 @@
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer
-from relfisher.layers.linear import LinearLayer
+from relfisher.layers.linear import LinearLayer, column, whole
 from relfisher.layers.samples import Rows, Sampling
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "Rows",
     "Sampling",
     "check_kinds",
+    "column",
     "discover",
     "layers_of",
     "plain_name",
     "register_layer",
+    "whole",
 ]

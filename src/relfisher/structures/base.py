@@ -245,12 +245,8 @@ class Structure(ABC):
                 found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
         all_good = all(bool(good.all()) for _, _, good in found)
         for key, factor, good in found:
-            if all_good:
-                state[key].copy_(factor)
-            else:
-                state[key].copy_(
-                    torch.where(good.reshape(*good.shape, *(1,) * (factor.ndim - good.ndim)), factor, state[key])
-                )
+            each = good[(..., *(None,) * (factor.ndim - good.ndim))]
+            state[key].copy_(factor if all_good else torch.where(each, factor, state[key]))
         return all_good
 
     def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:

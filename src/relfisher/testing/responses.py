@@ -1,22 +1,16 @@
-"""Check a response or a metric of your own against its definition, in one call.
-
-The checks do not rely on the code under test: expectations are enumerated or integrated from `log_prob` alone,
-derivatives come from automatic differentiation, and a metric is compared with the matrix that its products define.
-"""
+"""The oracle for a response of your own."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from relfisher.metric import Metric
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
+from relfisher.testing.comparison import same
 
-__all__ = ["check_metric", "check_response"]
+__all__ = ["check_response"]
 
 _NODES = 256
 _REACH = 12.0
@@ -46,52 +40,12 @@ def check_response(response: Response, z: Float[Tensor, "n out"] | None = None, 
     dense = torch.diag_embed(information) if isinstance(response, UnitResponse) else information
     operator = response.operator(points)
     probe = torch.linspace(-1, 2, points.numel(), dtype=points.dtype).reshape(points.shape)
-    _same("operator(z).dense()", operator.dense(), dense, rtol)
-    _same("operator(z).diagonal()", operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1), rtol)
-    _same("operator(z).apply(r)", operator.apply(probe), (dense @ probe.unsqueeze(-1)).squeeze(-1), rtol)
+    same("operator(z).dense()", operator.dense(), dense, rtol)
+    same("operator(z).diagonal()", operator.diagonal(), dense.diagonal(dim1=-2, dim2=-1), rtol)
+    same("operator(z).apply(r)", operator.apply(probe), (dense @ probe.unsqueeze(-1)).squeeze(-1), rtol)
     if isinstance(response, UnitResponse):
         slope = vmap(grad(lambda point: response.activation(point.reshape(1, 1)).sum()))(points.reshape(-1))
-        _same("slope(z)", response.slope(points), slope.reshape(points.shape), rtol)
-
-
-def check_metric(metric: Metric, expected: Float[Tensor, "D D"] | None = None, rtol: float = 1e-8) -> None:
-    """Check that a metric's operations agree with a single matrix, and that this matrix is a metric.
-
-    The matrix is built column by column with `matvec`. It must be symmetric and positive semi-definite, and `matmat`,
-    `to_dense`, `blocks`, `diagonal`, `trace`, `eigvalsh`, `inner`, `solve` and `logdet` must agree with it.
-
-    Args:
-        metric: the metric to check, with at most a few hundred parameters.
-        expected: the matrix that the metric should equal, such as `relative_fisher(...).to_dense()`; None to check only
-            that the operations agree with each other.
-        rtol: the tolerance, relative to the largest entry.
-
-    Raises:
-        AssertionError: if a check fails; the message says which one, and by how much.
-    """
-    size = metric.shape[0]
-    eye = torch.eye(size, dtype=metric.dtype, device=metric.device)
-    matrix = torch.stack([metric.matvec(column) for column in eye], dim=1)
-    _same("symmetry", matrix, matrix.T, rtol)
-    if expected is not None:
-        _same("the matrix", matrix, expected, rtol)
-    values = torch.linalg.eigvalsh(matrix)
-    if float(values[0]) < -rtol * max(float(values[-1]), 1.0):
-        raise AssertionError(
-            f"the metric is not positive semi-definite: its least eigenvalue is {float(values[0]):.3e}"
-        )
-    probe = torch.linspace(-1, 2, size, dtype=metric.dtype, device=metric.device)
-    damping = float(values[-1]) * 0.1 + 1e-3
-    damped = matrix + damping * eye
-    _same("matmat", metric.matmat(eye), matrix, rtol)
-    _same("to_dense", metric.to_dense(), matrix, rtol)
-    _same("blocks", torch.block_diag(*metric.blocks()), matrix, rtol)  # type: ignore[no-untyped-call]  # torch's own
-    _same("diagonal", metric.diagonal(), matrix.diagonal(), rtol)
-    _same("trace", metric.trace(), matrix.trace(), rtol)
-    _same("eigvalsh", metric.eigvalsh(), values, rtol)
-    _same("inner", metric.inner(probe, probe), probe @ matrix @ probe, rtol)
-    _same("solve", metric.solve(probe, damping), torch.linalg.solve(damped, probe), rtol)
-    _same("logdet", metric.logdet(damping), torch.logdet(damped), rtol)
+        same("slope(z)", response.slope(points), slope.reshape(points.shape), rtol)
 
 
 def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float) -> None:
@@ -115,10 +69,10 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
         curvature = -torch.diag((weights * hessians.diagonal(dim1=-2, dim2=-1)).sum(0))
     mass = weights.sum(0)
     where = f"at z = {[round(value, 3) for value in z.tolist()]}"
-    _same(f"the total probability {where}", mass, torch.ones_like(mass), rtol)
-    _same(f"the expected score {where}", mean, torch.zeros_like(mean), rtol)
-    _same(f"information(z) against the outer product of scores {where}", expected, outer, rtol)
-    _same(f"information(z) against minus the expected Hessian {where}", expected, curvature, rtol)
+    same(f"the total probability {where}", mass, torch.ones_like(mass), rtol)
+    same(f"the expected score {where}", mean, torch.zeros_like(mean), rtol)
+    same(f"information(z) against the outer product of scores {where}", expected, outer, rtol)
+    same(f"information(z) against minus the expected Hessian {where}", expected, curvature, rtol)
 
 
 def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Tensor]:
@@ -142,10 +96,3 @@ def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Ten
     offsets = torch.linspace(-spread, spread, _NODES + 1, dtype=z.dtype)
     y = response.activation(z) + offsets.unsqueeze(1)
     return y, response.log_prob(z.expand(len(y), -1), y).exp() * (2 * spread / _NODES)
-
-
-def _same(what: str, found: Tensor, wanted: Tensor, rtol: float) -> None:
-    scale = max(float(wanted.abs().max()), 1.0 if float(wanted.abs().max()) == 0 else 0.0)
-    error = float((found - wanted).abs().max()) / scale
-    if not (math.isfinite(error) and error <= rtol):
-        raise AssertionError(f"{what} is off by {error:.2e} relative to {scale:.3g}; the tolerance is {rtol:.0e}")

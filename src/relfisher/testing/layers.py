@@ -1,0 +1,71 @@
+"""The oracle for a layer kind of your own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relfisher.layers import Call, Layer, Rows, Sampling
+from relfisher.testing.comparison import same
+
+__all__ = ["check_layer"]
+
+
+def check_layer(kind: type[Layer], module: nn.Module, inputs: Any, rtol: float = 1e-5) -> None:
+    """Check that a kind's layers of a module are what they say: linear in their parameters, with the samples x~.
+
+    Each layer joins its parameters to a matrix of its shape and splits it again; its pre-activations are z = W x~, and
+    move by V x~ when its parameters move by V. If the layer leaves its response to the activation that follows, they
+    are the module's outputs.
+
+    Args:
+        kind: what to check.
+        module: one of the kind's modules, in float64 for the sharpest check.
+        inputs: what it is called with: a tensor, or a tuple of arguments.
+        rtol: the relative tolerance.
+
+    Raises:
+        AssertionError: if something does not hold, with what and by how much.
+    """
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    layers = kind.found_in("module", module)
+    if not layers:
+        raise AssertionError(f"{kind.__name__}.found_in must return layers of a {type(module).__name__}, got none")
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        raise AssertionError(f"the layers of a module must have names of their own, got {names}")
+    for layer in layers:
+        _check_one(layer, module, arguments, rtol)
+
+
+def _check_one(layer: Layer, module: nn.Module, arguments: tuple[Any, ...], rtol: float) -> None:
+    with torch.no_grad():
+        matrix = layer.join(layer.parameters)
+        if tuple(matrix.shape) != layer.shape:
+            raise AssertionError(
+                f"{layer.name} must have the shape {layer.shape}, but its parts join to {matrix.shape}"
+            )
+        again = torch.cat([columns.flatten(len(layer.shape) - 1) for columns in layer.split(matrix)], dim=-1)
+        same(f"{layer.name}: the matrix after split", again, matrix, rtol)
+        before = _rows(layer, module, arguments)
+        if before.x.shape[-1] != layer.d or before.z.shape[-1] != layer.out:
+            raise AssertionError(f"{layer.name} needs rows of [n, {layer.d}] and [n, {layer.out}], got {before}")
+        same(f"{layer.name}: z against W x~", before.z, before.x @ matrix.mT, rtol)
+        step = torch.linspace(-1, 1, matrix.numel(), dtype=matrix.dtype).reshape(matrix.shape)
+        _add(layer, step, 1.0)
+        try:
+            after = _rows(layer, module, arguments)
+        finally:
+            _add(layer, step, -1.0)
+        same(f"{layer.name}: what a step V adds to z, against V x~", after.z - before.z, before.x @ step.mT, rtol)
+
+
+def _rows(layer: Layer, module: nn.Module, arguments: tuple[Any, ...]) -> Rows:
+    return layer.spelled_out(layer.rows(Call(arguments, {}, module(*arguments)), Sampling()))
+
+
+def _add(layer: Layer, step: Tensor, scale: float) -> None:
+    for part, parameter, columns in zip(layer.parts, layer.parameters, layer.split(step), strict=True):
+        part.view(parameter).add_(columns, alpha=scale)

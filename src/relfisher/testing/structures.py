@@ -1,0 +1,107 @@
+"""The oracle for a structure of your own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from relfisher.responses import TanhBernoulli, UnitResponse
+from relfisher.structures import Inversion, State, Structure
+from relfisher.testing.comparison import same
+from relfisher.testing.metrics import check_metric
+
+__all__ = ["check_structure"]
+
+
+def check_structure(
+    structure: Structure, response: UnitResponse | None = None, out: int = 3, d: int = 5, rtol: float = 1e-8
+) -> None:
+    """Check that a structure keeps the contract: statistics -> average -> invert -> apply.
+
+    Its state has the tensors that it declares; statistics add up over samples; the average of one batch is that batch's
+    metric, whose operator passes `check_metric`; a batch that is not finite is left out; factors are symmetric and
+    positive, those of one tensor invert the damped operator, and roots agree with them; a metric that cannot be
+    inverted leaves the last factors in use.
+
+    Args:
+        structure: what to check.
+        response: of the units; None for tanh units.
+        out: the number of units.
+        d: the number of augmented inputs.
+        rtol: the relative tolerance.
+
+    Raises:
+        AssertionError: if something does not hold, with what and by how much.
+    """
+    said = TanhBernoulli() if response is None else response
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * d, d, dtype=torch.float64, generator=generator)
+    z = torch.randn(4 * d, out, dtype=torch.float64, generator=generator)
+    whole = structure.batch_statistics(x, z, said)
+    if whole.totals.keys() != set(structure.tensors):
+        raise AssertionError(f"statistics must be of {structure.tensors}, got {tuple(whole.totals)}")
+    halves = structure.batch_statistics(x[:d], z[:d], said) + structure.batch_statistics(x[d:], z[d:], said)
+    for name in structure.tensors:
+        same(f"{name}: statistics of two parts", halves.totals[name], whole.totals[name], rtol)
+    states = {root: _fresh(structure, (out, d), root=root) for root in (False, True)}
+    for state in states.values():
+        _check_average(structure, state, x, z, said, rtol)
+    check_metric(structure.operator(states[False], (out, d)), rtol=rtol)
+    _check_factors(structure, states, (out, d), rtol)
+    _check_failure(structure, states[False], (out, d), rtol)
+
+
+def _fresh(structure: Structure, shape: tuple[int, ...], *, root: bool) -> State:
+    state = structure.create(shape, torch.float64, torch.device("cpu"), identity=False, root=root)
+    declared = {key: kept.shape for key, kept in structure.declares(shape, root=root).items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if found != declared:
+        raise AssertionError(f"the state must have the declared shapes {declared}, got {found}")
+    probe = torch.ones(shape, dtype=torch.float64)
+    same("a factor before the first refresh", structure.precondition(state, probe), probe, 1e-12)
+    return state
+
+
+def _check_average(
+    structure: Structure, state: State, x: Tensor, z: Tensor, response: UnitResponse, rtol: float
+) -> None:
+    bad = x.clone()
+    bad[0, 0] = torch.nan
+    if structure.ema_update_from(state, bad, z, response, 0.9):
+        raise AssertionError("a batch with NaN must not be added to the average")
+    if not structure.ema_update_from(state, x, z, response, 0.9):
+        raise AssertionError("a finite batch must be added to the average")
+    statistics = structure.batch_statistics(x, z, response)
+    for name, value in structure.average(state).items():
+        same(f"{name}: the average of one batch", value, statistics.totals[name] / len(x), rtol)
+    structure.ema_update(state, statistics, 0.9)
+    for name, value in structure.average(state).items():
+        same(f"{name}: the average of a batch and its statistics", value, statistics.totals[name] / len(x), rtol)
+
+
+def _check_factors(structure: Structure, states: dict[bool, State], shape: tuple[int, int], rtol: float) -> None:
+    inversion = Inversion(0.5, relative_to="absolute")
+    size = shape[0] * shape[1]
+    eye = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
+    inverses = {}
+    for root, state in states.items():
+        if not structure.refresh(state, inversion):
+            raise AssertionError("the factors of a damped metric must be good")
+        inverses[root] = torch.stack([structure.precondition(state, unit).reshape(-1) for unit in eye], dim=1)
+    same("the factor's transpose", inverses[False].T, inverses[False], rtol)
+    same("the root's square", inverses[True], inverses[False], rtol)
+    if float(torch.linalg.eigvalsh(inverses[False])[0]) <= 0:
+        raise AssertionError("the factors must be positive definite")
+    if len(structure.tensors) == 1 and structure.rank is None:
+        damped = structure.operator(states[False], shape).to_dense() + 0.5 * torch.eye(size, dtype=torch.float64)
+        same("the factor times the damped metric", inverses[False] @ damped, torch.eye(size, dtype=torch.float64), rtol)
+
+
+def _check_failure(structure: Structure, state: State, shape: tuple[int, int], rtol: float) -> None:
+    probe = torch.linspace(-1, 2, shape[0] * shape[1], dtype=torch.float64).reshape(shape)
+    before = structure.precondition(state, probe)
+    for name in structure.tensors:
+        state[name].neg_()
+    if structure.refresh(state, Inversion(0.0)):
+        raise AssertionError("a metric that is not positive must be reported")
+    same("the factor after a failed refresh", structure.precondition(state, probe), before, rtol)
