@@ -136,7 +136,7 @@ class Layer(ABC):
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that now stand on the module under the names of the parts."""
-        return [_attribute(self.module, part.attribute) for part in self.parts]
+        return [kept[key] for kept, key in self._slots]
 
     @property
     def parameter_names(self) -> list[str]:
@@ -147,7 +147,8 @@ class Layer(ABC):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter of the first part."""
-        weight: nn.Parameter = _attribute(self.module, self.parts[0].attribute)
+        kept, key = self._slots[0]
+        weight: nn.Parameter = kept[key]
         return weight
 
     @property
@@ -169,6 +170,12 @@ class Layer(ABC):
     def own_response(self) -> UnitResponse:
         """The response of the units as far as the layer itself tells: linear, if it leaves that to an activation."""
         return LinearGaussian()
+
+    @cached_property
+    def _slots(self) -> list[tuple[dict[str, Any], str]]:
+        """Where each part's parameter is kept: the dictionary of its module, and its key there."""
+        paths = [part.attribute.rpartition(".") for part in self.parts]
+        return [(self.module.get_submodule(path)._parameters, key) for path, _, key in paths]
 
     @cached_property
     def _views(self) -> list[torch.Size]:
@@ -219,9 +226,3 @@ class Layer(ABC):
     def copied(self, rows: Rows) -> Rows:
         """Return samples in the dtype of the statistics, sharing no memory with the call."""
         return Rows(*(tensor.clone() for tensor in self.cast(rows)))
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for step in name.split("."):
-        module = getattr(module, step)
-    return module

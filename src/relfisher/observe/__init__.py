@@ -1,8 +1,8 @@
 """What running a model tells: the roles of its layers, and the statistics of their samples."""
 
 from relfisher.observe.activations import Responses, check_responses, register_activation, response_of
-from relfisher.observe.hooks import MaskWarning, Observer, ResponseWarning, TiedWarning
 from relfisher.observe.module import module_metric, observe, survey
+from relfisher.observe.observer import MaskWarning, Observer, ResponseWarning, TiedWarning
 from relfisher.observe.roles import Role
 from relfisher.observe.statistics import Reading
 from relfisher.observe.trace import Trace

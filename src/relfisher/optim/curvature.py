@@ -75,7 +75,6 @@ class Curvature:
         self._health = health
         self._options = options
         self._schedule = options.schedule
-        self._responses = responses
         self._root = root
         self._owners = tuple(owners)
         self._optional = tuple(optional)
@@ -96,10 +95,7 @@ class Curvature:
             record.metric_in_use = None
         twin.states = defaultdict(dict)
         twin._owners = copy.deepcopy(self._owners, memo)
-        twin.observer = Observer(twin_model, self._responses, self._options.stats_samples)
-        twin.observer.add([layer for layer, record in twin.records.items() if not record.is_refused])
-        for name in ("roles", "due", "uninitialized", "readings", "heads"):
-            setattr(twin.observer, name, copy.deepcopy(getattr(self.observer, name), memo))
+        twin.observer = self.observer.twin(twin_model, memo)
         return twin
 
     def add(
@@ -279,8 +275,7 @@ class Curvature:
 
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Give layers whose role is new their structures; those that were refused lose their state."""
-        new = {layer: role for layer, role in roles.items() if self.records[layer].role is not role}
-        for layer, role in new.items():
+        for layer, role in roles.items():
             record = self.records[layer]
             record.role = role
             if role.refused is not None:
@@ -289,7 +284,7 @@ class Curvature:
                 state = self.states[record.key]
                 for key in state.keys() - self._fallback_keys(layer):
                     del state[key]
-        kept = {layer: role for layer, role in new.items() if role.refused is None}
+        kept = {layer: role for layer, role in roles.items() if role.refused is None}
         for layer, structure in self._assigned(kept).items():
             record, role = self.records[layer], kept[layer]
             record.structure = structure

@@ -89,6 +89,8 @@ class Record:
 
     def trainable(self) -> list[bool]:
         """Return for each part whether it is trained."""
+        if not self.not_owned:
+            return [parameter.requires_grad for parameter in self.layer.parameters]
         pairs = zip(self.layer.parts, self.layer.parameters, strict=True)
         return [parameter.requires_grad and part.attribute not in self.not_owned for part, parameter in pairs]
 

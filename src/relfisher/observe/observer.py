@@ -1,0 +1,342 @@
+"""Forward hooks that watch the layers of a model: their roles once, and their samples on the steps that need them.
+
+A forward pass counts once its gradients have flowed back, and only then: not one without gradients, for evaluation, or
+left without a backward pass, and not the second one of activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from relfisher.layers import Call, Layer, Rows, Sampling
+from relfisher.observe.activations import Responses
+from relfisher.observe.hooks import Hook
+from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
+from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
+from relfisher.observe.trace import Trace
+from relfisher.structures import Statistics
+
+__all__ = ["MaskWarning", "Observer", "ResponseWarning", "TiedWarning"]
+
+
+class ResponseWarning(UserWarning):
+    """The activation that follows a layer is not known, so that the layer has the linear response."""
+
+
+class TiedWarning(UserWarning):
+    """The weights of a layer are also used outside its module, so that the layer has no metric."""
+
+
+class MaskWarning(UserWarning):
+    """A mask does not fit the samples of a layer that ran inside `masked`."""
+
+
+class Observer:
+    """Watches the layers of a model; it knows nothing of what is done with what it sees.
+
+    The first forward pass of the whole model tells each layer's role; that of a layer first reached later is told by
+    the pass that follows. How an output layer is scored is told by the gradients that flow back to it. Until then a
+    layer's samples are held as they are.
+
+    Args:
+        model: the module whose forward pass tells the roles.
+        responses: of activations.
+        limit: about so many samples of a layer and step go into its statistics at most; None for all.
+
+    Attributes:
+        roles: of the layers whose role is known, in the order in which they first ran.
+        due: the modules whose statistics are due in the next passes; new ones are.
+        uninitialized: layers without statistics so far, which are always due.
+        readings: what statistics are made with; layers without an entry are held as rows.
+        heads: what is known of output layers from an earlier run, before their gradients tell it.
+    """
+
+    def __init__(self, model: nn.Module, responses: Responses, limit: int | None = None) -> None:
+        self.roles: dict[Layer, Role] = {}
+        self.due: set[nn.Module] = set()
+        self.uninitialized: set[Layer] = set()
+        self.readings: dict[Layer, Reading] = {}
+        self.heads: dict[Layer, bool] = {}
+        self._responses = responses
+        self._limit = limit
+        self._mask: Tensor | None = None
+        self._masking: list[bool] = []  # for each call inside `masked`, whether it had an effect
+        self._unmasked: set[Layer] = set()  # of which it was said that a mask did not fit
+        self._layers: dict[nn.Module, list[Layer]] = {}
+        self._samplers: dict[Layer, Sampler] = {}
+        self._active: dict[Layer, Sampler] = {}  # those that hold or count something since the last step
+        self._new: dict[Layer, Role] = {}  # roles that nobody asked for yet
+        self._missed: set[Layer] = set()  # not reached by the last pass that was watched
+        self._outputs: dict[Layer, Role] = {}  # roles that lack what gradients are to tell: how the outputs are scored
+        self._inside = False
+        self._trace: Trace | None = None
+        self._ran: dict[Layer, None] = {}  # in the pass that is watched, in order
+        self._unresolved: list[Batch] = []
+        self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
+            model.register_forward_hook(Hook(self._leave), always_call=True),
+        ]
+
+    def twin(self, model: nn.Module, memo: dict[int, Any]) -> Observer:
+        """Return an observer of a copy of the model that knows what this one does.
+
+        Args:
+            model: the copy.
+            memo: of the `deepcopy` that made it.
+        """
+        twin = Observer(model, self._responses, self._limit)
+        twin.add(copy.deepcopy(list(self._samplers), memo))
+        for name in ("roles", "due", "uninitialized", "readings", "heads", "_new", "_outputs"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    def add(self, layers: Sequence[Layer]) -> None:
+        """Watch these layers, too."""
+        for layer in layers:
+            module = layer.module
+            if module not in self._layers:
+                self._layers[module] = []
+                self.due.add(module)
+                # Ahead of the hook that ends the watch, where the model itself is the layer.
+                seer = Hook(self._seer(module))
+                self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
+            if layer.random and not any(other.random for other in self._layers[module]):
+                self._handles.append(module.register_forward_pre_hook(Hook(self._remember)))
+            self._layers[module].append(layer)
+            streams = self._limit is None or not layer.sampled
+            self._samplers[layer] = Streamed(layer) if streams else Reserved(layer, self._limit or 0)
+
+    def resolve(self) -> dict[Layer, Role]:
+        """Return the roles since the last call; layers that ran outside the model's own forward pass get theirs now."""
+        if self._unresolved:
+            batches, self._unresolved = self._unresolved[::-1], []  # gradients flow from the last layer to the first
+            layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer not in self.roles))
+            named = ", ".join(layer.name for layer in layers if layer.followed)
+            if named:
+                self._warn(f"{named} ran outside the model's own forward pass, so that the activation is not known")
+            self._conclude(layers, Trace())
+            for batch in batches:
+                self._active[batch.layer] = self._samplers[batch.layer]
+                self._samplers[batch.layer].add(batch)
+        new, self._new = self._new, {}
+        return new
+
+    def take(self) -> dict[Layer, Rows | Statistics]:
+        """Return the samples since the last call, or their statistics where these are smaller, and start anew."""
+        taken = {
+            layer: content
+            for layer, sampler in self._active.items()
+            if layer in self.readings and (content := sampler.result(self.readings[layer])) is not None
+        }
+        self.drop()
+        return taken
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `take` has anything to return."""
+        return bool(self._unresolved) or any(sampler.counted for sampler in self._active.values())
+
+    def drop(self) -> None:
+        """Forget the samples whose gradients have flowed back since the last step."""
+        self._unresolved.clear()
+        for sampler in self._active.values():
+            sampler.clear()
+        self._active.clear()
+
+    def explains(self, layer: Layer) -> bool:
+        """Return whether it is known why a layer has no metric yet: it is refused, or its gradients were all 0."""
+        role = self.roles.get(layer)
+        return layer in self._outputs or (role is not None and role.refused is not None)
+
+    @contextmanager
+    def masked(self, mask: Tensor) -> Iterator[None]:
+        """Leave positions out of the statistics in forward passes inside this context.
+
+        Args:
+            mask: True for what counts.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            TypeError: if the mask is not a boolean tensor.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be boolean, got {found}: write mask.bool()")
+        before = self._mask, self._masking
+        self._mask, self._masking = mask, []
+        try:
+            yield
+        finally:
+            applied, (self._mask, self._masking) = self._masking, before
+        if applied and not any(applied) and not self._unmasked:
+            self._unmasked.update(self._samplers)
+            warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", MaskWarning, stacklevel=4)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._stop_watching()
+        self._ran.clear()
+        self.drop()
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the state of the random numbers before a call that needs them again."""
+        if self._wanted(module) and torch.is_grad_enabled():
+            device = next(module.parameters()).device
+            cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            self._random_states[module] = torch.get_rng_state(), cuda
+
+    def _wanted(self, module: nn.Module) -> bool:
+        """Return whether a call of this module has anything to tell."""
+        return any(self._is_due(layer) or layer not in self.roles for layer in self._layers[module])
+
+    def _is_due(self, layer: Layer) -> bool:
+        """Return whether a layer's statistics are due."""
+        return layer.module in self.due or layer in self.uninitialized
+
+    def _seer(self, module: nn.Module) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._wanted(module) or not torch.is_grad_enabled():
+                return
+            call = Call(args, kwargs, output, self._random_states.pop(module, None))
+            for layer in self._layers[module]:
+                z = layer.output(output)
+                if z is not None and (self._is_due(layer) or layer not in self.roles) and _counts(layer, z):
+                    with torch.no_grad(), torch._C.DisableTorchFunction():
+                        self._see(layer, call, z)
+
+        return see
+
+    def _see(self, layer: Layer, call: Call, z: Tensor) -> None:
+        traced = layer in self.roles or layer in self._outputs
+        if not traced and self._inside and self._trace is None:
+            self._missed.discard(layer)  # the next pass is watched
+            return
+        sampler, due = self._samplers[layer], self._is_due(layer)
+        sampling = sampler.sampling(self._mask)
+        rows = layer.rows(call, sampling)
+        if self._mask is not None:
+            self._note_mask(layer, self._mask, sampling)
+        self._active[layer] = sampler
+        batch = sampler.hold(rows, sampling, self.readings.get(layer), due=due)
+        if self._trace is not None and not traced:
+            self._ran[layer] = None
+            if layer.followed:
+                self._trace.show(layer, z)
+        z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
+
+    def _note_mask(self, layer: Layer, mask: Tensor, sampling: Sampling) -> None:
+        """Note whether a mask was applied, and say so once of a layer for which it was meant, but did not fit."""
+        self._masking.append(sampling.masked)
+        if sampling.unmasked is not None and layer not in self._unmasked:
+            self._unmasked.add(layer)
+            message = f"the mask {list(mask.shape)} was not applied to {layer.name}, whose samples are "
+            warnings.warn(f"{message}{list(sampling.unmasked)}: all of them count", MaskWarning, stacklevel=2)
+
+    def _count(self, batch: Batch, gradient: Tensor) -> None:
+        """Count a batch whose gradients have flowed back, once."""
+        layer = batch.layer
+        if layer not in self._samplers:
+            return  # refused since
+        if layer in self._outputs and bool(torch.isfinite(gradient).all()):
+            if not bool(gradient.any()):
+                return  # it tells nothing
+            self._resolve_head(layer, is_softmax_gradient(gradient))
+        if layer in self.roles:
+            self._active[layer] = self._samplers[layer]
+            self._samplers[layer].add(batch)
+        elif layer not in self._outputs:
+            self._unresolved.append(batch)
+
+    def _resolve_head(self, layer: Layer, is_head: bool) -> None:
+        role = self._outputs.pop(layer)
+        self._learn({layer: replace(role, is_head=is_head)})
+
+    def _learn(self, roles: Mapping[Layer, Role]) -> None:
+        self.roles.update(roles)
+        self._new.update(roles)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside = True
+        if self._trace is None and torch.is_grad_enabled() and self._unknown() - self._missed:
+            inputs = [*args, *kwargs.values()]
+            self._trace = Trace(self._samplers, model, running=True, inputs=inputs, responses=self._responses)
+            self._trace.__enter__()
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self._inside = False
+        trace = self._stop_watching()
+        ran, self._ran = list(self._ran), {}
+        raised = output is None and sys.exc_info()[0] is not None
+        if trace is None or raised:
+            return
+        self._refuse(trace)
+        if ran:
+            self._conclude([layer for layer in ran if layer not in self.roles], trace)
+            self._missed = self._unknown()
+
+    def _unknown(self) -> set[Layer]:
+        """Return the layers that are trained, but have no role yet."""
+        return {
+            layer
+            for layer in self._samplers
+            if layer not in self.roles and any(parameter.requires_grad for parameter in layer.parameters)
+        } - self._outputs.keys()
+
+    def _stop_watching(self) -> Trace | None:
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            trace.__exit__(None, None, None)
+            trace.forget()
+        return trace
+
+    def _refuse(self, trace: Trace) -> None:
+        """Let the layers go that have no metric after all, and say so."""
+        refused = roles_of(trace, trace.misused)
+        for layer in refused:
+            self._layers[layer.module].remove(layer)
+            self._outputs.pop(layer, None)
+            del self._samplers[layer]
+            self._active.pop(layer, None)
+        self._learn(refused)
+        if refused:
+            named = "; ".join(f"{layer.name}, {role.refused}" for layer, role in refused.items())
+            warnings.warn(f"no metric for some layers: {named}", TiedWarning, stacklevel=2)
+
+    def _conclude(self, layers: Sequence[Layer], trace: Trace) -> None:
+        """Fix the roles of layers that ran, and say which activations are not known."""
+        for layer, role in roles_of(trace, layers).items():
+            if needs_gradient(trace, layer, role):
+                self._outputs[layer] = role
+                if layer in self.heads:
+                    self._resolve_head(layer, self.heads[layer])
+            else:
+                self._learn({layer: role})
+        strange = {layer.name: consumers for layer in layers if (consumers := trace.unresolved(layer))}
+        if strange:
+            named = "; ".join(f"{name} feeds {', '.join(consumers)}" for name, consumers in strange.items())
+            self._warn(f"the activation is not known: {named}")
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)
+
+
+def _counts(layer: Layer, z: Tensor) -> bool:
+    """Return whether gradients can flow back through this output, outside torch.func's transforms."""
+    if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(z)
