@@ -18,6 +18,7 @@ class Hook:
 
     @_disable_dynamo  # what a hook gathers is no part of a compiled graph
     def __call__(self, *args: Any) -> None:
+        """Call what the hook is for."""
         self._call(*args)
 
     def __deepcopy__(self, memo: object) -> _NoHook:
@@ -31,4 +32,4 @@ class _NoHook:
     """What a copied hook becomes."""
 
     def __call__(self, *args: object) -> None:
-        pass
+        """Do nothing."""
