@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_metrics() -> None:
 
 
 def test_a_dead_layer_has_rank_zero_and_no_condition() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    model = mlp(nn.ReLU, (3, 2, 1))
     nn.init.constant_(model[0].bias, -1e3)
     row, _ = compare(model, inputs(n=5, width=3), BERNOULLI)
     assert row.relative.rank == 0
@@ -143,7 +143,7 @@ def test_what_is_balanced_cannot_be_balanced_or_compared() -> None:
 
 
 def test_a_zero_metric_cannot_be_balanced_and_leaves_the_model_alone() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    model = mlp(nn.ReLU, (3, 2, 1))
     nn.init.constant_(model[0].bias, -1e3)
     with pytest.raises(ValueError, match="the metric of '0' is zero on these inputs"):
         balance(model, inputs(n=5, width=3), BERNOULLI)

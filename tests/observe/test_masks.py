@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import Following, average, metrics
+from builders import Following, average, metrics, mlp
 from reference import augment
 from torch import nn
 
@@ -149,7 +149,7 @@ def test_masks_that_do_not_concern_a_layer_are_no_matter():
 
 
 def test_flattened_positions_are_named_and_all_count():
-    model = nn.Sequential(nn.Linear(4, 2)).double()
+    model = mlp(sizes=(4, 2))
     optimizer = RNGD(model, structure="shared")
     x, mask = torch.randn(10, 4, dtype=torch.float64), torch.arange(5) < torch.tensor([5, 3])[:, None]
     with pytest.warns(MaskWarning, match="was not applied to 0"), optimizer.masked(mask):
@@ -159,7 +159,7 @@ def test_flattened_positions_are_named_and_all_count():
 
 
 def test_a_mask_that_fits_no_layer_is_told_once():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = mlp(sizes=(4, 4, 2), dtype=torch.float32)
     optimizer = RNGD(model, stats_interval=1)
     mask = torch.ones(7, 9, dtype=torch.bool)
     with pytest.warns(MaskWarning, match=r"the mask \[7, 9\] was applied to no layer"), optimizer.masked(mask):

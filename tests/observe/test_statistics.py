@@ -42,7 +42,7 @@ def data(samples, width=8):
 
 
 SEQUENCES = {
-    "Linear": lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)),
+    "Linear": lambda: mlp(sizes=(8, 16, 3)),
     "Conv1d": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
     ),
@@ -111,7 +111,7 @@ def test_pieces_of_a_batch_are_the_batch(kind, samples, sizes):
 @pytest.mark.parametrize("apart", [False, True])
 def test_each_row_of_each_call_counts_the_same(first, second, apart):
     """A layer is called with ones, then with zeros, and each call flows back at once or both together."""
-    model = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
+    model = mlp(sizes=(1, 2), bias=False)
     optimizer = RNGD(model, lr=1e-12, decay=0.0, structure="shared")
     optimizer.zero_grad()
     losses = []
@@ -128,7 +128,7 @@ def test_each_row_of_each_call_counts_the_same(first, second, apart):
 
 def test_many_calls_hold_few_rows():
     """Each call has inputs of its own, so that the metric says how many rows of which calls it has seen."""
-    model = nn.Sequential(nn.Linear(101, 2, bias=False))
+    model = mlp(sizes=(101, 2), bias=False, dtype=torch.float32)
     optimizer = RNGD(model, stats_samples=20, decay=0.0, structure="diagonal")
     for call in range(100):
         model(torch.eye(101)[call].repeat(20, 1)).sum().backward()

@@ -97,7 +97,7 @@ def test_what_goes_wrong_again_and_again_is_said_ever_more_rarely():
 
 def test_a_batch_metric_that_is_not_finite_is_left_out():
     """An input so large that its square overflows, behind a gradient that is finite."""
-    model = nn.Sequential(nn.Linear(2, 2)).float()
+    model = mlp(sizes=(2, 2), dtype=torch.float32)
     optimizer = RNGD(model)
     x = torch.tensor([[1e25, 1.0]])
     (model(x) * 1e-30).sum().backward()
@@ -126,7 +126,7 @@ def test_a_metric_that_cannot_be_factorised_leaves_the_last_good_inverse():
 
 
 def test_a_dead_unit_is_damped_with_its_neighbours():
-    model = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 3)).double()
+    model = mlp(nn.ReLU, (6, 2, 3))
     with torch.no_grad():
         model[0].bias[0] = -100.0
     optimizer = RNGD(model, structure="neuron")

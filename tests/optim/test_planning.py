@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import is_hooked, step, structures, structures_by_weight
+from builders import is_hooked, mlp, step, structures, structures_by_weight
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -135,7 +135,7 @@ def test_layers_that_are_not_reached_are_planned_too(structure):
 
 
 def test_auto_keeps_to_its_bytes():
-    model = nn.Sequential(nn.Linear(600, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 5))
+    model = mlp(sizes=(600, 40, 30, 5), dtype=torch.float32)
     x = torch.randn(4, 600)
 
     def chosen(bytes_):
@@ -170,8 +170,7 @@ def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes
     ],
 )
 def test_a_plan_that_is_given_the_loss_knows_a_softmax_head(loss, head):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = mlp(sizes=(5, 4, 3), dtype=torch.float32)
     x = torch.randn(4, 5)
     assert [layer.chosen.structure for layer in plan(model, x, loss=loss)] == ["kronecker", head]
     said = {row.subsystem: row.structure for row in coverage(model, x, loss=loss)}

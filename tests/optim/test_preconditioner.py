@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from builders import assert_close_weights, inputs, is_hooked, mlp, squares, through_a_file
-from torch import nn
 
 from relfisher import RNGD, Preconditioner
 from relfisher.optim import HealthWarning
@@ -136,7 +135,7 @@ def test_resumes_bitwise_where_a_part_is_frozen_at_once():
 
 
 def test_a_state_of_other_layers_is_refused():
-    other = Preconditioner(nn.Sequential(nn.Linear(6, 5)))
+    other = Preconditioner(mlp(sizes=(6, 5)))
     with pytest.raises(ValueError, match="of other layers"):
         other.load_state_dict(Preconditioner(network()).state_dict())
 
@@ -168,7 +167,7 @@ def test_arguments_outside_what_is_allowed_are_named(options, message):
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_that_are_forgotten_leave_no_samples(set_to_none):
     """Those of a generator flow back through the critic before the critic's own."""
-    critic = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    critic = mlp(sizes=(1, 1), bias=False)
     preconditioner = Preconditioner(critic, decay=0.0, structure="shared", stats_interval=1)
     ones = torch.ones(10, 1, dtype=torch.float64)
     fake = torch.zeros(10, 1, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,5 @@
 """RNGD as an optimizer: what it moves, what it bounds, and which arguments it takes."""
 
-import copy
 import math
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import torch
 from builders import affine, assert_same_weights, batch, mlp, squared_length, train, weights
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import augment
 from torch import nn
 
 from relfisher import RNGD
@@ -37,7 +37,7 @@ def test_first_step_is_the_damped_inverse_times_the_gradient(structure, kind):
     h = x
     for place in range(3):
         weight, bias = before[2 * place], before[2 * place + 1]
-        augmented = torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1)
+        augmented = augment(h)
         z = h @ weight.T + bias
         nu = 1 - torch.tanh(z) ** 2 if kind is NeuronBlocks and place < 2 else torch.ones_like(z)
         blocks = [(augmented * nu[:, [unit]]).T @ augmented / len(x) for unit in range(len(weight))]
@@ -80,7 +80,7 @@ def test_no_layers_step_is_longer_than_the_trust_region(lr, bound, momentum, str
 
 def test_momentum_does_not_share_memory_with_the_gradient():
     """A layer without a bias hands out its gradient as it is; clearing it in place must not clear the momentum."""
-    model = nn.Sequential(nn.Linear(6, 3, bias=False)).double()
+    model = mlp(sizes=(6, 3), bias=False)
     optimizer = RNGD(model, momentum=0.9)
     train(model, optimizer, 1)
     optimizer.zero_grad(set_to_none=False)
@@ -92,32 +92,6 @@ def test_a_short_step_is_not_scaled():
     train(model, RNGD(model, lr=1e-3, step_rule="trust-region", trust_region=1e6), 3)
     train(free, RNGD(free, lr=1e-3, step_rule="trust-region", trust_region=None), 3)
     assert_same_weights(model, free)
-
-
-def test_parameters_without_a_metric_are_trained_by_adamw():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).double()
-    twin = copy.deepcopy(model)
-    optimizer = RNGD(model, fallback_lr=0.01, structure={"LayerNorm": "fallback"})
-    adamw = torch.optim.AdamW(twin[1].parameters(), lr=0.01, weight_decay=0.0)
-    for step in range(5):
-        for mine, theirs in ((model, optimizer), (twin, adamw)):
-            theirs.zero_grad()
-            x, y = batch(step)
-            nn.functional.cross_entropy(mine(x), y).backward()
-            theirs.step()
-        twin[0].load_state_dict(model[0].state_dict())
-        twin[3].load_state_dict(model[3].state_dict())
-        torch.testing.assert_close(model[1].weight, twin[1].weight)
-        torch.testing.assert_close(model[1].bias, twin[1].bias)
-
-
-def test_tied_weights_are_trained_by_the_fallback_and_not_twice():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    model[2].weight = model[0].weight
-    optimizer = RNGD(model)
-    params = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert len(params) == len(set(params)) == 3
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from builders import inputs, normed_mlp, train
+from builders import inputs, mlp, normed_mlp, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +23,7 @@ def move(size, structure=None, lr=0.1, scale=1.0, form="root"):
     """Return the move of a linear layer whose metric was gathered from random inputs."""
     n, out, d = size
     structure = structure or SharedBlock()
-    model = nn.Sequential(nn.Linear(d, out, bias=False)).double()
+    model = mlp(sizes=(d, out), bias=False)
     (layer,) = discover(model).subsystems
     state = structure.create(layer.weight, (out, d), form=form)
     structure.update(state, structure.gather(inputs(0, n, d), inputs(1, n, out), LinearGaussian()), n, 0.9)

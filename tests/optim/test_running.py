@@ -24,7 +24,7 @@ from relfisher.responses import LinearGaussian, TanhBernoulli
 
 def test_the_average_is_unbiased_from_the_first_batch_on():
     """A constant batch has its own metric as the average, however few batches were seen."""
-    model = nn.Sequential(nn.Linear(6, 3)).double()
+    model = mlp(sizes=(6, 3))
     optimizer = RNGD(model, lr=1e-6, stats_interval=1, refresh_interval=1, damping=0.1, structure="shared")
     x, y = batch()
     augmented = augment(x)
@@ -120,7 +120,7 @@ def test_structures_are_told_by_what_is_kept():
 
 
 def test_a_linear_layer_has_the_same_block_for_each_of_its_units():
-    model = nn.Sequential(nn.Linear(6, 3)).double()
+    model = mlp(sizes=(6, 3))
     optimizer = RNGD(model, structure="neuron", decay=0.0)
     x = inputs()
     expected = expected_blocks(model[0], x, LinearGaussian())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import affine, batch, every_kind, inputs, mlp, moved, predict, squared_length, train, weights
+from builders import affine, batch, every_kind, inputs, mlp, moved, normed_mlp, predict, squared_length, train, weights
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.swa_utils import SWALR
@@ -65,17 +65,20 @@ def test_each_scheduler_of_torch_is_tried():
 
 
 def test_schedulers_reach_the_fallback_too():
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
-    optimizer = RNGD(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.0)
-    assert moved(model, optimizer, inputs()) == set()
-    scheduler.step()
+    for rate in (0.0, 1.0):
+        model = normed_mlp()
+        optimizer = RNGD(model, structure={"LayerNorm": "fallback"})
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda _, rate=rate: rate)
+        found = moved(model, optimizer, inputs())
+        assert found == ({name for name, _ in model.named_parameters()} if rate else set())
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.03 * rate, 1e-3 * rate]
 
 
 def test_schedulers_closures_and_weight_decay():
     model = mlp(nn.ReLU)
     optimizer = RNGD(model, lr=0.1, weight_decay=0.5, step_rule="trust-region", trust_region=None)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     x, y = batch()
 
     def closure():
@@ -88,12 +91,12 @@ def test_schedulers_closures_and_weight_decay():
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
     assert optimizer.step(closure).item() != first.item()
-    before = [p.detach().clone() for p in model.parameters()]
+    before = weights(model)
     for parameter in model.parameters():
         parameter.grad.zero_()
     optimizer.step()
-    for a, b in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(a, b * (1 - 0.05 * 0.5))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.05 * 0.5))
 
 
 @pytest.mark.parametrize("structure", ["auto", "neuron", "shared"])
