@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = [ROOT / "tests" / room for room in ("optim", "subsystems", "clients")]
+ROOMS = [ROOT / "tests" / room for room in ("layers", "observe", "optim", "clients")]
 
 HEAD = """# Support matrix
 

@@ -1,12 +1,12 @@
 """Definition 1 by automatic differentiation: all of its modes, the global metric, the observed one, sampling."""
 
-import itertools
 import math
 from functools import partial
 
 import pytest
 import reference
 import torch
+from builders import mlp
 from cases import RESPONSES, UNITS, Problem, assert_close, problem, problems
 from hypothesis import given
 from torch import Tensor, nn
@@ -153,16 +153,10 @@ def test_draws_follow_the_seed_and_spare_the_global_state() -> None:
     assert not torch.equal(first.to_dense(), other.to_dense())
 
 
-def network(*sizes: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [module for a, b in itertools.pairwise(sizes) for module in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*layers[:-1]).double()
-
-
 @pytest.mark.parametrize("name", ["sigmoid", "softmax", "linear"])
 def test_fisher_of_a_network_is_both_expectations(name: str) -> None:
     response, density = RESPONSES[name]
-    model, x = network(2, 3, 2), problem(n=4, inputs=2).x
+    model, x = mlp(sizes=(2, 3, 2)), problem(n=4, inputs=2).x
     function, parameters = as_function(model, x)
     theta = torch.cat([value.reshape(-1) for value in parameters.values()])
 
@@ -179,7 +173,7 @@ def test_fisher_of_a_network_is_both_expectations(name: str) -> None:
 
 
 def test_fisher_of_some_parameters_is_a_block_of_the_whole() -> None:
-    model, x = network(2, 3, 2), problem(n=4, inputs=2).x
+    model, x = mlp(sizes=(2, 3, 2)), problem(n=4, inputs=2).x
     block = fisher(model, x, responses.Categorical(), ["0.bias", "2.weight"]).to_dense()
     assert_close(block, fisher(model, x, responses.Categorical()).to_dense()[6:15, 6:15])
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import assert_close, problem
+from builders import inputs, mlp
+from cases import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,22 +16,10 @@ from relfisher import balance, compare, fisher, module_metric, relative_fisher, 
 BERNOULLI = responses.SigmoidBernoulli()
 
 
-def network(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for index in range(len(sizes) - 1):
-        layers += [nn.Linear(sizes[index], sizes[index + 1]), nn.Tanh()]
-    return nn.Sequential(*layers[:-1]).to(dtype)
-
-
-def inputs(n: int, size: int = 3, seed: int = 0) -> Tensor:
-    return problem(n=n, inputs=size, seed=seed).x
-
-
 @given(n=st.integers(1, 12), seed=st.integers(0, 1000))
 def test_ranks_keep_their_bounds_and_the_last_layers_agree(n: int, seed: int) -> None:
-    model = network(3, 4, 3, 1, seed=seed)
-    rows = list(compare(model, inputs(n), BERNOULLI))
+    model = mlp(sizes=(3, 4, 3, 1), seed=seed)
+    rows = list(compare(model, inputs(n=n, width=3), BERNOULLI))
     assert [row.name for row in rows] == ["0", "2", "4"]
     assert [row.parameters for row in rows] == [16, 15, 4]
     for row, units in zip(rows, (4, 3, 1), strict=True):
@@ -45,7 +34,7 @@ def test_ranks_keep_their_bounds_and_the_last_layers_agree(n: int, seed: int) ->
 
 
 def test_numbers_are_those_of_the_metrics() -> None:
-    model, x = network(3, 4, 2), inputs(9)
+    model, x = mlp(sizes=(3, 4, 2)), inputs(n=9, width=3)
     row, _ = compare(model, x, responses.Categorical(), top=3)
     for spectrum, metric in (
         (row.relative, module_metric(model, "0", x)),
@@ -59,16 +48,16 @@ def test_numbers_are_those_of_the_metrics() -> None:
 
 
 def test_a_dead_layer_has_rank_zero_and_no_condition() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    model = mlp(nn.ReLU, (3, 2, 1))
     nn.init.constant_(model[0].bias, -1e3)
-    row, _ = compare(model, inputs(5), BERNOULLI)
+    row, _ = compare(model, inputs(n=5, width=3), BERNOULLI)
     assert row.relative.rank == 0
     assert math.isnan(row.relative.condition_number)
     assert row.relative.top[0] == 0
 
 
 def test_comparison_prints_as_a_table() -> None:
-    lines = str(compare(network(3, 4, 1), inputs(5), BERNOULLI)).splitlines()
+    lines = str(compare(mlp(sizes=(3, 4, 1)), inputs(n=5, width=3), BERNOULLI)).splitlines()
     assert lines[0].split() == ["layer", "D", "metric", "rank", "trace", "largest", "condition"]
     assert [line.split()[2] for line in lines[1:]] == ["RFIM", "FIM"] * 2
     assert {len(line) for line in lines} == {len(lines[0])}
@@ -76,7 +65,7 @@ def test_comparison_prints_as_a_table() -> None:
 
 def test_comparison_leaves_a_model_in_training_alone_and_knows_no_dropout() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double().train()
-    x = inputs(6)
+    x = inputs(n=6, width=3)
     first, second = (str(compare(model, x, BERNOULLI)) for _ in range(2))
     assert first == second
     assert model.training
@@ -100,7 +89,7 @@ LAYERS = {"0": responses.TanhBernoulli(), "2": responses.TanhBernoulli(), "4": r
 
 @given(seed=st.integers(0, 1000), scale=st.floats(0.1, 10))
 def test_balance_makes_each_largest_eigenvalue_one(seed: int, scale: float) -> None:
-    model, x = network(3, 4, 3, 2, seed=seed), scale * inputs(7)
+    model, x = mlp(sizes=(3, 4, 3, 2), seed=seed), scale * inputs(n=7, width=3)
     before = model(x).detach()
     scales = balance(model, x, responses.Categorical())
     assert scales.keys() == LAYERS.keys()
@@ -111,7 +100,7 @@ def test_balance_makes_each_largest_eigenvalue_one(seed: int, scale: float) -> N
 
 
 def test_unbalance_restores_the_parameters() -> None:
-    model, x = network(3, 4, 2), inputs(7)
+    model, x = mlp(sizes=(3, 4, 2)), inputs(n=7, width=3)
     names = [name for name, _ in model.named_parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     balance(model, x, responses.Categorical())
@@ -124,7 +113,7 @@ def test_unbalance_restores_the_parameters() -> None:
 
 
 def test_unbalance_keeps_what_training_has_reached() -> None:
-    model, x = network(3, 4, 2), inputs(7)
+    model, x = mlp(sizes=(3, 4, 2)), inputs(n=7, width=3)
     scales = balance(model, x, responses.Categorical())
     weight = model[0].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -146,7 +135,7 @@ def test_unbalance_leaves_other_parametrizations_alone() -> None:
 
 
 def test_what_is_balanced_cannot_be_balanced_or_compared() -> None:
-    model, x = network(3, 4, 2), inputs(7)
+    model, x = mlp(sizes=(3, 4, 2)), inputs(n=7, width=3)
     balance(model, x, responses.Categorical())
     for call in (balance, compare):
         with pytest.raises(ValueError, match="must not be parametrized, but 0, 2 is: call unbalance first"):
@@ -154,8 +143,8 @@ def test_what_is_balanced_cannot_be_balanced_or_compared() -> None:
 
 
 def test_a_zero_metric_cannot_be_balanced_and_leaves_the_model_alone() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)).double()
+    model = mlp(nn.ReLU, (3, 2, 1))
     nn.init.constant_(model[0].bias, -1e3)
     with pytest.raises(ValueError, match="the metric of '0' is zero on these inputs"):
-        balance(model, inputs(5), BERNOULLI)
+        balance(model, inputs(n=5, width=3), BERNOULLI)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())

@@ -5,6 +5,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from relfisher import RNGD, Metric
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -12,10 +15,22 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippets_run(snippet):
+def test_snippets_run(snippet, capsys):
+    """What they print is there, their optimizers train all of the model, and their metrics are metrics."""
+    found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, "README.md", "exec"), found)
+    assert bool(capsys.readouterr().out) == ("print(" in snippet)
+    for made in found.values():
+        if isinstance(made, RNGD):
+            trained = {parameter for group in made.param_groups for parameter in group["params"]}
+            assert trained == set(found["model"].parameters())
+            assert made.health.skipped_steps == 0
+        if isinstance(made, Metric):
+            dense = made.to_dense()
+            torch.testing.assert_close(dense, dense.T)
+            assert float(torch.linalg.eigvalsh(dense)[-1]) > 0
 
 
 def test_there_is_a_snippet_for_each_of_the_two_readers():

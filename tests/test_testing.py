@@ -1,5 +1,6 @@
 """The shipped checks pass what is right and fail, with the reason, what is wrong."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -13,9 +14,21 @@ from relfisher.metric import DenseMetric, LayerMetric
 from relfisher.testing import check_metric, check_response
 
 
+def off_by_a_hundredth(response: responses.Response) -> responses.Response:
+    """Return the same response with other information, its operator included."""
+    kind = type(response)
+    wrong = copy.copy(response)
+    methods = {"information": lambda self, z: kind.information(self, z) * 1.01}
+    object.__setattr__(wrong, "__class__", type(f"Wrong{kind.__name__}", (kind,), methods))
+    return wrong
+
+
 @pytest.mark.parametrize("response", [response for response, _ in RESPONSES.values()], ids=RESPONSES)
 def test_responses_of_the_library_pass(response) -> None:
+    """And would not, were their information off by a hundredth."""
     check_response(response)
+    with pytest.raises(AssertionError, match=r"outer product of scores at z = .* is off by 1\.00e-02"):
+        check_response(off_by_a_hundredth(response))
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,8 @@ WRONG = {
 
 def test_a_right_response_of_ones_own_passes() -> None:
     check_response(Logistic())
+    with pytest.raises(AssertionError, match=r"outer product of scores at z = .* is off by 1\.00e-02"):
+        check_response(off_by_a_hundredth(Logistic()))
 
 
 @pytest.mark.parametrize(("response", "reason"), WRONG.values(), ids=WRONG)
@@ -140,7 +155,10 @@ def test_metrics_of_the_library_pass(name: str) -> None:
     expected = relative_fisher(
         lambda theta: p.x @ theta[:, :-1].T + theta[:, -1], p.theta.reshape(3, -1), response
     ).to_dense()
-    check_metric(layer_metric(p.x, p.weight, p.bias, response), expected)
+    metric = layer_metric(p.x, p.weight, p.bias, response)
+    check_metric(metric, expected)
+    with pytest.raises(AssertionError, match=r"the matrix is off by 9\.90e-03"):
+        check_metric(metric, 1.01 * expected)
 
 
 def test_a_metric_that_is_not_the_expected_one_fails() -> None:

@@ -1,11 +1,11 @@
 """What the paper says of the metrics, as properties: sections 2, 4 and 6."""
 
-import itertools
 import math
 
 import pytest
 import reference
 import torch
+from builders import mlp
 from cases import RESPONSES, Problem, assert_close, problem, problems
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,16 +149,10 @@ def test_equation_7_the_step_minimises_the_penalised_linear_model(p: Problem, da
     assert_close(slope, torch.zeros_like(slope), 1e-7)
 
 
-def classifier(*sizes: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [module for a, b in itertools.pairwise(sizes) for module in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]).double()
-
-
 @pytest.mark.parametrize("response", [responses.Categorical(), SIGMOID, responses.LinearGaussian(2.0)], ids=str)
 @given(seed=st.integers(0, 1000))
 def test_relative_metric_of_the_last_layer_is_its_block_of_the_global_metric(response, seed: int) -> None:
-    model, x = classifier(3, 4, 2, seed=seed), problem(n=5, seed=seed).x
+    model, x = mlp(nn.ReLU, (3, 4, 2), seed=seed), problem(n=5, seed=seed).x
     relative = module_metric(model, "2", x, response)
     block = fisher(model, x, response, ["2.weight", "2.bias"]).to_dense()
     # torch stacks the weights and then the biases; a layer's metric is neuron-major, the bias last.
@@ -168,7 +162,7 @@ def test_relative_metric_of_the_last_layer_is_its_block_of_the_global_metric(res
 
 @given(seed=st.integers(0, 1000))
 def test_relative_metric_of_a_hidden_layer_is_not_its_block_of_the_global_metric(seed: int) -> None:
-    model, x = classifier(3, 4, 2, seed=seed), problem(n=5, seed=seed).x
+    model, x = mlp(nn.ReLU, (3, 4, 2), seed=seed), problem(n=5, seed=seed).x
     block = fisher(model, x, responses.Categorical(), ["0.weight", "0.bias"])
     relative = module_metric(model, "0", x)
     assert abs(float(relative.trace() - block.trace())) > 0.05 * float(relative.trace())
@@ -180,7 +174,7 @@ def test_equation_27_rank_of_the_metric_of_one_bernoulli_output_is_at_most_n(
 ) -> None:
     """Each sample adds one outer product: (mu (1 - mu))^-1 dmu dmu'."""
     n, inputs = p.x.shape
-    model = classifier(inputs, *sizes, 1, seed=seed)
+    model = mlp(nn.ReLU, (inputs, *sizes, 1), seed=seed)
     metric = fisher(model, p.x, SIGMOID)
     assert metric.rank() <= n
     names = dict(model.named_parameters())

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
+from builders import normed_mlp
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
@@ -23,8 +23,7 @@ INDUCTOR = pytest.param(
 
 
 def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3))
+    return normed_mlp(16, torch.float32)
 
 
 def losses(model, optimizer, steps):

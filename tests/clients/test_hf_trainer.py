@@ -6,6 +6,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
+from builders import assert_close_weights, assert_same_weights
 from hf_gpt2 import arguments, gpt2, sequences
 from synthetic import topics
 from transformers import BertConfig, BertForSequenceClassification, Trainer, get_linear_schedule_with_warmup
@@ -75,13 +76,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(case, tmp_path):
     options = {"max_steps": 12, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
     train(straight, data(128), tmp_path, save_strategy="steps", save_steps=6, **options)
     train(resumed, data(128), tmp_path, resume=str(tmp_path / "checkpoint-6"), **options)
-    for expected, parameter in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(parameter, expected)
+    assert_same_weights(straight, resumed)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     plain, saving = bert(dropout=0.0), bert(dropout=0.0)
     train(plain, classified(128), tmp_path, max_steps=6)
     train(saving, classified(128), tmp_path, max_steps=6, gradient_checkpointing=True)
-    for expected, parameter in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected)
+    assert_close_weights(plain, saving)

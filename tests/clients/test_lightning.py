@@ -8,6 +8,7 @@ import copy
 
 import lightning
 import torch
+from builders import assert_close_weights, assert_same_weights
 from lightning_cnn import Classifier, loader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
@@ -63,8 +64,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     fit(interrupted, 2).save_checkpoint(tmp_path / "half.ckpt")
     fit(resumed, 4, checkpoint=tmp_path / "half.ckpt")
     assert not torch.equal(interrupted.network[-1].weight, resumed.network[-1].weight)
-    for expected, parameter in zip(straight.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(parameter, expected)
+    assert_same_weights(straight, resumed)
 
 
 class CountingAll(Classifier):
@@ -80,8 +80,7 @@ def test_accumulated_batches_are_as_one():
     parts = copy.deepcopy(whole)
     fit(whole, 2, precision="64-true")
     fit(parts, 2, precision="64-true", batch=8, accumulate_grad_batches=4)
-    for expected, parameter in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-8, atol=1e-8)
+    assert_close_weights(whole, parts, rtol=1e-8, atol=1e-8)
 
 
 class Bounded(Classifier):

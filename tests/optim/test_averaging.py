@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from builders import mlp, train
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from relfisher import RNGD
 from relfisher.optim.averaging import Averaging
@@ -29,47 +29,32 @@ def test_weights_are_between_the_iterate_and_the_average(share, weights, seed):
         torch.testing.assert_close(lead, total * (z - x), rtol=1e-9, atol=1e-9)
 
 
-def learn(optimizer, model, steps, change=None):
-    generator = torch.Generator().manual_seed(0)
-    for iteration in range(steps):
-        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-        y = torch.randint(3, (8,), generator=generator)
-        if change is not None:
-            change(iteration)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
 def test_iterates_of_a_growing_rate_weigh_more():
-    model = network()
+    model = mlp(sizes=(6, 5, 3))
     optimizer = RNGD(model, lr=1e-2)
-    learn(optimizer, model, 3, lambda iteration: optimizer.param_groups[0].update(lr=1e-2 * (1 + iteration)))
+    for iteration in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 + iteration)
+        train(model, optimizer, 1, first=iteration)
     assert optimizer.param_groups[0]["averaged"] == pytest.approx(sum((1e-2 * k * k / 500) ** 2 for k in (1, 2, 3)))
 
 
 def test_averaged_weights_are_steadier_than_the_iterates():
     distances = {}
     for averaging in (0.0, 0.9):
-        model = network()
+        model = mlp(sizes=(6, 5, 3))
         optimizer = RNGD(model, lr=0.1, averaging=averaging)
-        learn(optimizer, model, 100)
+        train(model, optimizer, 100)
         before = model[0].weight.detach().clone()
-        learn(optimizer, model, 1)
+        train(model, optimizer, 1, first=100)
         distances[averaging] = float((model[0].weight.detach() - before).norm())
     assert distances[0.9] < 0.3 * distances[0.0]
 
 
 def test_a_layer_that_joins_later_starts_where_it_is():
-    model = network()
+    model = mlp(sizes=(6, 5, 3))
     optimizer = RNGD(model, params=list(model[0].parameters()))
-    learn(optimizer, model, 5)
+    train(model, optimizer, 5)
     before = model[2].weight.detach().clone()
     optimizer.add_param_group({"params": list(model[2].parameters())})
-    learn(optimizer, model, 1)
+    train(model, optimizer, 1, first=100)
     assert 0 < float((model[2].weight.detach() - before).norm()) < 0.1

@@ -1,10 +1,10 @@
 """RNGD.as_published against equations (31)-(33), written out plainly, a neuron at a time."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from builders import mlp
 from torch import nn
 
 from relfisher import RNGD
@@ -56,14 +56,6 @@ class PlainRNGD:
         return float(cost.detach())
 
 
-def network(activation, sizes, seed):
-    torch.manual_seed(seed)
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs, dtype=torch.float64), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
 @pytest.mark.parametrize(
     ("activation", "function", "information"),
     [
@@ -73,7 +65,7 @@ def network(activation, sizes, seed):
     ],
 )
 def test_agrees_with_the_plain_algorithm(activation, function, information):
-    model = network(activation, (5, 4, 3, 3), seed=1)
+    model = mlp(activation, (5, 4, 3, 3), seed=1)
     linears = [module for module in model if isinstance(module, nn.Linear)]
     matrices = [torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1) for layer in linears]
     plain = PlainRNGD(matrices, function, information, lr=0.3)

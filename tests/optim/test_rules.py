@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from builders import inputs, mlp, normed_mlp, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,20 +19,16 @@ sizes = st.tuples(st.integers(4, 12), st.integers(2, 6), st.integers(2, 5))
 STRUCTURES = {"shared": SharedBlock(), "neuron": NeuronBlocks(), "diagonal": Diagonal()}
 
 
-def draw(rows, columns, seed=0):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def move(size, structure=None, lr=0.1, scale=1.0, form="root"):
     """Return the move of a linear layer whose metric was gathered from random inputs."""
     n, out, d = size
     structure = structure or SharedBlock()
-    model = nn.Sequential(nn.Linear(d, out, bias=False)).double()
+    model = mlp(sizes=(d, out), bias=False)
     (layer,) = discover(model).subsystems
     state = structure.create(layer.weight, (out, d), form=form)
-    structure.update(state, structure.gather(draw(n, d), draw(n, out, 1), LinearGaussian()), n, 0.9)
+    structure.update(state, structure.gather(inputs(0, n, d), inputs(1, n, out), LinearGaussian()), n, 0.9)
     structure.refresh(state, Damping(0.1))
-    gradient = scale * draw(out, d, 2)
+    gradient = scale * inputs(2, out, d)
     return Move(layer, structure, state, gradient, gradient, lr)
 
 
@@ -91,7 +88,7 @@ def test_how_far_a_layer_moves_does_not_depend_on_others():
 def test_the_spectral_step_does_not_depend_on_the_root(size, seed):
     """Any orthogonal factor before the root cancels."""
     first = move(size)
-    turn = torch.linalg.qr(draw(size[2], size[2], seed))[0]
+    turn = torch.linalg.qr(inputs(seed, size[2], size[2]))[0]
     state = {**first.state, "root": turn @ first.state["root"]}
     (one,) = Spectral().steps([first])
     (other,) = Spectral().steps([first._replace(state=state)])
@@ -119,7 +116,7 @@ def test_the_spectral_direction_is_the_steepest_of_its_bound(size, seed):
     u, s, v = torch.linalg.svd(gradient @ root.mT, full_matrices=False)
     steepest = torch.sum((u @ v) @ root * gradient)
     torch.testing.assert_close(steepest, s.sum())
-    other = draw(*gradient.shape, seed)
+    other = inputs(seed, *gradient.shape)
     other = other / torch.linalg.matrix_norm(other, 2)
     assert float(torch.sum(other @ root * gradient)) <= float(steepest) * (1 + 1e-9)
     near = Spectral(iterations=5).steps([given_move])[0].direction
@@ -128,7 +125,7 @@ def test_the_spectral_direction_is_the_steepest_of_its_bound(size, seed):
 
 @given(rows=st.integers(1, 12), columns=st.integers(1, 12), iterations=st.integers(1, 6))
 def test_polar_factors_are_the_quintic_of_the_singular_values(rows, columns, iterations):
-    matrix = draw(rows, columns, rows + 13 * columns)
+    matrix = inputs(rows + 13 * columns, rows, columns)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm()
     for _ in range(iterations):
@@ -187,17 +184,8 @@ def test_language_models_take_spectral_steps_by_default(model, key):
 @pytest.mark.parametrize("rule", ["normalized", "spectral"])
 @pytest.mark.parametrize("structure", ["shared", "neuron", "diagonal"])
 def test_learns(rule, structure):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
-    optimizer = RNGD(model, lr=0.05, step_rule=rule, structure=structure)
-    losses = []
-    for seed in range(80):
-        x = draw(32, 6, seed)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    model = normed_mlp()
+    losses = train(model, RNGD(model, lr=0.05, step_rule=rule, structure=structure), 80)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 

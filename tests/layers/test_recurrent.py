@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from builders import Following, by_name
+from reference import augment
 from torch import nn
 from torch.func import jacrev
 from torch.nn.utils.rnn import pack_sequence
 
-from relfisher import RNGD
+from relfisher import RNGD, coverage, module_metric
 from relfisher.optim.rules import TrustRegion
-from relfisher.subsystems import Call, Sampling, subsystems_of
 
 KINDS = {
     "lstm": nn.LSTM,
@@ -92,21 +91,9 @@ def expected(kind, module, x, side, information=nu):
 
 def metrics(module, *args):
     """Return the metric of each subsystem of a call, by its name."""
-    call = Call(args, {}, module(*args))
-    return {layer.name: layer.metric(layer.rows(call, Sampling())).to_dense() for layer in subsystems_of("m", module)}
-
-
-@supports("metric of input and recurrent weights equals the definition, to 1e-8")
-@kinds
-@given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
-def test_metrics_equal_the_definition(kind, sizes, bias):
-    length, n, inputs, size = sizes
-    torch.manual_seed(length + 7 * n)
-    module = KINDS[kind](inputs, size, bias=bias).double()
-    x = torch.randn(length, n, inputs, dtype=torch.float64)
-    found = metrics(module, x)
-    for side, name in enumerate(("m.ih_l0", "m.hh_l0")):
-        torch.testing.assert_close(found[name], expected(kind, module, x, side), rtol=1e-8, atol=1e-10)
+    model = Following(module, lambda output: output)
+    names = [name.removeprefix("weight_") for name, _ in module.named_parameters() if name.startswith("weight_")]
+    return {name: module_metric(model, f"layer.{name}", args).to_dense() for name in names}
 
 
 def ones(side):
@@ -207,17 +194,26 @@ def test_given_initial_states_count(kind):
         torch.testing.assert_close((2 * early[name] + 3 * metric) / 5, rest[name])
 
 
-def test_dropout_between_layers_is_drawn_once_more():
-    """The second layer's inputs, with the state of the random numbers kept, are what the module itself saw."""
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+def test_dropout_between_layers_is_drawn_once_more(kind):
+    """The second layer's inputs in its metric are those that the module itself saw."""
     torch.manual_seed(0)
-    module = nn.LSTM(2, 3, num_layers=2, dropout=0.5).double()
+    module = KINDS[kind](2, 3, num_layers=2, dropout=0.5).double()
+    lower, upper = KINDS[kind](2, 3).double(), KINDS[kind](3, 3).double()
+    for place, part in enumerate((lower, upper)):
+        part.load_state_dict({key: module.state_dict()[key.replace("l0", f"l{place}")] for key in part.state_dict()})
     x = torch.randn(4, 3, 2, dtype=torch.float64)
-    state = torch.get_rng_state()
-    output = module(x)
-    call = Call((x,), {}, output, (state, None))
-    layer = next(each for each in subsystems_of("m", module) if each.name == "m.ih_l1")
-    layer.rows(call, Sampling())
-    torch.testing.assert_close(call.shared["layers"][1].outputs, output[0])
+    torch.manual_seed(1)
+    h = nn.functional.dropout(lower(x)[0], 0.5).detach()
+    optimizer = RNGD(module, structure="shared", decay=0.0)
+    torch.manual_seed(1)
+    output = module(x)[0]
+    torch.testing.assert_close(output, upper(h)[0])
+    output.square().sum().backward()
+    optimizer.step()
+    rows = augment(h.flatten(0, 1))
+    state = by_name(optimizer)["weight_ih_l1"]
+    torch.testing.assert_close(state["metric"] / float(state["mass"]), rows.T @ rows / len(rows))
 
 
 @supports("RNGD learns, nothing is left to AdamW")
@@ -249,8 +245,11 @@ def test_learns_and_leaves_nothing_to_adamw(kind):
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # that torch takes a slower way
 def test_projections_fall_back():
-    assert subsystems_of("m", nn.LSTM(2, 4, proj_size=3)) == []
+    rows = coverage(nn.LSTM(2, 4, proj_size=3), torch.randn(5, 2))
+    assert {row.by for row in rows} == {"adamw"}
+    assert len(list(rows)) == 5
 
 
 def test_arguments_of_a_call_are_known_by_name():
@@ -263,6 +262,6 @@ def test_arguments_of_a_call_are_known_by_name():
         optimizer = RNGD(module)
         call(module)[0].sum().backward()
         optimizer.step()
-        found.append([optimizer.state[layer.weight]["metric"] for layer in optimizer._place])
+        found.append([state["metric"] for state in by_name(optimizer).values() if "metric" in state])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

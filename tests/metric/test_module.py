@@ -2,83 +2,26 @@
 
 import pytest
 import torch
+from builders import Code, inputs, is_hooked
 from cases import assert_close
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relfisher import layer_metric, module_metric, responses
+from relfisher import layer_metric, module_metric
 from relfisher.responses import (
     ActivationGaussian,
     Categorical,
-    ELUGaussian,
     LinearGaussian,
     ReLUGaussian,
     Response,
-    SigmoidBernoulli,
     TanhBernoulli,
 )
-
-
-def inputs(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-
-
-class Functional(nn.Module):
-    """x -> head(f(fc(x))), with f any code."""
-
-    def __init__(self, activation) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc, self.head = nn.Linear(3, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.activation(self.fc(x)))
-
-
-CODE = {
-    "F.relu": (functional.relu, ReLUGaussian()),
-    "F.relu in place": (lambda z: functional.relu(z, inplace=True), ReLUGaussian()),
-    "relu_": (lambda z: z.relu_(), ReLUGaussian()),
-    "nn.ReLU in place": (nn.ReLU(inplace=True), ReLUGaussian()),
-    "leaky": (lambda z: functional.leaky_relu(z, 0.2), ReLUGaussian(iota=0.2)),
-    "leaky in place": (nn.LeakyReLU(0.3, inplace=True), ReLUGaussian(iota=0.3)),
-    "torch.tanh": (torch.tanh, TanhBernoulli()),
-    "tanh_": (lambda z: z.tanh_(), TanhBernoulli()),
-    "method": (lambda z: z.sigmoid(), SigmoidBernoulli()),
-    "nn.ELU": (nn.ELU(alpha=0.5), ELUGaussian(alpha=0.5)),
-    "gelu": (functional.gelu, ActivationGaussian(functional.gelu)),
-    "gelu by tanh": (
-        lambda z: functional.gelu(z, approximate="tanh"),
-        ActivationGaussian(lambda z: functional.gelu(z, approximate="tanh")),
-    ),
-    "softplus": (nn.Softplus(beta=2.0), ActivationGaussian(lambda z: functional.softplus(z, 2.0))),
-    "silu in place": (nn.SiLU(inplace=True), ActivationGaussian(functional.silu)),
-    "hardtanh_": (functional.hardtanh_, ActivationGaussian(functional.hardtanh)),
-    "identity": (lambda z: z, LinearGaussian()),
-    "residual": (lambda z: z + torch.tanh(z), LinearGaussian()),
-    "added in place, then an activation": (lambda z: z.add_(1.0).tanh(), LinearGaussian()),
-    "gated": (lambda z: z * 2, LinearGaussian()),
-    "an unknown function": (torch.digamma, LinearGaussian()),
-    "looked at": (lambda z: torch.tanh(z) if z.shape[0] and z.dim() == 2 else z, TanhBernoulli()),
-}
-
-
-@pytest.mark.parametrize(("activation", "response"), CODE.values(), ids=CODE)
-def test_response_is_that_of_the_code_that_follows(activation, response: Response) -> None:
-    model, x = Functional(activation), inputs(7, 3)
-    kept = x.clone()
-    metric = module_metric(model, "fc", x)
-    expected = layer_metric(x, model.fc.weight.detach(), model.fc.bias.detach(), response)
-    assert metric.parameter_shape == (3, 4)
-    assert_close(metric.to_dense(), expected.to_dense())
-    assert torch.equal(x, kept)
 
 
 def test_layers_of_a_sequential_model_see_their_own_inputs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)).double()
-    x = inputs(6, 3)
+    x = inputs(n=6, width=3)
     for name, response in {"0": TanhBernoulli(), "2": ReLUGaussian(), "4": LinearGaussian()}.items():
         layer = model[int(name)]
         seen = model[: int(name)](x).detach()
@@ -88,14 +31,14 @@ def test_layers_of_a_sequential_model_see_their_own_inputs() -> None:
 
 
 def test_a_stated_response_is_used() -> None:
-    model, x = Functional(torch.tanh), inputs(5, 3)
+    model, x = Code(torch.tanh), inputs(n=5, width=3)
     seen = torch.tanh(model.fc(x)).detach()
     expected = layer_metric(seen, model.head.weight.detach(), model.head.bias.detach(), Categorical())
     assert_close(module_metric(model, "head", x, Categorical()).to_dense(), expected.to_dense())
 
 
 def test_a_model_that_is_one_layer() -> None:
-    layer, x = nn.Linear(3, 2, dtype=torch.float64), inputs(5, 3)
+    layer, x = nn.Linear(3, 2, dtype=torch.float64), inputs(n=5, width=3)
     expected = layer_metric(x, layer.weight.detach(), layer.bias.detach(), LinearGaussian())
     assert_close(module_metric(layer, "", x).to_dense(), expected.to_dense())
 
@@ -108,7 +51,7 @@ def test_the_metric_of_an_embedding_is_the_frequency_of_each_token() -> None:
 
 
 def test_positions_of_sequences_are_samples() -> None:
-    model, x = Functional(torch.tanh), inputs(4, 5, 3)
+    model, x = Code(torch.tanh), inputs(n=20, width=3).view(4, 5, 3)
     metric = module_metric(model, "fc", x)
     assert metric.samples == 20
     assert_close(metric.to_dense(), module_metric(model, "fc", x.reshape(20, 3)).to_dense())
@@ -138,7 +81,7 @@ class Repeated(nn.Module):
     ids=["tanh", "gelu", "two kinds"],
 )
 def test_repeated_calls_are_samples(activations, response: Response) -> None:
-    model, x = Repeated(*activations), inputs(4, 3)
+    model, x = Repeated(*activations), inputs(n=4, width=3)
     second = activations[0](model.cell(x)).detach()
     weight, bias = model.cell.weight.detach(), model.cell.bias.detach()
     metric = module_metric(model, "cell", x)
@@ -158,7 +101,7 @@ def test_inputs_that_are_overwritten_later_are_kept() -> None:
             h.zero_()
             return out + h
 
-    model, x = Overwriting(), inputs(4, 3)
+    model, x = Overwriting(), inputs(n=4, width=3)
     expected = layer_metric(x, model.fc.weight.detach(), model.fc.bias.detach(), LinearGaussian())
     assert_close(module_metric(model, "fc", x).to_dense(), expected.to_dense())
 
@@ -172,7 +115,7 @@ def test_several_arguments_and_keyword_calls() -> None:
         def forward(self, x: Tensor, scale: float) -> Tensor:
             return torch.tanh(self.fc(input=scale * x))
 
-    model, x = Two(), inputs(4, 3)
+    model, x = Two(), inputs(n=4, width=3)
     expected = layer_metric(2 * x, model.fc.weight.detach(), model.fc.bias.detach(), TanhBernoulli())
     assert_close(module_metric(model, "fc", (x, 2.0)).to_dense(), expected.to_dense())
 
@@ -186,7 +129,7 @@ def training_model() -> nn.Sequential:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model, x = training_model(), inputs(6, 3)
+    model, x = training_model(), inputs(n=6, width=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -194,7 +137,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(first, second)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not is_hooked(model)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -203,13 +146,13 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
     model = training_model()
     modes = [module.training for module in model.modules()]
     with pytest.raises(RuntimeError):
-        module_metric(model, "4", inputs(6, 5))
+        module_metric(model, "4", inputs(n=6, width=5))
     assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not is_hooked(model)
 
 
 def test_metric_works_where_gradients_are_off() -> None:
-    model, x = Functional(torch.tanh), inputs(5, 3)
+    model, x = Code(torch.tanh), inputs(n=5, width=3)
     with torch.no_grad():
         found = module_metric(model, "fc", x)
     assert not found.to_dense().requires_grad
@@ -219,44 +162,40 @@ def test_metric_works_where_gradients_are_off() -> None:
 def test_an_unknown_name_is_met_with_near_misses() -> None:
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"layer1": nn.Linear(2, 2), "layer2": nn.Linear(2, 2)})})
     with pytest.raises(ValueError, match=r"such as 'encoder.layer[12]', 'encoder.layer[12]'.*got 'encoder.layer'"):
-        module_metric(model, "encoder.layer", inputs(2, 2))
+        module_metric(model, "encoder.layer", inputs(n=2, width=2))
     with pytest.raises(ValueError, match=r"such as 'fc', 'head'.*got 'zzzzzz'"):
-        module_metric(Functional(torch.tanh), "zzzzzz", inputs(2, 3))
+        module_metric(Code(torch.tanh), "zzzzzz", inputs(n=2, width=3))
 
 
 def test_a_layer_that_the_forward_pass_misses() -> None:
-    model = Functional(torch.tanh)
+    model = Code(torch.tanh)
     model.spare = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="the forward pass did not reach 'spare'"):
-        module_metric(model, "spare", inputs(2, 3))
+        module_metric(model, "spare", inputs(n=2, width=3))
 
 
 def test_only_layers_with_parameters_have_a_metric() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     with pytest.raises(TypeError, match=r"must be that of a layer with a metric, but '1' is a Tanh"):
-        module_metric(model, "1", inputs(2, 3))
+        module_metric(model, "1", inputs(n=2, width=3))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_inputs_must_be_finite(bad: float) -> None:
-    x = inputs(4, 3)
+    x = inputs(n=4, width=3)
     x[1, 1] = bad
     with pytest.raises(ValueError, match=r"the input of 'fc' must be finite, got 1 NaN or infinite values of 16"):
-        module_metric(Functional(torch.tanh), "fc", x)
+        module_metric(Code(torch.tanh), "fc", x)
 
 
 def test_inputs_must_not_be_empty() -> None:
     with pytest.raises(ValueError, match=r"the input of 'fc' must not be empty, got shape \(0, 4\)"):
-        module_metric(Functional(torch.tanh), "fc", inputs(0, 3))
+        module_metric(Code(torch.tanh), "fc", inputs(n=0, width=3))
 
 
 def test_single_precision_models() -> None:
-    model, x = Functional(torch.tanh), inputs(5, 3)
+    model, x = Code(torch.tanh), inputs(n=5, width=3)
     exact = module_metric(model, "fc", x).to_dense()
     single = module_metric(model.float(), "fc", x.float())
     assert single.dtype == torch.float32
     assert_close(single.to_dense().double(), exact, 1e-5)
-
-
-def test_all_responses_are_public() -> None:
-    assert {type(response).__name__ for _, response in CODE.values()} <= set(responses.__all__)

@@ -1,0 +1,147 @@
+"""What is seen of the functions that take the outputs of layers, while a model runs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from relfisher.responses import ActivationGaussian, LinearGaussian, ReLUGaussian, TanhBernoulli
+from relfisher.subsystems import ActivationWatch
+
+
+def watched(*functions) -> ActivationWatch:
+    """Return a watch that saw the functions take one pre-activation, one after another."""
+    watch = ActivationWatch()
+    z = torch.linspace(-1, 1, 6).reshape(2, 3)
+    with watch:
+        watch.show("layer", z)
+        for function in functions:
+            function(z)
+    return watch
+
+
+def test_the_one_activation_that_takes_the_pre_activation() -> None:
+    assert watched(torch.tanh).response("layer") == TanhBernoulli()
+    assert watched(torch.tanh, torch.tanh).response("layer") == TanhBernoulli()
+
+
+def test_two_takers_make_a_linear_response() -> None:
+    assert watched(torch.tanh, torch.relu).response("layer") == LinearGaussian()
+    assert watched(torch.tanh, lambda z: z + 1).response("layer") == LinearGaussian()
+
+
+def test_no_taker_makes_a_linear_response() -> None:
+    assert watched().response("layer") == LinearGaussian()
+    assert watched().response("never shown") == LinearGaussian()
+
+
+def test_looking_at_a_tensor_takes_it_nowhere() -> None:
+    watch = watched(lambda z: z.shape, lambda z: z.requires_grad, lambda z: z.detach(), lambda z: z.size(0), torch.relu)
+    assert watch.response("layer") == ReLUGaussian()
+
+
+def test_what_follows_an_in_place_activation_is_not_a_taker() -> None:
+    watch = watched(torch.relu_, lambda z: z @ z.T, torch.tanh)
+    assert watch.response("layer") == ReLUGaussian()
+    assert watch.untold("layer") == []
+
+
+def test_equal_options_make_equal_responses() -> None:
+    twice = watched(lambda z: functional.softplus(z, 2.0), lambda z: functional.softplus(z, 2.0))
+    assert isinstance(twice.response("layer"), ActivationGaussian)
+    differently = watched(lambda z: functional.softplus(z, 2.0), lambda z: functional.softplus(z, 3.0))
+    assert differently.response("layer") == LinearGaussian()
+
+
+def test_an_activation_in_another_argument_is_not_one_of_the_pre_activation() -> None:
+    watch = watched(lambda z: torch.where(z > 0, z, 0.0))
+    assert watch.response("layer") == LinearGaussian()
+
+
+def test_takers_that_are_neither_activations_nor_joins_are_told() -> None:
+    watch = watched(torch.digamma, lambda z: z + 1, lambda z: 1 - z, lambda z: torch.cumsum(z, 0))
+    assert watch.untold("layer") == ["cumsum", "digamma"]
+
+
+def test_tensors_inside_lists_are_seen() -> None:
+    watch = watched(lambda z: torch.vstack([z, z]))
+    assert watch.untold("layer") == ["vstack"]
+
+
+def test_nothing_is_seen_outside_the_watch_or_after_forgetting() -> None:
+    watch = ActivationWatch()
+    z = torch.ones(2)
+    watch.show("layer", z)
+    torch.relu(z)
+    with watch:
+        watch.forget()
+        torch.tanh(z)
+    assert watch.response("layer") == LinearGaussian()
+
+
+WEIGHT = torch.ones(4, 3)
+
+
+def test_the_linear_function_that_takes_the_activated_units() -> None:
+    assert watched(lambda z: functional.linear(torch.tanh(z), WEIGHT)).following("layer") is WEIGHT
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda a: functional.dropout(a, 0.5),
+        lambda a: a.double().float(),
+        lambda a: a.view(2, 1, 3),
+        lambda a: a.contiguous().clone(),
+    ],
+)
+def test_what_leaves_the_units_along_the_last_axis_is_on_the_way(between: Callable[[Tensor], Tensor]) -> None:
+    assert watched(lambda z: functional.linear(between(torch.relu(z)), WEIGHT)).following("layer") is WEIGHT
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: functional.layer_norm(a, (3,)),
+        lambda a: functional.linear(a.reshape(3, 2), torch.ones(4, 2)),
+        lambda a: functional.linear(a + 1, WEIGHT),
+        lambda a: functional.linear(WEIGHT, a),
+        lambda a: (functional.linear(a, WEIGHT), a + 1),
+        lambda a: (functional.linear(a, WEIGHT), functional.linear(a, torch.ones(4, 3))),
+        lambda a: a @ WEIGHT.T,
+    ],
+)
+def test_units_that_go_elsewhere_have_no_following_layer(function: Callable[[Tensor], object]) -> None:
+    assert watched(lambda z: function(torch.tanh(z))).following("layer") is None
+
+
+def test_units_before_their_activation_have_no_following_layer() -> None:
+    assert watched(lambda z: functional.linear(z, WEIGHT)).following("layer") is None
+    both = watched(lambda z: functional.linear(torch.tanh(z), WEIGHT), lambda z: z + 1)
+    assert both.following("layer") is None
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda z: functional.softmax(z, -1), True),
+        (lambda z: z.log_softmax(dim=1), True),
+        (lambda z: functional.cross_entropy(z, torch.tensor([0, 2])), True),
+        (lambda z: functional.cross_entropy(z.float().view(-1, 3), torch.tensor([0, 2])), True),
+        (lambda z: functional.softmax(z, 0), False),
+        (lambda z: functional.cross_entropy(z.view(1, 3, 2), torch.zeros(1, 2, dtype=torch.long)), False),
+        (lambda z: functional.mse_loss(z, WEIGHT[:2]), False),
+        (lambda z: (torch.tanh(z), z.softmax(-1)), False),
+        (torch.detach, False),
+    ],
+)
+def test_a_softmax_of_the_units_inside_the_forward_pass(function: Callable[[Tensor], object], told: bool) -> None:
+    assert watched(function).is_softmax("layer") == told
+
+
+def test_an_output_goes_nowhere() -> None:
+    assert watched(torch.detach).is_output("layer")
+    assert not watched(torch.relu).is_output("layer")
+    assert not watched().is_output("never shown")

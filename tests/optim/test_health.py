@@ -1,0 +1,214 @@
+"""What is not finite, singular or out of reach is kept away from the weights, counted and said."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from builders import batch, classified, inputs, mlp, moved, step, structures, train, weights
+from torch import nn
+
+from relfisher import RNGD
+from relfisher.optim import HealthWarning
+
+
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_a_batch_that_is_not_finite_changes_nothing(where):
+    model = mlp(nn.ReLU)
+    optimizer = RNGD(model, momentum=0.9)
+    train(model, optimizer, 12)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    x, y = batch(99)
+    if where == "input":
+        x[3, 2] = math.nan
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    if where == "gradient":
+        model[2].weight.grad[0, 0] = math.inf
+    with pytest.warns(HealthWarning, match="step skipped: a gradient is not finite"):
+        optimizer.step()
+    assert optimizer.health.skipped_steps == 1
+    after = optimizer.state_dict()
+    torch.testing.assert_close((model.state_dict(), after["state"]), (before[0], before[1]["state"]), rtol=0, atol=0)
+    assert after["param_groups"] == before[1]["param_groups"]
+    assert all(map(math.isfinite, train(model, optimizer, 12)))
+
+
+@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_gradient_that_is_not_finite_changes_nothing_between_statistics(place, momentum):
+    model = mlp()
+    optimizer = RNGD(model, momentum=momentum)
+    for seed in range(3):
+        step(model, optimizer, inputs(seed))
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.zero_grad()
+    (model(inputs(3)) - 1).square().mean().backward()
+    model[place].weight.grad[1, 2] = torch.nan
+    with pytest.warns(HealthWarning, match="step skipped"):
+        optimizer.step()
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    assert optimizer.health.skipped_steps == 1
+    assert moved(model, optimizer, inputs()) == {name for name, _ in model.named_parameters()}
+
+
+def test_gradients_that_are_not_finite_tell_nothing_yet():
+    model = mlp()
+    optimizer = RNGD(model)
+    before = weights(model)
+    with pytest.warns(HealthWarning, match="a gradient is not finite"):
+        step(model, optimizer, batch(), lambda model, given: classified(model, given) * torch.inf)
+    assert structures(optimizer) == {}
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    train(model, optimizer, 1)
+    assert structures(optimizer)["4"] == "kronecker"
+
+
+def test_large_finite_gradients_are_not_called_infinite():
+    model = mlp(dtype=torch.float32)
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs(dtype=torch.float32))
+    optimizer.zero_grad()
+    (1e20 * model(inputs(dtype=torch.float32))).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert not any("gradient is not finite" in str(warning.message) for warning in caught)
+
+
+def test_what_goes_wrong_again_and_again_is_said_ever_more_rarely():
+    model = mlp(nn.ReLU)
+    optimizer = RNGD(model)
+
+    def fail(times):
+        for _ in range(times):
+            optimizer.zero_grad()
+            (model(batch(0)[0]) * math.nan).sum().backward()
+            optimizer.step()
+
+    with pytest.warns(HealthWarning) as caught:
+        fail(120)
+    assert optimizer.health.skipped_steps == 120
+    said = [str(warning.message) for warning in caught if "step skipped" in str(warning.message)]
+    assert len(said) == 3
+    assert "100 times so far" in said[-1]
+
+
+def test_a_batch_metric_that_is_not_finite_is_left_out():
+    """An input so large that its square overflows, behind a gradient that is finite."""
+    model = mlp(sizes=(2, 2), dtype=torch.float32)
+    optimizer = RNGD(model)
+    x = torch.tensor([[1e25, 1.0]])
+    (model(x) * 1e-30).sum().backward()
+    with pytest.warns(HealthWarning) as caught:
+        optimizer.step()
+    assert any("not finite and was left out" in str(warning.message) for warning in caught)
+    assert optimizer.health.dropped_batches == 1
+    assert torch.isfinite(model[0].weight).all()
+
+
+def test_a_metric_that_cannot_be_factorised_leaves_the_last_good_inverse():
+    model = mlp(nn.ReLU)
+    optimizer = RNGD(model, refresh_interval=5, early_refreshes=())
+    train(model, optimizer, 5)
+    good = {id(p): optimizer.state[p]["inverse"].clone() for p in model.parameters() if p in optimizer.state}
+    for parameter in model.parameters():
+        if parameter in optimizer.state:
+            optimizer.state[parameter]["metric"].neg_()
+    with pytest.warns(HealthWarning, match="could not be factorised"):
+        train(model, optimizer, 5, first=5)  # each layer's inverse is due once
+    assert optimizer.health.failed_refreshes == 3
+    for parameter in model.parameters():
+        if parameter in optimizer.state:
+            assert torch.equal(optimizer.state[parameter]["inverse"], good[id(parameter)])
+            assert torch.isfinite(parameter).all()
+
+
+def test_a_dead_unit_is_damped_with_its_neighbours():
+    model = mlp(nn.ReLU, (6, 2, 3))
+    with torch.no_grad():
+        model[0].bias[0] = -100.0
+    optimizer = RNGD(model, structure="neuron")
+    train(model, optimizer, 1)
+    inverse = optimizer.state[model[0].weight]["inverse"]
+    assert float(inverse[0].abs().max()) < 1e4
+    assert optimizer.health.failed_refreshes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "x"),
+    [
+        ({"structure": "neuron"}, lambda: 1e4 * inputs()),
+        ({"damping": 0.0}, lambda: inputs(n=2)),
+        ({"damping": 0.0, "structure": "neuron"}, lambda: 0 * inputs()),
+    ],
+)
+def test_a_singular_metric_is_no_error(options, x):
+    """Saturated units, more parameters than samples without damping, an input that is zero."""
+    model = mlp(bias=False)
+    optimizer = RNGD(model, stats_interval=1, refresh_interval=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HealthWarning)
+        for _ in range(5):
+            step(model, optimizer, x())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
+    model = mlp()
+    optimizer = RNGD(model, step_rule="trust-region", stats_interval=1, refresh_interval=4, early_refreshes=())
+    step(model, optimizer, inputs())
+    for state in optimizer.state.values():
+        state.get("inverse", torch.zeros(())).neg_()
+    with pytest.warns(HealthWarning, match="preconditioned step is not finite"):
+        step(model, optimizer, inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HealthWarning)
+        for seed in range(5):
+            step(model, optimizer, inputs(seed))
+    skipped = optimizer.health.skipped_steps
+    step(model, optimizer, inputs())
+    assert optimizer.health.skipped_steps == skipped
+
+
+def test_layers_without_a_part_in_the_first_step_are_named_once():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.spare, self.frozen = (
+                nn.Linear(6, 3),
+                nn.Linear(6, 3),
+                nn.Linear(6, 3).requires_grad_(False),
+            )
+            self.adam = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.first(x)
+
+    model = Spare().double()
+    optimizer = RNGD(model, structure={"adam": "fallback"})
+    with pytest.warns(HealthWarning, match="no part in the first step had spare: ") as caught:
+        train(model, optimizer, 3)
+    assert len(caught) == 1
+
+
+def test_a_layer_that_is_used_outside_the_model_alone_is_trained_all_the_same():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, h):
+            return self.second(torch.tanh(h))
+
+    def whole(x):
+        return model(nn.functional.linear(x, model.first.weight, model.first.bias))
+
+    model = Partly().double()
+    before = model.first.weight.detach().clone()
+    optimizer = RNGD(model)
+    with pytest.warns(HealthWarning, match=r"first.*AdamW"):
+        train(whole, optimizer, 1)
+    assert not torch.equal(model.first.weight, before)
+    assert math.isfinite(train(whole, optimizer, 5)[-1])

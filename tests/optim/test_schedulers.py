@@ -1,0 +1,117 @@
+"""Schedules of learning rates: all of torch reach both halves of a group, and the bounds follow."""
+
+import pytest
+import torch
+from builders import affine, batch, every_kind, inputs, mlp, moved, normed_mlp, predict, squared_length, train, weights
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+from torch.optim.swa_utils import SWALR
+
+from relfisher import RNGD
+
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": lambda epoch: 0.9**epoch},
+    "MultiplicativeLR": {"lr_lambda": lambda _: 0.9},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 3]},
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {},
+    "CosineAnnealingLR": {"T_max": 5},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": True},
+    "OneCycleLR": {"max_lr": [0.1, 0.01], "total_steps": 8, "cycle_momentum": False},
+    "ReduceLROnPlateau": {"patience": 0},
+    "SWALR": {"swa_lr": [0.05, 0.01], "anneal_epochs": 3},
+}
+
+
+def scheduler_of(name, optimizer):
+    """Return a scheduler of torch; the two that are made of others from two that are tried by themselves."""
+    parts = "LinearLR", "ExponentialLR"
+    match name:
+        case "SequentialLR":
+            return lr_scheduler.SequentialLR(optimizer, [scheduler_of(part, optimizer) for part in parts], [2])
+        case "ChainedScheduler":
+            return lr_scheduler.ChainedScheduler([scheduler_of(part, optimizer) for part in parts])
+        case "SWALR":
+            return SWALR(optimizer, **SCHEDULERS[name])
+    return getattr(lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, "SequentialLR", "ChainedScheduler"])
+def test_every_scheduler_moves_the_learning_rates(name):
+    model = every_kind()
+    optimizer = RNGD(model, momentum=0.5)
+    scheduler = scheduler_of(name, optimizer)
+    seen = set()
+    for seed in range(6):
+        seen.add(tuple(float(group["lr"]) for group in optimizer.param_groups))
+        predict(model, optimizer, seed)
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert len(seen) > 1
+    assert len({rates[1] for rates in seen}) > 1, "AdamW's learning rate follows, too"
+
+
+def test_each_scheduler_of_torch_is_tried():
+    known = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and name[0] != "_"
+    }
+    assert known - {"LRScheduler"} == {*SCHEDULERS, "SequentialLR", "ChainedScheduler"}
+
+
+def test_schedulers_reach_the_fallback_too():
+    for rate in (0.0, 1.0):
+        model = normed_mlp()
+        optimizer = RNGD(model, structure={"LayerNorm": "fallback"})
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda _, rate=rate: rate)
+        found = moved(model, optimizer, inputs())
+        assert found == ({name for name, _ in model.named_parameters()} if rate else set())
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.03 * rate, 1e-3 * rate]
+
+
+def test_schedulers_closures_and_weight_decay():
+    model = mlp(nn.ReLU)
+    optimizer = RNGD(model, lr=0.1, weight_decay=0.5, step_rule="trust-region", trust_region=None)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert optimizer.step(closure).item() != first.item()
+    before = weights(model)
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.05 * 0.5))
+
+
+@pytest.mark.parametrize("structure", ["auto", "neuron", "shared"])
+def test_a_schedule_shortens_the_steps_that_the_bound_shortens(structure):
+    """The bound holds for the highest learning rate so far, which a saved state knows."""
+    bound, lengths = 1e-4, []
+    model = mlp(nn.ReLU)
+    optimizer = RNGD(model, lr=10.0, structure=structure, step_rule="trust-region", trust_region=bound)
+    train(model, optimizer, 1)
+    for lr in (10.0, 5.0, 20.0, 5.0):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.load_state_dict(optimizer.state_dict())
+        before = weights(model)
+        train(model, optimizer, 1)
+        move = affine(weights(model), 0) - affine(before, 0)
+        lengths.append(squared_length(optimizer.state[model[0].weight], move))
+    assert lengths == pytest.approx([bound, bound / 4, bound, bound / 16], rel=1e-4)
