@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.experiments.bench.race import RACES
 from relfisher.experiments.bench.workloads import WORKLOADS, batches, samples
 from relfisher.optim.schedule import EARLY
@@ -40,7 +40,7 @@ def main():
     print("| refreshed at | seed | steps | loss at 10 | at 20 | at 30 |\n|---|---|---|---|---|---|")
     for name, early in SCHEDULES.items():
         for seed in range(options.seeds):
-            optimizer = RNGD(model := workload.build(seed), early_refreshes=early)
+            optimizer = RNGD(model := workload.build(seed), metric=MetricOptions(warmup_refreshes=early))
             drawn = batches(data, workload.batch_size, torch.Generator().manual_seed(seed))
             losses, steps = [], "-"
             while steps == "-" and len(losses) < options.iterations:

@@ -13,7 +13,7 @@ import torch
 from defaults import WORKLOADS, train
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.experiments.data import load
 from relfisher.responses import Categorical
 from relfisher.structures import KroneckerFactors
@@ -67,7 +67,7 @@ def main():
         for name in [name for name in STRUCTURES if name not in options.without]:
             structure = STRUCTURES[name]
             cost, accuracy, seconds = train(
-                lambda model, choose=structure: RNGD(model, step_rule="trust-region", structure=choose(model)),
+                lambda model, choose=structure: RNGD(model, step_rule="trust-region", metric=MetricOptions(structure=choose(model))),
                 data, activation, batch, options.epochs,
             )  # fmt: skip
             print(f"| {workload} | {name} | {cost:.2g} | {accuracy:.1%} | {seconds:.2f} |", flush=True)

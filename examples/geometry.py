@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from relfisher import compare
 from relfisher.diagnostics import Comparison
+from relfisher.observe import observe
 from relfisher.responses import Categorical, SigmoidBernoulli
-from relfisher.subsystems import observe
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 RELATIVE, GLOBAL, INK = "#0072b2", "#d55e00", "#222222"

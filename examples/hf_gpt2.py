@@ -7,7 +7,7 @@ from synthetic import progressions
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from relfisher import RNGD
+from relfisher import RNGD, AdamWOptions
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -54,6 +54,6 @@ if __name__ == "__main__":
         model,
         arguments("runs/hf_gpt2", num_train_epochs=20),
         train_dataset=sequences(),
-        optimizers=(RNGD(model, fallback_lr=1e-2), None),
+        optimizers=(RNGD(model, fallback=AdamWOptions(lr=1e-2)), None),
     )
     trainer.train()

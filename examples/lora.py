@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from synthetic import progressions
 from torch import Tensor, nn
 
-from relfisher import RNGD
+from relfisher import RNGD, AdamWOptions
 
 
 def adapted(base: nn.Module, rank: int = 8) -> PeftModel:
@@ -30,7 +30,7 @@ def train(model: nn.Module, optimizer: RNGD, tokens: Tensor, *, epochs: int = 10
 
 if __name__ == "__main__":
     base = gpt2()
-    optimizer = RNGD(base, fallback_lr=1e-2)
+    optimizer = RNGD(base, fallback=AdamWOptions(lr=1e-2))
     losses = train(base, optimizer, progressions(512, steps=(1,)))
     print(f"counting up, all weights: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     optimizer.close()

@@ -210,7 +210,7 @@ def metrics(optimizer):
 def average(optimizer, module, key="metric"):
     """The average of the metrics of the batches that a layer has seen."""
     state = optimizer.state[module.weight]
-    return state[key] / float(state["mass"])
+    return state[key] / float(state["ema_weight"])
 
 
 def expected_blocks(layer, x, response):
@@ -223,7 +223,7 @@ def structures_by_weight(optimizer):
     found = {}
     for name, parameter in named_parameters(optimizer).items():
         state = optimizer.state.get(parameter, {})
-        if "metric" in state and float(state["mass"]) > 0:
+        if "metric" in state and float(state["ema_weight"]) > 0:
             # The channels of a normalisation are groups of one unit each.
             axes = state["lead"].ndim if "lead" in state else 3 if parameter.ndim == 1 else 2
             kind = {-1: "diagonal", 0: "shared", 1: "neuron"}[state["metric"].ndim - axes]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions, TrustRegion
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "linear": (lambda z: z, torch.ones_like),
@@ -144,7 +144,7 @@ def stepped(model: nn.Module, damping: float, structure: str | dict, *args: Any,
     """Return the gradients and the moves of one step with learning rate 1, by the parameters' names."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with RNGD(
-        model, 1.0, momentum=0, damping=damping, step_rule="trust-region", trust_region=None, structure=structure
+        model, 1.0, momentum=0, damping=damping, step_rule=TrustRegion(None), metric=MetricOptions(structure=structure)
     ) as optimizer:
         output = model(*args, **kwargs)
         (output * torch.randn_like(output)).sum().backward()

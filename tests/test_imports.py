@@ -1,4 +1,4 @@
-"""Imports flow one way: responses -> metric -> structures -> subsystems -> optim -> experiments, and never back."""
+"""Imports flow one way: responses -> metric -> structures -> layers -> observe -> optim, and never back."""
 
 import ast
 import subprocess
@@ -15,10 +15,12 @@ LEVELS = (
     {"information", "moments"},
     {"responses"},
     {"metric"},
-    {"autodiff", "testing"},
+    {"autodiff"},
     {"structures"},
-    {"subsystems"},
+    {"layers"},
+    {"observe"},
     {"diagnostics", "optim", "logistic"},
+    {"testing"},
     {"__init__"},
     {"experiments"},
     {"cli"},

@@ -53,7 +53,7 @@ class Run:
 
 
 # In bfloat16 Accelerate casts the model's output back.
-@pytest.mark.filterwarnings("ignore:linear response for some layers.*feeds float:relfisher.subsystems.ResponseWarning")
+@pytest.mark.filterwarnings("ignore:linear response for some layers.*feeds float:relfisher.observe.ResponseWarning")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_it_learns_and_the_scheduler_follows(precision):
     run = Run(mixed_precision=precision)

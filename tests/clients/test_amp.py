@@ -7,13 +7,13 @@ from builders import assert_same_weights
 from synthetic import gratings
 from torch.nn.functional import cross_entropy
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 
 
 def scaled_steps(dtype, steps, **options):
     """Return the model, the optimizer and the scaler after steps with this scaler."""
     model = network()
-    optimizer = RNGD(model, stats_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1))
     scaler = torch.amp.GradScaler("cpu", **options)
     images, labels = gratings(64, size=8)
     for _ in range(steps):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from relfisher import MetricOptions
+
 pytest.importorskip("lightning")
 
 import copy
@@ -71,7 +73,7 @@ class CountingAll(Classifier):
     """With the statistics of all positions, not of some of each call."""
 
     def configure_optimizers(self):
-        return RNGD(self, stats_samples=None)
+        return RNGD(self, metric=MetricOptions(stats_samples=None))
 
 
 def test_accumulated_batches_are_as_one():

@@ -2,6 +2,8 @@
 
 import pytest
 
+from relfisher import AdamWOptions
+
 pytest.importorskip("peft")
 
 import torch
@@ -36,7 +38,7 @@ def assert_only_adapters_moved(model, optimizer, before):
 
 def test_adapters_turn_a_frozen_gpt2():
     base = gpt2()
-    optimizer = RNGD(base, fallback_lr=1e-2)
+    optimizer = RNGD(base, fallback=AdamWOptions(lr=1e-2))
     up = train(base, optimizer, progressions(256, steps=(1,)), epochs=6)
     optimizer.close()
     model = adapted(base)

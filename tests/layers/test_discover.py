@@ -4,11 +4,11 @@ import pytest
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from relfisher.subsystems import discover
+from relfisher.layers import discover
 
 
 def names(model: nn.Module) -> list[str]:
-    return [layer.name for layer in discover(model).subsystems]
+    return [layer.name for layer in discover(model).layers]
 
 
 def test_all_layers_in_the_order_of_registration() -> None:
@@ -45,7 +45,7 @@ def tied(*owners: nn.Module) -> nn.ModuleList:
 def test_a_tied_weight_has_no_layer_of_its_own(owners) -> None:
     model = tied(*owners)
     found = discover(model)
-    assert [layer.name for layer in found.subsystems] == [str(len(owners))]
+    assert [layer.name for layer in found.layers] == [str(len(owners))]
     weights = " and ".join(f"{place}.weight" for place in range(len(owners)))
     assert found.refused["0.weight"] == f"tied: {weights} are one parameter"
 
@@ -68,7 +68,7 @@ class Scaled(nn.Embedding):
 )
 def test_a_head_that_is_tied_to_embeddings_is_their_layer(owners, head) -> None:
     found = discover(tied(*owners))
-    assert [layer.name for layer in found.subsystems] == [head, str(len(owners))]
+    assert [layer.name for layer in found.layers] == [head, str(len(owners))]
     assert found.refused == {}
 
 
@@ -101,7 +101,7 @@ def test_modules_that_compute_otherwise_are_refused_with_the_reason() -> None:
     forward = replaced.forward
     replaced.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
     found = discover(nn.Sequential(Standardised(2, 3, 3), Doubled(2, 2), replaced, nn.Linear(2, 2)))
-    assert [layer.name for layer in found.subsystems] == ["3"]
+    assert [layer.name for layer in found.layers] == ["3"]
     assert found.refused["0.weight"] == "Standardised has a _conv_forward of its own"
     assert found.refused["1.weight"] == "Doubled has a forward of its own"
     assert found.refused["2.weight"] == found.refused["2.bias"] == "its forward was replaced"

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import jacrev
 from torch.nn.utils.rnn import pack_sequence
 
-from relfisher import RNGD, coverage, module_metric
+from relfisher import RNGD, MetricOptions, coverage, module_metric
 from relfisher.optim.rules import TrustRegion
 
 KINDS = {
@@ -118,7 +118,9 @@ def test_a_step_is_the_dense_solve(kind, structure):
     x = torch.randn(4, 3, 3, dtype=torch.float64)
     dense = [expected(kind, module, x, side, nu if structure == "neuron" else ones(side)) for side in (0, 1)]
     before = [weight.detach().clone() for weight in module.all_weights[0]]
-    optimizer = RNGD(module, 1.0, momentum=0, damping=0.1, step_rule=TrustRegion(None), structure=structure)
+    optimizer = RNGD(
+        module, 1.0, momentum=0, damping=0.1, step_rule=TrustRegion(None), metric=MetricOptions(structure=structure)
+    )
     module(x)[0].square().sum().backward()
     optimizer.step()
     moves = [start - weight.detach() for start, weight in zip(before, module.all_weights[0], strict=True)]
@@ -205,7 +207,7 @@ def test_dropout_between_layers_is_drawn_once_more(kind):
     x = torch.randn(4, 3, 2, dtype=torch.float64)
     torch.manual_seed(1)
     h = nn.functional.dropout(lower(x)[0], 0.5).detach()
-    optimizer = RNGD(module, structure="shared", decay=0.0)
+    optimizer = RNGD(module, metric=MetricOptions(structure="shared", decay=0.0))
     torch.manual_seed(1)
     output = module(x)[0]
     torch.testing.assert_close(output, upper(h)[0])
@@ -213,7 +215,7 @@ def test_dropout_between_layers_is_drawn_once_more(kind):
     optimizer.step()
     rows = augment(h.flatten(0, 1))
     state = by_name(optimizer)["weight_ih_l1"]
-    torch.testing.assert_close(state["metric"] / float(state["mass"]), rows.T @ rows / len(rows))
+    torch.testing.assert_close(state["metric"] / float(state["ema_weight"]), rows.T @ rows / len(rows))
 
 
 @supports("RNGD learns, nothing is left to AdamW")

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relfisher.subsystems import Rows, Sampling
-from relfisher.subsystems.samples import Held, Reservoir
+from relfisher.layers import Rows, Sampling
+from relfisher.layers.samples import Held, Reservoir
 
 
 @given(n=st.integers(0, 3000), limit=st.integers(1, 300))

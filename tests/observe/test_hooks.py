@@ -22,14 +22,16 @@ from builders import (
 )
 from torch import nn
 
-from relfisher import RNGD, plan
+from relfisher import RNGD, MetricOptions, plan
+from relfisher.observe import ResponseWarning
 from relfisher.responses import LinearGaussian, ReLUGaussian, TanhBernoulli
-from relfisher.subsystems import ResponseWarning
 
 
 def exact(model, **options):
     """An optimizer that keeps the exact metric of the last batch, which tells what it took for the response."""
-    return RNGD(model, structure="neuron", decay=0.0, stats_interval=1, stats_samples=None, **options)
+    return RNGD(
+        model, **options, metric=MetricOptions(structure="neuron", decay=0.0, stats_interval=1, stats_samples=None)
+    )
 
 
 @torch.no_grad()
@@ -123,7 +125,10 @@ def test_says_once_which_activation_is_not_known():
 def test_per_sample_gradients_by_torch_func_leave_the_optimizer_alone():
     """Two runs, of which one takes per-sample gradients between its steps, go on alike."""
     model, twin = mlp(), mlp()
-    optimizer, other = RNGD(model, stats_interval=1), RNGD(twin, stats_interval=1)
+    optimizer, other = (
+        RNGD(model, metric=MetricOptions(stats_interval=1)),
+        RNGD(twin, metric=MetricOptions(stats_interval=1)),
+    )
 
     def loss(parameters, x):
         return torch.func.functional_call(model, parameters, (x,)).sum()
@@ -241,7 +246,7 @@ def test_the_optimizer_is_a_context_that_takes_its_hooks_off():
 
 def test_what_is_closed_gathers_no_more():
     model = mlp()
-    optimizer = RNGD(model, stats_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1))
     step(model, optimizer, inputs())
     optimizer.close()
     kept = optimizer.state[model[0].weight]["metric"].clone()

@@ -6,8 +6,8 @@ from builders import Following, average, metrics, mlp
 from reference import augment
 from torch import nn
 
-from relfisher import RNGD, Preconditioner
-from relfisher.subsystems import MaskWarning
+from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher.observe import MaskWarning
 
 LAYERS = {
     "Linear": lambda: nn.Linear(4, 3),
@@ -27,7 +27,10 @@ def test_masked_positions_are_no_samples(kind):
     x = torch.randn(3, 5, 4, dtype=torch.float64)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     x[~mask] = 1e3
-    padded, plain = RNGD(model, stats_interval=1, decay=0.0), RNGD(model, stats_interval=1, decay=0.0)
+    padded, plain = (
+        RNGD(model, metric=MetricOptions(stats_interval=1, decay=0.0)),
+        RNGD(model, metric=MetricOptions(stats_interval=1, decay=0.0)),
+    )
     for optimizer in (padded, plain):
         optimizer.zero_grad()
     with padded.masked(mask):
@@ -51,7 +54,7 @@ def test_masked_tokens_are_no_samples(by):
         model(tokens).sum().backward()
     optimizer.step()
     state = optimizer.state[model[0].weight]
-    frequencies = state["metric"] / float(state["mass"])
+    frequencies = state["metric"] / float(state["ema_weight"])
     torch.testing.assert_close(frequencies, torch.tensor([0.0, 0.25, 0.5, 0.25, 0.0], dtype=torch.float64))
 
 
@@ -63,7 +66,10 @@ def test_masked_positions_of_attention_are_no_samples():
     model.forward = lambda x, mask: attention(x, x, x, key_padding_mask=~mask)[0]
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     mask = torch.arange(4) < torch.tensor([4, 2])[:, None]
-    optimizer, plain = RNGD(model, stats_interval=1, decay=0.0), RNGD(model, stats_interval=1, decay=0.0)
+    optimizer, plain = (
+        RNGD(model, metric=MetricOptions(stats_interval=1, decay=0.0)),
+        RNGD(model, metric=MetricOptions(stats_interval=1, decay=0.0)),
+    )
     with optimizer.masked(mask):
         model(x, mask)[mask].sum().backward()
     plain.zero_grad()
@@ -91,7 +97,7 @@ FIRST = {
 def test_masks_of_sequence_first_layers(kind, length, turned):
     """As many sequences as positions or not; a mask that could be either is [batch, length]."""
     layer = FIRST[kind]()
-    optimizer = RNGD(layer, decay=0.0, structure="shared")
+    optimizer = RNGD(layer, metric=MetricOptions(decay=0.0, structure="shared"))
     mask = torch.arange(length) < torch.tensor([3, 2, 1])[:, None]
     x = torch.randn(length, 3, 4, dtype=torch.float64)
     x.transpose(0, 1)[~mask] = 1e3
@@ -107,7 +113,7 @@ def test_masks_of_sequence_first_layers(kind, length, turned):
 @pytest.mark.parametrize("limit", [None, 256, 2])
 def test_masked_positions_of_convolutions_are_no_samples(limit):
     model = nn.Sequential(nn.Conv1d(2, 3, 1)).double()
-    optimizer = RNGD(model, decay=0.0, structure="shared", stats_samples=limit)
+    optimizer = RNGD(model, metric=MetricOptions(decay=0.0, structure="shared", stats_samples=limit))
     mask = torch.arange(4) < torch.tensor([2, 3])[:, None]
     x = torch.ones(2, 2, 4, dtype=torch.float64)
     x.transpose(1, 2)[~mask] = 1e3
@@ -119,7 +125,7 @@ def test_masked_positions_of_convolutions_are_no_samples(limit):
 
 def test_a_mask_that_does_not_fit_is_named_once():
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(12, 2))
-    optimizer = RNGD(model, stats_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1))
     mask = torch.ones(2, 5, dtype=torch.bool)
     named = r"the mask \[2, 5\] was not applied to 0, whose samples are \[2, 3\]"
     with pytest.warns(MaskWarning, match=named), optimizer.masked(mask):
@@ -138,7 +144,7 @@ def test_masks_that_do_not_concern_a_layer_are_no_matter():
     mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
     with torch.no_grad():
         pooled = augment(torch.tanh(model[0](x) + places.weight).mean(1))
-    optimizer = RNGD(model, structure={"Linear": "shared", "Embedding": "diagonal"})
+    optimizer = RNGD(model, metric=MetricOptions(structure={"Linear": "shared", "Embedding": "diagonal"}))
     with optimizer.masked(mask):
         model(x).sum().backward()
     optimizer.step()
@@ -150,7 +156,7 @@ def test_masks_that_do_not_concern_a_layer_are_no_matter():
 
 def test_flattened_positions_are_named_and_all_count():
     model = mlp(sizes=(4, 2))
-    optimizer = RNGD(model, structure="shared")
+    optimizer = RNGD(model, metric=MetricOptions(structure="shared"))
     x, mask = torch.randn(10, 4, dtype=torch.float64), torch.arange(5) < torch.tensor([5, 3])[:, None]
     with pytest.warns(MaskWarning, match="was not applied to 0"), optimizer.masked(mask):
         model(x).sum().backward()
@@ -160,7 +166,7 @@ def test_flattened_positions_are_named_and_all_count():
 
 def test_a_mask_that_fits_no_layer_is_told_once():
     model = mlp(sizes=(4, 4, 2), dtype=torch.float32)
-    optimizer = RNGD(model, stats_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1))
     mask = torch.ones(7, 9, dtype=torch.bool)
     with pytest.warns(MaskWarning, match=r"the mask \[7, 9\] was applied to no layer"), optimizer.masked(mask):
         model(torch.randn(3, 4)).sum().backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from relfisher import RNGD
-from relfisher.subsystems.roles import is_softmax_gradient
+from relfisher.observe.roles import is_softmax_gradient
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

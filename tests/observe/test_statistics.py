@@ -7,7 +7,7 @@ import torch
 from builders import assert_close_weights, average, mlp, normed_mlp, step
 from torch import nn
 
-from relfisher import RNGD, module_metric
+from relfisher import RNGD, MetricOptions, module_metric
 
 MODELS = {
     "linear": (mlp, ("0", "2", "4"), (16, 6)),
@@ -27,7 +27,7 @@ def test_one_batch_has_the_metrics_that_the_layers_have_by_themselves(make, laye
     """The metric of `module_metric`, block by block."""
     model, x = make(), torch.randn(shape, dtype=torch.float64)
     expected = {name: module_metric(model, name, x).blocks() for name in layers}
-    optimizer = RNGD(model, structure="neuron", decay=0.0, stats_samples=None)
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron", decay=0.0, stats_samples=None))
     step(model, optimizer, x)
     for name, blocks in expected.items():
         found = average(optimizer, model.get_submodule(name))
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     "MultiheadAttention",
 )
 @pytest.mark.parametrize("kind", SEQUENCES)
-@pytest.mark.parametrize(("samples", "sizes"), [(300, [100, 100, 100]), (1024, [256] * 4), (600, [40, 501, 1, 58])])
+@pytest.mark.parametrize(("samples", "log_norm_stats"), [(300, [100, 100, 100]), (1024, [256] * 4), (600, [40, 501, 1, 58])])
 def test_pieces_of_a_batch_are_the_batch(kind, samples, sizes):
     """With the defaults, whether there are more samples than are kept in all or in a piece."""
     found = []
@@ -112,7 +112,7 @@ def test_pieces_of_a_batch_are_the_batch(kind, samples, sizes):
 def test_each_row_of_each_call_counts_the_same(first, second, apart):
     """A layer is called with ones, then with zeros, and each call flows back at once or both together."""
     model = mlp(sizes=(1, 2), bias=False)
-    optimizer = RNGD(model, lr=1e-12, decay=0.0, structure="shared")
+    optimizer = RNGD(model, lr=1e-12, metric=MetricOptions(decay=0.0, structure="shared"))
     optimizer.zero_grad()
     losses = []
     for value, count in ((1.0, first), (0.0, second)):
@@ -129,7 +129,7 @@ def test_each_row_of_each_call_counts_the_same(first, second, apart):
 def test_many_calls_hold_few_rows():
     """Each call has inputs of its own, so that the metric says how many rows of which calls it has seen."""
     model = mlp(sizes=(101, 2), bias=False, dtype=torch.float32)
-    optimizer = RNGD(model, stats_samples=20, decay=0.0, structure="diagonal")
+    optimizer = RNGD(model, metric=MetricOptions(stats_samples=20, decay=0.0, structure="diagonal"))
     for call in range(100):
         model(torch.eye(101)[call].repeat(20, 1)).sum().backward()
     gc.collect()
@@ -151,7 +151,7 @@ def test_statistics_of_some_samples_are_near_those_of_all(layer):
     )  # fmt: skip
     found = []
     for limit in (None, 1000):
-        optimizer = RNGD(model, lr=1e-9, stats_samples=limit)
+        optimizer = RNGD(model, lr=1e-9, metric=MetricOptions(stats_samples=limit))
         optimizer.zero_grad()
         model(x).sum().backward()
         optimizer.step()

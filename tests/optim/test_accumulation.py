@@ -22,8 +22,8 @@ from builders import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from relfisher import RNGD
-from relfisher.subsystems import ResponseWarning
+from relfisher import RNGD, MetricOptions
+from relfisher.observe import ResponseWarning
 
 
 @pytest.mark.supports("accumulated gradients equal the large batch", *KINDS)
@@ -72,7 +72,10 @@ def test_two_forward_passes_before_the_gradients_flow():
 
 def test_forwards_without_training_do_not_count():
     model, twin = mlp(nn.ReLU), mlp(nn.ReLU)
-    optimizer, other = RNGD(model, stats_interval=1), RNGD(twin, stats_interval=1)
+    optimizer, other = (
+        RNGD(model, metric=MetricOptions(stats_interval=1)),
+        RNGD(twin, metric=MetricOptions(stats_interval=1)),
+    )
     train(model, optimizer, 2)
     for seed in range(2):
         other.zero_grad()
@@ -88,7 +91,10 @@ def test_forwards_without_training_do_not_count():
 
 def test_a_pass_without_a_backward_pass_does_not_count():
     model, twin = mlp(), mlp()
-    optimizer, other = RNGD(model, stats_interval=1), RNGD(twin, stats_interval=1)
+    optimizer, other = (
+        RNGD(model, metric=MetricOptions(stats_interval=1)),
+        RNGD(twin, metric=MetricOptions(stats_interval=1)),
+    )
     for seed in range(3):
         optimizer.zero_grad()
         model(inputs() * float("nan"))  # the user saw the NaN and left the batch out
@@ -103,8 +109,8 @@ def test_a_pass_without_a_backward_pass_does_not_count():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_passes_count_once(reentrant):
     plain, saving = mlp(), mlp()
-    one = RNGD(plain, stats_interval=1)
-    two = RNGD(saving, stats_interval=1)
+    one = RNGD(plain, metric=MetricOptions(stats_interval=1))
+    two = RNGD(saving, metric=MetricOptions(stats_interval=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResponseWarning)  # reentrant: the layers run outside the forward pass
         for seed in range(3):
@@ -115,7 +121,7 @@ def test_checkpointed_passes_count_once(reentrant):
                 (model[4](h) - 1).square().mean().backward()
                 optimizer.step()
     torch.testing.assert_close(two.state[saving[4].weight]["metric"], one.state[plain[4].weight]["metric"])
-    assert float(two.state[saving[0].weight]["mass"]) == float(one.state[plain[0].weight]["mass"])
+    assert float(two.state[saving[0].weight]["ema_weight"]) == float(one.state[plain[0].weight]["ema_weight"])
 
 
 def test_an_expert_without_samples_is_no_error():

@@ -7,7 +7,7 @@ from reference import augment
 from torch import nn
 from torch.nn import functional
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.responses import Categorical
 
 
@@ -29,7 +29,7 @@ def test_hidden_layers_have_two_layer_factors_and_a_softmax_head_its_own(activat
 def test_the_factors_are_those_of_equations_25_and_26(structure):
     """Of the hidden layers that of the next one, and of the head that of the categorical response that is seen."""
     model = mlp()
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     x, y = batch()
     hidden = torch.tanh(model[0](x)).detach()
     last = torch.tanh(model[2](hidden)).detach()
@@ -51,7 +51,7 @@ def test_the_response_of_a_seen_head_is_categorical():
     """Its own, and not that of a squared error, by which each unit says as much."""
     for loss, structure in ((classified, "auto"), (squared, "kronecker")):
         model = mlp()
-        optimizer = RNGD(model, structure=structure)
+        optimizer = RNGD(model, metric=MetricOptions(structure=structure))
         z = model(batch()[0]).detach()
         step(model, optimizer, batch(), loss)
         found = average(optimizer, model[4], "output")
@@ -103,7 +103,7 @@ def test_a_next_layer_of_zeros_says_nothing_yet():
     model = mlp()
     with torch.no_grad():
         model[4].weight.zero_()
-    optimizer = RNGD(model, refresh_interval=1, stats_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(refresh_interval=1, stats_interval=1))
     for seed in range(4):
         step(model, optimizer, batch(seed), classified)
     assert optimizer.health.failed_refreshes == 0

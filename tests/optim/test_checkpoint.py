@@ -25,7 +25,7 @@ from builders import (
 )
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 
 
 @pytest.mark.supports("resumes bitwise from a state in the middle of an interval, for each step rule", *KINDS)
@@ -61,14 +61,14 @@ def test_state_dict_resumes_bitwise_in_the_middle_of_a_refresh_interval():
 
 def test_statistics_that_were_saved_are_not_due_at_once():
     model = mlp()
-    optimizer = RNGD(model, early_refreshes=(0,))
+    optimizer = RNGD(model, metric=MetricOptions(warmup_refreshes=(0,)))
     step(model, optimizer, inputs())
-    twin, other = resumed(model, optimizer, early_refreshes=(0,))
+    twin, other = resumed(model, optimizer, warmup_refreshes=(0,))
     first, second = copy.deepcopy((model, optimizer))
-    mass = float(optimizer.state[model[0].weight]["mass"])
+    mass = float(optimizer.state[model[0].weight]["ema_weight"])
     for each, its in ((model, optimizer), (twin, other), (first, second)):
         step(each, its, inputs(1))
-        assert float(its.state[each[0].weight]["mass"]) == mass
+        assert float(its.state[each[0].weight]["ema_weight"]) == mass
     assert_same_weights(model, twin, first)
 
 
@@ -124,10 +124,10 @@ def test_states_that_do_not_fit_are_explained():
 
 def test_a_state_of_another_structure_is_refused():
     model = mlp()
-    optimizer = RNGD(model, structure="neuron")
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron"))
     train(model, optimizer, 2)
     fresh = mlp()
-    other = RNGD(fresh, structure="shared")
+    other = RNGD(fresh, metric=MetricOptions(structure="shared"))
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"metric of '0' has.*\(5, 7, 7\).*'shared' needs.*\(7, 7\)"):
         train(fresh, other, 1)
@@ -180,11 +180,11 @@ def test_the_state_is_there_before_the_first_step_and_as_large_afterwards():
             return self.body(x) * self.scale
 
     model = Scaled()
-    optimizer = RNGD(model, structure="shared")
+    optimizer = RNGD(model, metric=MetricOptions(structure="shared"))
     before = {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
     step(model, optimizer, inputs())
     assert before == {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
-    assert {key for state in before.values() for key in state} >= {"metric", "inverse", "mass", "lead", "exp_avg"}
+    assert {key for state in before.values() for key in state} >= {"metric", "inverse", "ema_weight", "lead", "exp_avg"}
 
 
 def test_a_watched_model_can_be_saved_whole():
@@ -206,7 +206,10 @@ def test_pickling_the_optimizer_says_what_to_do_instead():
 def test_a_copy_of_the_model_is_not_watched():
     """Neither does what it sees go into the metric; and it can be watched by an optimizer of its own."""
     model, plain = mlp(), mlp()
-    optimizer, other = RNGD(model, stats_interval=1), RNGD(plain, stats_interval=1)
+    optimizer, other = (
+        RNGD(model, metric=MetricOptions(stats_interval=1)),
+        RNGD(plain, metric=MetricOptions(stats_interval=1)),
+    )
     for seed in range(3):
         step(plain, other, inputs(seed))
         optimizer.zero_grad()
@@ -223,7 +226,7 @@ def test_a_copy_of_the_model_is_not_watched():
 
 def test_a_copy_of_model_and_optimizer_goes_on_as_the_original_does():
     model = mlp()
-    optimizer = RNGD(model, momentum=0.5, refresh_interval=4)
+    optimizer = RNGD(model, momentum=0.5, metric=MetricOptions(refresh_interval=4))
     for seed in range(3):
         step(model, optimizer, inputs(seed))
     twin, other = copy.deepcopy((model, optimizer))

@@ -18,7 +18,7 @@ from builders import (
 from reference import augment
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions, TrustRegion
 
 
 @pytest.mark.supports("RNGD learns with all of them in one network", *KINDS)
@@ -51,7 +51,7 @@ def test_a_closure_is_evaluated_first_and_its_loss_returned():
 
 def test_clipped_gradients_move_as_smaller_ones_do():
     model = every_kind()
-    optimizer = RNGD(model, lr=1e-3, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(model, lr=1e-3, step_rule=TrustRegion(None))
     torch.manual_seed(0)
     predicted(model, sentences(0)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -59,7 +59,7 @@ def test_clipped_gradients_move_as_smaller_ones_do():
     optimizer.step()
     clipped = (model.head.weight - before).norm()
     plain = every_kind()
-    optimizer = RNGD(plain, lr=1e-3, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(plain, lr=1e-3, step_rule=TrustRegion(None))
     predict(plain, optimizer, 0)
     assert 0 < clipped < 0.1 * (plain.head.weight - before).norm()
 
@@ -67,7 +67,10 @@ def test_clipped_gradients_move_as_smaller_ones_do():
 def test_several_models_and_losses_in_a_step_keep_their_samples_apart():
     """The discriminator sees fakes in the generator's step; clearing its gradients clears those samples."""
     generator, critic = mlp(sizes=(3, 5, 4)), mlp(nn.ReLU, (4, 5, 1))
-    one, two = RNGD(generator, stats_interval=1), RNGD(critic, stats_interval=1, unbiased=True, decay=0.0)
+    one, two = (
+        RNGD(generator, metric=MetricOptions(stats_interval=1)),
+        RNGD(critic, metric=MetricOptions(stats_interval=1, bias_correction=True, stagger=True, decay=0.0)),
+    )
     for seed in range(4):
         noise = inputs(seed, 8, 3)
         real = noise.new_ones(8, 4) * noise[:, :1]

@@ -7,14 +7,16 @@ import torch
 from builders import assert_close_weights, batch, classified, mlp, normed_mlp, step
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, AdamWOptions, MetricOptions
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "fallback_betas": (0.5, 0.9)}], ids=["plain", "decayed"])
 def test_parameters_without_a_metric_are_trained_by_adamw(options):
     model = normed_mlp()
     twin = copy.deepcopy(model)
-    optimizer = RNGD(model, fallback_lr=0.01, structure={"LayerNorm": "fallback"}, **options)
+    optimizer = RNGD(
+        model, **options, metric=MetricOptions(structure={"LayerNorm": "fallback"}), fallback=AdamWOptions(lr=0.01)
+    )
     adamw = torch.optim.AdamW(
         twin[2].parameters(),
         lr=0.01,
@@ -31,7 +33,7 @@ def test_parameters_without_a_metric_are_trained_by_adamw(options):
 
 def test_a_model_that_is_left_to_the_fallback_is_trained_by_adamw_alone():
     model, twin = mlp(), mlp()
-    optimizer = RNGD(model, fallback_lr=0.02, structure="fallback")
+    optimizer = RNGD(model, metric=MetricOptions(structure="fallback"), fallback=AdamWOptions(lr=0.02))
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.0)
     for seed in range(5):
         assert step(model, optimizer, batch(seed), classified) == pytest.approx(
@@ -44,7 +46,7 @@ def test_tied_weights_are_trained_by_the_fallback_and_not_twice():
     model = mlp(sizes=(6, 6, 6))
     model[2].weight = model[0].weight
     twin = copy.deepcopy(model)
-    optimizer = RNGD(model, fallback_lr=0.01)
+    optimizer = RNGD(model, fallback=AdamWOptions(lr=0.01))
     params = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(params) == len(set(params)) == 3
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0)
@@ -60,7 +62,7 @@ def test_sparse_gradients_move_as_dense_ones_do(structure):
     for sparse in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 2)).double()
-        optimizer = RNGD(model, structure=structure)
+        optimizer = RNGD(model, metric=MetricOptions(structure=structure))
         for tokens in ([1, 2], [2, 2], [4, 1]):
             optimizer.zero_grad()
             (model(torch.tensor(tokens)) - 1).square().sum().backward()

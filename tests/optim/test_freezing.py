@@ -4,7 +4,7 @@ import torch
 from builders import inputs, mlp, moved, moves, normed_mlp, step, structures, train
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, TrustRegion
 
 
 def test_what_is_frozen_later_stays_and_what_is_unfrozen_later_moves():
@@ -48,7 +48,7 @@ def test_what_is_not_given_stays_and_is_no_part_of_the_metric():
 
 def test_a_frozen_part_is_left_out_at_once_when_it_is_frozen_later():
     model = normed_mlp()
-    optimizer = RNGD(model, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(model, step_rule=TrustRegion(None))
     for seed in range(7):
         step(model, optimizer, inputs(seed))
     model[0].bias.requires_grad_(False)
@@ -64,7 +64,7 @@ def test_bias_alone_moves_in_its_own_metric():
     """With the weight frozen a linear unit's metric about its bias is 1, whatever the inputs."""
     model = mlp(sizes=(6, 3))
     model[0].weight.requires_grad_(False)
-    optimizer = RNGD(model, lr=0.5, damping=0.0, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(model, lr=0.5, damping=0.0, step_rule=TrustRegion(None))
     before = model[0].bias.detach().clone()
     step(model, optimizer, inputs())
     torch.testing.assert_close(model[0].bias.detach(), before - 0.5 * model[0].bias.grad)

@@ -5,13 +5,13 @@ import torch
 from builders import inputs, moves, normed_mlp, step, structures
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, AdamWOptions, MetricOptions
 from relfisher.structures import SharedBlock
 
 
 def test_each_group_is_kept_as_one_with_a_metric_and_one_without():
     model = nn.ModuleDict({"body": normed_mlp(), "own": nn.ParameterDict({"scale": nn.Parameter(torch.ones(3))})})
-    optimizer = RNGD(model, lr=0.2, fallback_lr=0.05)
+    optimizer = RNGD(model, lr=0.2, fallback=AdamWOptions(lr=0.05))
     assert [(group["kind"], group["lr"]) for group in optimizer.param_groups] == [("metric", 0.2), ("adamw", 0.05)]
     assert optimizer.param_groups[1]["param_names"] == ["own.scale"]
 
@@ -30,10 +30,12 @@ def test_options_of_a_group_hold_for_its_layers():
     assert len(optimizer.param_groups) == 2
     found = [moves(model, optimizer, inputs(seed)) for seed in range(3)]
     assert structures(optimizer) == {"0": "neuron", "2": "shared", "3": "shared"}
-    expected = moves(one, RNGD(one, lr=0.1, damping=0.3, structure="neuron", **bounds), inputs())
+    expected = moves(one, RNGD(one, lr=0.1, damping=0.3, **bounds, metric=MetricOptions(structure="neuron")), inputs())
     for name in ("0.weight", "0.bias"):
         torch.testing.assert_close(found[0][name], expected[name])
-    expected = moves(two, RNGD(two, lr=0.02, structure="shared", momentum=0.5, **bounds), inputs())
+    expected = moves(
+        two, RNGD(two, lr=0.02, momentum=0.5, **bounds, metric=MetricOptions(structure="shared")), inputs()
+    )
     for name in ("2.weight", "3.weight", "3.bias"):
         torch.testing.assert_close(found[0][name], expected[name])
     assert "momentum" in optimizer.state[model[3].weight]
@@ -109,7 +111,7 @@ def test_a_parameter_in_two_groups_is_refused():
 )
 def test_structures_by_name_pattern_and_class(structure, expected):
     model = normed_mlp()
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     step(model, optimizer, inputs())
     assert structures(optimizer) == expected
 
@@ -117,11 +119,11 @@ def test_structures_by_name_pattern_and_class(structure, expected):
 @pytest.mark.parametrize("structure", ["shared", "kronecker", "neuron", "published"])
 def test_embeddings_keep_tokens_squared_numbers_only_where_a_rule_is_theirs(structure):
     model = nn.ModuleDict({"embed": nn.Embedding(3000, 4), "bag": nn.EmbeddingBag(3000, 4), "head": nn.Linear(4, 3)})
-    optimizer = RNGD(model, structure=structure, averaging=0)
+    optimizer = RNGD(model, averaging=0, metric=MetricOptions(structure=structure))
     for layer in ("embed", "bag"):
         assert all(value.numel() <= 3000 for value in optimizer.state[model[layer].weight].values())
     grouped = RNGD(model, params=[{"params": list(model.parameters()), "structure": structure}], averaging=0)
     assert all(value.numel() <= 3000 for value in grouped.state[model["embed"].weight].values())
     model["bag"] = nn.EmbeddingBag(30, 4)
-    optimizer = RNGD(model, structure={"bag": "shared", "Embedding": "diagonal"})
+    optimizer = RNGD(model, metric=MetricOptions(structure={"bag": "shared", "Embedding": "diagonal"}))
     assert optimizer.state[model["bag"].weight]["metric"].shape == (30, 30)

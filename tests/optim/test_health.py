@@ -9,7 +9,7 @@ import torch
 from builders import batch, classified, inputs, mlp, moved, step, structures, train, weights
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.optim import HealthWarning
 
 
@@ -110,7 +110,7 @@ def test_a_batch_metric_that_is_not_finite_is_left_out():
 
 def test_a_metric_that_cannot_be_factorised_leaves_the_last_good_inverse():
     model = mlp(nn.ReLU)
-    optimizer = RNGD(model, refresh_interval=5, early_refreshes=())
+    optimizer = RNGD(model, metric=MetricOptions(refresh_interval=5, warmup_refreshes=()))
     train(model, optimizer, 5)
     good = {id(p): optimizer.state[p]["inverse"].clone() for p in model.parameters() if p in optimizer.state}
     for parameter in model.parameters():
@@ -129,7 +129,7 @@ def test_a_dead_unit_is_damped_with_its_neighbours():
     model = mlp(nn.ReLU, (6, 2, 3))
     with torch.no_grad():
         model[0].bias[0] = -100.0
-    optimizer = RNGD(model, structure="neuron")
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron"))
     train(model, optimizer, 1)
     inverse = optimizer.state[model[0].weight]["inverse"]
     assert float(inverse[0].abs().max()) < 1e4
@@ -147,7 +147,7 @@ def test_a_dead_unit_is_damped_with_its_neighbours():
 def test_a_singular_metric_is_no_error(options, x):
     """Saturated units, more parameters than samples without damping, an input that is zero."""
     model = mlp(bias=False)
-    optimizer = RNGD(model, stats_interval=1, refresh_interval=1, **options)
+    optimizer = RNGD(model, **options, metric=MetricOptions(stats_interval=1, refresh_interval=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HealthWarning)
         for _ in range(5):
@@ -157,7 +157,9 @@ def test_a_singular_metric_is_no_error(options, x):
 
 def test_a_step_that_is_not_finite_lets_the_next_refresh_come():
     model = mlp()
-    optimizer = RNGD(model, step_rule="trust-region", stats_interval=1, refresh_interval=4, early_refreshes=())
+    optimizer = RNGD(
+        model, step_rule="trust-region", metric=MetricOptions(stats_interval=1, refresh_interval=4, warmup_refreshes=())
+    )
     step(model, optimizer, inputs())
     for state in optimizer.state.values():
         state.get("inverse", torch.zeros(())).neg_()
@@ -187,7 +189,7 @@ def test_layers_without_a_part_in_the_first_step_are_named_once():
             return self.first(x)
 
     model = Spare().double()
-    optimizer = RNGD(model, structure={"adam": "fallback"})
+    optimizer = RNGD(model, metric=MetricOptions(structure={"adam": "fallback"}))
     with pytest.warns(HealthWarning, match="no part in the first step had spare: ") as caught:
         train(model, optimizer, 3)
     assert len(caught) == 1

@@ -5,7 +5,7 @@ import torch
 from builders import affine, average, expected_blocks, inputs, mlp, moves, normed_mlp, step, structures
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.optim import HealthWarning
 from relfisher.responses import ReLUGaussian
 
@@ -26,7 +26,7 @@ class Late(nn.Module):
 @pytest.mark.parametrize("structure", ["auto", "neuron"])
 def test_a_layer_first_reached_later_is_discovered_then(structure):
     model = Late().double()
-    optimizer = RNGD(model, structure=structure, decay=0.0 if structure == "neuron" else 0.995)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure, decay=0.0 if structure == "neuron" else 0.995))
     with pytest.warns(HealthWarning, match="no part in the first step had expert"):
         step(model, optimizer, inputs())
     model.busy = True
@@ -40,7 +40,7 @@ def test_a_layer_first_reached_later_is_discovered_then(structure):
         torch.testing.assert_close(average(optimizer, model.expert), expected)
     for seed in range(10):
         step(model, optimizer, inputs(seed))
-    assert float(optimizer.state[model.expert.weight]["mass"]) > 0
+    assert float(optimizer.state[model.expert.weight]["ema_weight"]) > 0
     eye = torch.eye(6, dtype=torch.float64)
     assert not torch.equal(optimizer.state[model.expert.weight]["inverse"], eye), "refreshed with its first batch"
 
@@ -49,7 +49,7 @@ def test_a_layer_without_statistics_gets_them_at_once():
     """One that is unfrozen, and one that is added, between two updates of the metric."""
     model = mlp()
     model[0].requires_grad_(False)
-    optimizer = RNGD(model, stats_interval=10, early_refreshes=(0,))
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=10, warmup_refreshes=(0,)))
     for seed in range(3):
         step(model, optimizer, inputs(seed))
     model[0].requires_grad_(True)
@@ -58,7 +58,7 @@ def test_a_layer_without_statistics_gets_them_at_once():
     masses = []
     for seed in range(3, 23):
         step(model, optimizer, inputs(seed))
-        masses.append([float(optimizer.state[model[place].weight]["mass"]) for place in (0, 2, 5)])
+        masses.append([float(optimizer.state[model[place].weight]["ema_weight"]) for place in (0, 2, 5)])
     assert masses[0][0] > 0
     assert masses[0][2] > 0
     updates = [len(set(of_layer)) for of_layer in zip(*masses, strict=True)]

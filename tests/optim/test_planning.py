@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from relfisher import RNGD, coverage, plan
+from relfisher import RNGD, MetricOptions, coverage, plan
 from relfisher.optim import HealthWarning
 
 
@@ -45,7 +45,7 @@ def net():
 def taken(optimizer):
     """Return the bytes of the state, but for the few numbers of a layer that stay on the host."""
     pairs = [pair for state in optimizer.state.values() for pair in state.items()]
-    host = "mass", "moving", "sizes"
+    host = "ema_weight", "trainable", "log_norm_stats"
     return sum(value.numel() * value.element_size() for key, value in pairs if key not in host)
 
 
@@ -76,7 +76,7 @@ def test_training_does_what_coverage_and_plan_said(structure):
     model, tokens = net()
     said = coverage(model, tokens, structure)
     planned = plan(model, tokens, structure)
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     with pytest.warns(HealthWarning, match="no part in the first step had spare"):
         train(model, optimizer, tokens)
     of_rows = {row.subsystem: row.structure for row in said if row.by == "metric"}
@@ -101,12 +101,12 @@ def test_the_state_takes_the_bytes_that_were_planned(structure):
     )  # fmt: skip
     x = torch.randn(8, 3, 8, 8)
     planned = plan(model, x, structure)
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     train(model, optimizer, x)
     measured = taken(optimizer)
     assert measured == pytest.approx(planned.bytes, rel=0.05)
     assert planned.averaging_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
-    without = RNGD(model, structure=structure, averaging=0)
+    without = RNGD(model, averaging=0, metric=MetricOptions(structure=structure))
     train(model, without, x)
     measured = taken(without)
     assert measured == pytest.approx(planned.bytes - planned.averaging_bytes, rel=0.05)
@@ -127,7 +127,7 @@ def test_layers_that_are_not_reached_are_planned_too(structure):
     planned = plan(model, x, structure)
     assert [(layer.name, layer.samples) for layer in planned] == [("first", 4), ("spare", 0)]
     assert "not reached" in str(planned).splitlines()[2]
-    optimizer = RNGD(model, structure=structure)
+    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     with pytest.warns(HealthWarning, match="no part in the first step had spare"):
         train(model, optimizer, x)
     measured = taken(optimizer)
@@ -139,13 +139,15 @@ def test_auto_keeps_to_its_bytes():
     x = torch.randn(4, 600)
 
     def chosen(bytes_):
-        return [layer.chosen.structure for layer in plan(model, x, structure_bytes=bytes_)]
+        return [layer.chosen.structure for layer in plan(model, x, metric=MetricOptions(structure_bytes=bytes_))]
 
     assert chosen(1 << 30) == ["kronecker, rank 64", "kronecker", "shared"]
     assert chosen(1 << 20) == ["diagonal", "kronecker", "shared"]
     assert chosen(1 << 14) == ["diagonal", "shared", "shared"]
     for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):
-        assert all(layer.chosen.bytes <= budget for layer in plan(model, x, structure_bytes=budget))
+        assert all(
+            layer.chosen.bytes <= budget for layer in plan(model, x, metric=MetricOptions(structure_bytes=budget))
+        )
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.ReLU])
@@ -154,7 +156,7 @@ def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes
     x = torch.randn(5, 60)
 
     def chosen(bytes_):
-        return next(iter(plan(model, x, structure_bytes=bytes_))).chosen.structure
+        return next(iter(plan(model, x, metric=MetricOptions(structure_bytes=bytes_)))).chosen.structure
 
     blocks = 2 * 4 * 61**2 * 4
     assert chosen(4 * blocks) == ("shared" if activation is nn.ReLU else "neuron")
@@ -199,7 +201,7 @@ def test_a_plan_counts_samples_and_positions_and_offers_others():
 @pytest.mark.parametrize(("limit", "gathered"), [(None, 512), (100, 100), (1000, 512)])
 def test_a_plan_counts_the_samples_that_statistics_are_limited_to(limit, gathered):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU())
-    (layer,) = plan(model, torch.randn(8, 3, 8, 8), stats_samples=limit)
+    (layer,) = plan(model, torch.randn(8, 3, 8, 8), metric=MetricOptions(stats_samples=limit))
     assert layer.samples == 8 * 8 * 8
     assert layer.chosen.statistics == 2 * 28**2 * gathered
     other = next(other for other in layer.others if other.structure == "neuron")
@@ -207,7 +209,7 @@ def test_a_plan_counts_the_samples_that_statistics_are_limited_to(limit, gathere
     (layer,) = plan(model, torch.randn(8, 3, 8, 8))
     assert layer.chosen.statistics == 2 * 28**2 * 256, "RNGD's default"
     with pytest.raises(ValueError, match="stats_samples must be"):
-        plan(model, torch.randn(8, 3, 8, 8), stats_samples=0)
+        plan(model, torch.randn(8, 3, 8, 8), metric=MetricOptions(stats_samples=0))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
@@ -217,7 +219,7 @@ def test_names_are_those_of_the_model_where_it_is_compiled():
     rules = {"hidden": "diagonal", "attention*": "shared"}
     assert str(coverage(compiled, tokens, rules)) == str(coverage(model, tokens, rules))
     assert str(plan(compiled, tokens, rules)) == str(plan(model, tokens, rules))
-    optimizer = RNGD(compiled, structure=rules)
+    optimizer = RNGD(compiled, metric=MetricOptions(structure=rules))
     with pytest.warns(HealthWarning, match="no part in the first step had spare"):
         train(compiled, optimizer, tokens)
     kept = structures(optimizer)

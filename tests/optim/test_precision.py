@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import KINDS, every_kind, inputs, mlp, normed_mlp, predicted, resumed, sentences, step
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -37,7 +37,7 @@ def test_a_model_may_change_its_dtype_before_the_first_step(dtype):
 def test_autocast_leaves_the_metric_in_float32():
     """Inputs of rank 3 and little damping: in bfloat16 the products would not be positive semi-definite."""
     model = mlp(dtype=torch.float32)
-    optimizer = RNGD(model, stats_interval=1, refresh_interval=1, damping=1e-4)
+    optimizer = RNGD(model, damping=1e-4, metric=MetricOptions(stats_interval=1, refresh_interval=1))
     x = inputs(dtype=torch.float32)[:, :3] @ torch.randn(3, 6)
     for _ in range(20):
         optimizer.zero_grad()
@@ -63,7 +63,7 @@ def autocast(dtype, *without):
 def test_autocast_keeps_a_float32_state_for_every_layer(dtype, without):
     """But for those that torch's autocast cannot run, or runs on some processors only."""
     model = every_kind(torch.float32, without=without)
-    optimizer = RNGD(model, stats_interval=1, refresh_interval=1)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1, refresh_interval=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for seed in range(4):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import assert_close_weights, inputs, is_hooked, mlp, squares, through_a_file
 
-from relfisher import RNGD, Preconditioner
+from relfisher import RNGD, MetricOptions, Preconditioner, TrustRegion
 from relfisher.optim import HealthWarning
 
 
@@ -27,7 +27,7 @@ def backward(model, seed=0):
 def test_before_plain_gradient_descent_it_is_rngd_without_a_bound():
     one, two = network(), network()
     preconditioner, sgd = Preconditioner(one), torch.optim.SGD(one.parameters(), lr=0.1)
-    optimizer = RNGD(two, lr=0.1, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(two, lr=0.1, step_rule=TrustRegion(None))
     for seed in range(12):
         backward(one, seed)
         preconditioner.step()
@@ -64,7 +64,7 @@ def test_grafted_gradients_keep_their_norm():
 
 def test_what_has_no_metric_keeps_its_gradient():
     model = network()
-    preconditioner = Preconditioner(model, structure={"0": "fallback"})
+    preconditioner = Preconditioner(model, metric=MetricOptions(structure={"0": "fallback"}))
     backward(model)
     kept, changed = model[0].weight.grad.clone(), model[2].weight.grad.clone()
     preconditioner.step()
@@ -74,7 +74,10 @@ def test_what_has_no_metric_keeps_its_gradient():
 
 def test_resumes_bitwise():
     model, twin = network(), network()
-    one, two = Preconditioner(model, refresh_interval=4), Preconditioner(twin, refresh_interval=4)
+    one, two = (
+        Preconditioner(model, metric=MetricOptions(refresh_interval=4)),
+        Preconditioner(twin, metric=MetricOptions(refresh_interval=4)),
+    )
     for seed in range(6):
         backward(model, seed)
         one.step()
@@ -88,7 +91,7 @@ def test_resumes_bitwise():
 
 def test_a_copy_of_model_and_preconditioner_goes_on_as_the_original_does():
     model = network()
-    preconditioner = Preconditioner(model, refresh_interval=4)
+    preconditioner = Preconditioner(model, metric=MetricOptions(refresh_interval=4))
     for seed in range(6):
         backward(model, seed)
         preconditioner.step()
@@ -168,7 +171,7 @@ def test_arguments_outside_what_is_allowed_are_named(options, message):
 def test_gradients_that_are_forgotten_leave_no_samples(set_to_none):
     """Those of a generator flow back through the critic before the critic's own."""
     critic = mlp(sizes=(1, 1), bias=False)
-    preconditioner = Preconditioner(critic, decay=0.0, structure="shared", stats_interval=1)
+    preconditioner = Preconditioner(critic, metric=MetricOptions(decay=0.0, structure="shared", stats_interval=1))
     ones = torch.ones(10, 1, dtype=torch.float64)
     fake = torch.zeros(10, 1, dtype=torch.float64, requires_grad=True)
     for _ in range(2):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import augment
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions, TrustRegion
 from relfisher.structures import NeuronBlocks, SharedBlock
 
 
@@ -20,7 +20,7 @@ from relfisher.structures import NeuronBlocks, SharedBlock
 @pytest.mark.parametrize("structure", ["auto", "neuron", "shared", "published"])
 def test_learns(activation, structure):
     model = mlp(activation)
-    losses = train(model, RNGD(model, lr=0.1, structure=structure), 150)
+    losses = train(model, RNGD(model, lr=0.1, metric=MetricOptions(structure=structure)), 150)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -29,7 +29,9 @@ def test_first_step_is_the_damped_inverse_times_the_gradient(structure, kind):
     """One step by hand: metric of the one batch, mean-trace damping, no bound."""
     model = mlp(nn.Tanh)
     before, (x, y) = list(weights(model).values()), batch()
-    optimizer = RNGD(model, lr=0.1, structure=structure, damping=0.05, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(
+        model, lr=0.1, damping=0.05, step_rule=TrustRegion(None), metric=MetricOptions(structure=structure)
+    )
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -63,11 +65,8 @@ def test_no_layers_step_is_longer_than_the_trust_region(lr, bound, momentum, str
         model,
         lr,
         momentum=momentum,
-        structure=structure,
-        step_rule="trust-region",
-        trust_region=bound,
-        stats_interval=1,
-        refresh_interval=1,
+        step_rule=TrustRegion(bound),
+        metric=MetricOptions(structure=structure, stats_interval=1, refresh_interval=1),
     )
     for seed in range(4):
         before = weights(model)
@@ -89,8 +88,8 @@ def test_momentum_does_not_share_memory_with_the_gradient():
 
 def test_a_short_step_is_not_scaled():
     model, free = mlp(nn.ReLU), mlp(nn.ReLU)
-    train(model, RNGD(model, lr=1e-3, step_rule="trust-region", trust_region=1e6), 3)
-    train(free, RNGD(free, lr=1e-3, step_rule="trust-region", trust_region=None), 3)
+    train(model, RNGD(model, lr=1e-3, step_rule=TrustRegion(1e6)), 3)
+    train(free, RNGD(free, lr=1e-3, step_rule=TrustRegion(None)), 3)
     assert_same_weights(model, free)
 
 

@@ -9,25 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
+from relfisher.layers import discover
 from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor
 from relfisher.responses import LinearGaussian
-from relfisher.structures import Damping, Diagonal, NeuronBlocks, SharedBlock
-from relfisher.subsystems import discover
+from relfisher.structures import Diagonal, Inversion, NeuronBlocks, SharedBlock
 
 sizes = st.tuples(st.integers(4, 12), st.integers(2, 6), st.integers(2, 5))
 STRUCTURES = {"shared": SharedBlock(), "neuron": NeuronBlocks(), "diagonal": Diagonal()}
 
 
-def move(size, structure=None, lr=0.1, scale=1.0, form="root"):
-    """Return the move of a linear layer whose metric was gathered from random inputs."""
+def move(size, structure=None, lr=0.1, scale=1.0, root=True):
+    """Return the move of a linear layer whose metric is that of random inputs."""
     n, out, d = size
     structure = structure or SharedBlock()
     model = mlp(sizes=(d, out), bias=False)
-    (layer,) = discover(model).subsystems
-    state = structure.create(layer.weight, (out, d), form=form)
-    structure.update(state, structure.gather(inputs(0, n, d), inputs(1, n, out), LinearGaussian()), n, 0.9)
-    structure.refresh(state, Damping(0.1))
+    (layer,) = discover(model).layers
+    state = structure.create((out, d), torch.float64, torch.device("cpu"), identity=False, root=root)
+    batch = structure.batch_statistics(inputs(0, n, d), inputs(1, n, out), LinearGaussian())
+    structure.ema_update(state, batch, 0.9)
+    state["log_norm_stats"] = torch.zeros(3)
+    structure.refresh(state, Inversion(0.1))
     gradient = scale * inputs(2, out, d)
     return Move(layer, structure, state, gradient, gradient, lr)
 
@@ -154,7 +156,7 @@ def test_wide_polar_factors_in_single_precision_are_those_in_double_precision_up
 
 @pytest.mark.parametrize("rule", [TrustRegion(), Normalized(), Spectral()])
 def test_a_direction_that_is_not_finite_is_no_step(rule):
-    bad = move((5, 3, 2), form=rule.form)
+    bad = move((5, 3, 2), root=rule.needs_root)
     assert rule.steps([bad._replace(gradient=bad.gradient * float("nan"))]) is None
     assert rule.steps([]) == []
 
@@ -185,7 +187,7 @@ def test_language_models_take_spectral_steps_by_default(model, key):
 @pytest.mark.parametrize("structure", ["shared", "neuron", "diagonal"])
 def test_learns(rule, structure):
     model = normed_mlp()
-    losses = train(model, RNGD(model, lr=0.05, step_rule=rule, structure=structure), 80)
+    losses = train(model, RNGD(model, lr=0.05, step_rule=rule, metric=MetricOptions(structure=structure)), 80)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 

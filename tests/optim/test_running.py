@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from reference import augment
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions
 from relfisher.responses import LinearGaussian, TanhBernoulli
 
 
 def test_the_average_is_unbiased_from_the_first_batch_on():
     """A constant batch has its own metric as the average, however few batches were seen."""
     model = mlp(sizes=(6, 3))
-    optimizer = RNGD(model, lr=1e-6, stats_interval=1, refresh_interval=1, damping=0.1, structure="shared")
+    optimizer = RNGD(
+        model, lr=1e-6, damping=0.1, metric=MetricOptions(stats_interval=1, refresh_interval=1, structure="shared")
+    )
     x, y = batch()
     augmented = augment(x)
     metric = augmented.T @ augmented / len(x)
@@ -44,12 +46,10 @@ def test_each_update_weighs_less_by_the_decay_of_the_iterations_since(interval, 
     model = mlp()
     optimizer = RNGD(
         model,
-        structure="neuron",
-        decay=decay,
-        stats_interval=interval,
-        early_refreshes=(),
-        stats_samples=None,
         damping=1.0,
+        metric=MetricOptions(
+            structure="neuron", decay=decay, stats_interval=interval, warmup_refreshes=(), stats_samples=None
+        ),
     )
     total, mass = 0.0, 0.0
     for seed in range(steps):
@@ -61,12 +61,15 @@ def test_each_update_weighs_less_by_the_decay_of_the_iterations_since(interval, 
         step(model, optimizer, (x, y), classified)
         state = optimizer.state[model[0].weight]
         torch.testing.assert_close(state["metric"], total)
-        assert float(state["mass"]) == pytest.approx(mass, rel=1e-6)
+        assert float(state["ema_weight"]) == pytest.approx(mass, rel=1e-6)
 
 
 def test_an_average_that_starts_at_the_identity_has_its_full_mass():
     model = mlp()
-    optimizer = RNGD(model, structure="shared", decay=0.9, stats_interval=1, unbiased=False)
+    optimizer = RNGD(
+        model,
+        metric=MetricOptions(structure="shared", decay=0.9, stats_interval=1, bias_correction=False, stagger=False),
+    )
     x = inputs()
     eye = torch.eye(7, dtype=torch.float64)
     assert torch.equal(optimizer.state[model[0].weight]["metric"], eye)
@@ -75,14 +78,16 @@ def test_an_average_that_starts_at_the_identity_has_its_full_mass():
     torch.testing.assert_close(
         optimizer.state[model[0].weight]["metric"], 0.9 * eye + 0.1 * augmented.T @ augmented / len(x)
     )
-    assert float(optimizer.state[model[0].weight]["mass"]) == pytest.approx(1)
+    assert float(optimizer.state[model[0].weight]["ema_weight"]) == pytest.approx(1)
 
 
 def test_the_inverse_is_that_of_the_last_refresh():
     """Refreshed in the first iteration of five, while the metric goes on."""
     model = mlp()
     optimizer = RNGD(
-        model, structure="shared", step_rule="trust-region", stats_interval=1, refresh_interval=5, early_refreshes=()
+        model,
+        step_rule="trust-region",
+        metric=MetricOptions(structure="shared", stats_interval=1, refresh_interval=5, warmup_refreshes=()),
     )
     inverses, expected = [], []
     for seed in range(12):
@@ -98,8 +103,11 @@ def test_the_inverse_is_that_of_the_last_refresh():
 def test_a_step_takes_the_inverse_that_was_refreshed_in_it():
     """Two optimizers whose inverses are refreshed in each step and in every second one go apart in the second."""
     models = [mlp(), mlp()]
-    options = {"structure": "shared", "stats_interval": 1, "early_refreshes": ()}
-    often, rarely = (RNGD(model, refresh_interval=each, **options) for model, each in zip(models, (1, 2), strict=True))
+    options = {"structure": "shared", "stats_interval": 1, "warmup_refreshes": ()}
+    often, rarely = (
+        RNGD(model, **options, metric=MetricOptions(refresh_interval=each))
+        for model, each in zip(models, (1, 2), strict=True)
+    )
     for seed in range(2):
         before = [model[0].weight.detach().clone() for model in models]
         for model, optimizer in zip(models, (often, rarely), strict=True):
@@ -113,7 +121,7 @@ def test_structures_are_told_by_what_is_kept():
     kinds = "neuron", "shared", "diagonal", "kronecker"
     for kind in kinds:
         model = mlp()
-        optimizer = RNGD(model, structure=kind)
+        optimizer = RNGD(model, metric=MetricOptions(structure=kind))
         assert structures(optimizer) == {}
         train(model, optimizer, 1)
         assert structures(optimizer) == {"0": kind, "2": kind, "4": kind}
@@ -121,7 +129,7 @@ def test_structures_are_told_by_what_is_kept():
 
 def test_a_linear_layer_has_the_same_block_for_each_of_its_units():
     model = mlp(sizes=(6, 3))
-    optimizer = RNGD(model, structure="neuron", decay=0.0)
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron", decay=0.0))
     x = inputs()
     expected = expected_blocks(model[0], x, LinearGaussian())
     step(model, optimizer, x)
@@ -131,9 +139,9 @@ def test_a_linear_layer_has_the_same_block_for_each_of_its_units():
 
 def test_the_metric_is_updated_before_each_early_refresh():
     model = mlp(nn.ReLU)
-    optimizer = RNGD(model, stats_interval=10, early_refreshes=(0, 3))
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=10, warmup_refreshes=(0, 3)))
     masses = []
     for seed in range(12):
         train(model, optimizer, 1, first=seed)
-        masses.append(float(optimizer.state[model[0].weight]["mass"]))
+        masses.append(float(optimizer.state[model[0].weight]["ema_weight"]))
     assert [k for k in range(12) if k == 0 or masses[k] != masses[k - 1]] == [0, 3, 10]

@@ -40,7 +40,7 @@ def test_no_step_of_a_small_model_has_both_an_update_and_a_refresh():
         assert updates + sum(schedule.refresh_due(iteration, place, 4) for place in range(4)) <= 1
 
 
-def test_early_refreshes_are_of_all_layers():
+def test_warmup_refreshes_are_of_all_layers():
     schedule = Schedule(20, 200, (0, 5))
     assert all(schedule.refresh_due(iteration, place, 7) for iteration in (0, 5) for place in range(7))
     assert [schedule.statistics_due(iteration) for iteration in (0, 5, 19, 20, 21)] == [True, True, False, True, False]
@@ -56,6 +56,6 @@ def test_without_staggering_all_layers_are_refreshed_together():
 
 @pytest.mark.parametrize("name", ["stats_interval", "refresh_interval"])
 def test_intervals_are_whole_numbers(name):
-    options = {"stats_interval": 1, "refresh_interval": 1, "early_refreshes": (), name: 0}
+    options = {"stats_interval": 1, "refresh_interval": 1, "warmup_refreshes": (), name: 0}
     with pytest.raises(ValueError, match=f"{name} must be a whole number >= 1, got 0"):
         Schedule(**options)

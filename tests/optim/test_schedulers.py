@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.swa_utils import SWALR
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions, TrustRegion
 
 SCHEDULERS = {
     "LambdaLR": {"lr_lambda": lambda epoch: 0.9**epoch},
@@ -67,7 +67,7 @@ def test_each_scheduler_of_torch_is_tried():
 def test_schedulers_reach_the_fallback_too():
     for rate in (0.0, 1.0):
         model = normed_mlp()
-        optimizer = RNGD(model, structure={"LayerNorm": "fallback"})
+        optimizer = RNGD(model, metric=MetricOptions(structure={"LayerNorm": "fallback"}))
         scheduler = lr_scheduler.LambdaLR(optimizer, lambda _, rate=rate: rate)
         found = moved(model, optimizer, inputs())
         assert found == ({name for name, _ in model.named_parameters()} if rate else set())
@@ -77,7 +77,7 @@ def test_schedulers_reach_the_fallback_too():
 
 def test_schedulers_closures_and_weight_decay():
     model = mlp(nn.ReLU)
-    optimizer = RNGD(model, lr=0.1, weight_decay=0.5, step_rule="trust-region", trust_region=None)
+    optimizer = RNGD(model, lr=0.1, weight_decay=0.5, step_rule=TrustRegion(None))
     scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     x, y = batch()
 
@@ -104,7 +104,7 @@ def test_a_schedule_shortens_the_steps_that_the_bound_shortens(structure):
     """The bound holds for the highest learning rate so far, which a saved state knows."""
     bound, lengths = 1e-4, []
     model = mlp(nn.ReLU)
-    optimizer = RNGD(model, lr=10.0, structure=structure, step_rule="trust-region", trust_region=bound)
+    optimizer = RNGD(model, lr=10.0, step_rule=TrustRegion(bound), metric=MetricOptions(structure=structure))
     train(model, optimizer, 1)
     for lr in (10.0, 5.0, 20.0, 5.0):
         for group in optimizer.param_groups:

@@ -8,8 +8,8 @@ import torch
 from builders import assert_close_weights, assert_same_weights, inputs, learn, resumed, step, structures, train
 from torch import nn
 
-from relfisher import RNGD, Preconditioner, coverage, plan
-from relfisher.subsystems import TiedWarning
+from relfisher import RNGD, MetricOptions, Preconditioner, TrustRegion, coverage, plan
+from relfisher.observe import TiedWarning
 
 TIES = {
     "linear": lambda model, h: nn.functional.linear(h, model.embed.weight),
@@ -41,7 +41,7 @@ def test_weights_tied_in_functions_are_left_to_adamw(tie):
     model = tied(tie)
     tokens = torch.randint(9, (4, 5))
     twin = copy.deepcopy(model)
-    optimizer, other = RNGD(model), RNGD(twin, structure={"embed": "fallback"})
+    optimizer, other = RNGD(model), RNGD(twin, metric=MetricOptions(structure={"embed": "fallback"}))
     with pytest.warns(TiedWarning, match="no metric for some layers: embed, tied: .* outside its own calls") as caught:
         learn(model, optimizer, tokens)
     assert len(caught) == 1
@@ -100,7 +100,12 @@ def test_a_tied_head_moves_its_whole_gradient_along_the_metric_of_its_inputs(mod
     metric = x.T @ x / len(x)
     damped = metric + 0.1 * metric.diagonal().mean() * torch.eye(5, dtype=torch.float64)
     expected = torch.cat([weight, bias.unsqueeze(1)], 1).detach() - 0.3 * gradient @ torch.linalg.inv(damped)
-    learn(model, RNGD(model, lr=0.3, structure="shared", step_rule="trust-region", trust_region=None), tokens, steps=1)
+    learn(
+        model,
+        RNGD(model, lr=0.3, step_rule=TrustRegion(None), metric=MetricOptions(structure="shared")),
+        tokens,
+        steps=1,
+    )
     torch.testing.assert_close(torch.cat([weight, bias.unsqueeze(1)], 1).detach(), expected)
 
 

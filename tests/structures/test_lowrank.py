@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from relfisher.responses import LinearGaussian
-from relfisher.structures import Damping, KroneckerFactors, NeuronBlocks, SharedBlock
+from relfisher.structures import Inversion, KroneckerFactors, NeuronBlocks, SharedBlock
 
 forms = pytest.mark.parametrize("form", ["inverse", "root"])
 
@@ -22,11 +22,13 @@ def decaying(generator, groups, d, rank, rest):
 def state_of(structure, metric, out, form, **others):
     groups, d = metric.shape[:-2], metric.shape[-1]
     weight = torch.zeros(*groups, out, d, dtype=torch.float64)
-    state = structure.create(weight, tuple(weight.shape), form=form)
+    state = structure.create(
+        tuple(weight.shape), weight.dtype, torch.device("cpu"), identity=False, root=form == "root"
+    )
     state["metric"].copy_(metric)
     for name, value in others.items():
         state[name].copy_(value)
-    state["mass"].fill_(1.0)
+    state["ema_weight"].fill_(1.0)
     return state
 
 
@@ -42,7 +44,7 @@ def test_it_is_exact_where_the_other_eigenvalues_are_alike(form, data):
     metric = decaying(generator, groups, d, rank, rest)
     structure = SharedBlock(rank)
     state = state_of(structure, metric, out, form)
-    damping = Damping(0.1, pooled=False)
+    damping = Inversion(0.1, pooled=False)
     for _ in range(10):  # from one refresh to the next the eigenvectors become exact
         assert structure.refresh(state, damping)
     gradient = torch.randn(*groups, out, d, generator=generator, dtype=torch.float64)
@@ -64,7 +66,7 @@ def test_elsewhere_it_is_off_by_no_more_than_the_other_eigenvalues_differ(form, 
     structure = SharedBlock(rank)
     state = state_of(structure, metric, d, form)
     for _ in range(10):
-        assert structure.refresh(state, Damping(damping))
+        assert structure.refresh(state, Inversion(damping))
     inverse = structure.precondition(state, torch.eye(d, dtype=torch.float64))
     epsilon = damping * values.mean()
     ratios = torch.linalg.eigvals(inverse @ (metric + epsilon * torch.eye(d, dtype=torch.float64))).real
@@ -78,9 +80,9 @@ def test_wide_outputs_of_kronecker_factors_take_it_too():
     inputs, outputs = (decaying(generator, (), d, 2, 0.1) for d in (5, 16))
     structure = KroneckerFactors(rank=2)
     state = state_of(structure, inputs, 16, "inverse", output=outputs)
-    assert set(state) == {"metric", "inverse", "output", "output_inverse", "output_inverse_scale", "mass"}
+    assert set(state) == {"metric", "inverse", "output", "output_inverse", "output_inverse_scale", "ema_weight"}
     for _ in range(6):
-        structure.refresh(state, Damping(0.01))
+        structure.refresh(state, Inversion(0.01))
     gradient = torch.randn(16, 5, generator=generator, dtype=torch.float64)
     left, right = (
         torch.linalg.inv(each + 0.1 * each.diagonal().mean() * torch.eye(len(each), dtype=torch.float64))
@@ -95,16 +97,16 @@ def test_an_untouched_state_and_an_empty_metric_are_the_identity(form):
     state = state_of(structure, torch.zeros(16, 16, dtype=torch.float64), 3, form)
     gradient = torch.randn(3, 16, dtype=torch.float64)
     assert torch.equal(structure.precondition(state, gradient), gradient)
-    assert structure.refresh(state, Damping(0.1))
+    assert structure.refresh(state, Inversion(0.1))
     assert torch.equal(structure.precondition(state, gradient), gradient)
 
 
 def test_fewer_samples_than_the_rank_are_enough():
     structure = SharedBlock(3)
     x = torch.ones(1, 24, dtype=torch.float64)
-    totals = structure.gather(x, torch.zeros(1, 2, dtype=torch.float64), LinearGaussian())
-    state = state_of(structure, totals["metric"], 2, "inverse")
-    assert structure.refresh(state, Damping(0.1))
+    batch = structure.batch_statistics(x, torch.zeros(1, 2, dtype=torch.float64), LinearGaussian())
+    state = state_of(structure, batch.totals["metric"], 2, "inverse")
+    assert structure.refresh(state, Inversion(0.1))
     expected = torch.linalg.inv(x.mT @ x + 0.1 * torch.eye(24, dtype=torch.float64))
     torch.testing.assert_close(structure.precondition(state, torch.eye(24, dtype=torch.float64)), expected)
 
@@ -116,14 +118,13 @@ def test_a_metric_without_an_inverse_leaves_the_last_one(value, damping):
     metric[0, 0] = value
     state = state_of(structure, metric, 3, "inverse")
     before = {key: each.clone() for key, each in state.items() if "inverse" in key}
-    assert not structure.refresh(state, Damping(damping))
+    assert not structure.refresh(state, Inversion(damping))
     assert all(torch.equal(state[key], each) for key, each in before.items())
 
 
 def test_narrow_blocks_are_inverted_in_full():
     structure = SharedBlock(4)
-    weight = torch.zeros(3, 31)
-    assert structure.create(weight, (3, 31))["inverse"].shape == (31, 31)
+    assert structure.declares((3, 31), root=False)["inverse"].shape == (31, 31)
     assert structure.label((3, 31)) == "shared"
     assert structure.label((3, 32)) == "shared, rank 4"
     assert NeuronBlocks().label((3, 32)) == "neuron"

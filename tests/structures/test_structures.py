@@ -1,4 +1,4 @@
-"""Every structure keeps the same contract: gather, update, refresh, precondition, against dense matrices."""
+"""Every structure keeps the same contract: statistics, average, factors, application, against dense matrices."""
 
 import math
 
@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from relfisher.layers import LinearLayer
 from relfisher.responses import Categorical, LinearGaussian, TanhBernoulli
-from relfisher.structures import Damping, Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, invert
+from relfisher.structures import Diagonal, Inversion, KroneckerFactors, NeuronBlocks, SharedBlock
 
 NEXT = nn.Linear(4, 3).double()
 STRUCTURES = {
@@ -22,6 +23,7 @@ STRUCTURES = {
 }
 kinds = pytest.mark.parametrize("kind", STRUCTURES)
 forms = pytest.mark.parametrize("form", ["inverse", "root"])
+RELATIVE = st.sampled_from(["mean", "trace", "absolute"])
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(1, 5))
 groups = st.sampled_from([(), (1,), (3,)])
 
@@ -38,8 +40,8 @@ def samples(shape, n, seed=0):
     return [torch.randn(*groups, n, size, generator=generator, dtype=torch.float64) for size in (d, out)]
 
 
-def state_of(structure, shape, **options):
-    return structure.create(torch.empty(shape[-2:], dtype=torch.float64), shape, **options)
+def state_of(structure, shape, form="inverse", identity=False):
+    return structure.create(shape, torch.float64, torch.device("cpu"), identity=identity, root=form == "root")
 
 
 def information(kind, z):
@@ -68,19 +70,21 @@ def dense(kind, x, z):
 
 @kinds
 @forms
-@given(size=sizes, groups=groups, damping=st.floats(1e-2, 1.0), pooled=st.booleans(), per_parameter=st.booleans())
-def test_precondition_is_the_damped_inverse_of_the_average(kind, form, size, groups, damping, pooled, per_parameter):
+@given(size=sizes, groups=groups, damping=st.floats(1e-2, 1.0), pooled=st.booleans(), unit=RELATIVE)
+def test_precondition_is_the_damped_inverse_of_the_average(kind, form, size, groups, damping, pooled, unit):
     """Over three batches with decay 0.7, against dense matrices, a group at a time."""
     structure, response = STRUCTURES[kind]
+    inversion = Inversion(damping, relative_to=unit, pooled=pooled)
     n, out, d = size
     shape = (*groups, *shape_of(kind, out, d))
     state = state_of(structure, shape, form=form)
     batches = [samples(shape, n, seed) for seed in range(3)]
     for x, z in batches:
-        totals = structure.gather(x, z, response)
-        assert {name: tuple(total.shape) for name, total in totals.items()} == structure.shapes(shape)
-        assert structure.update(state, totals, n, 0.7)
-    assert structure.refresh(state, Damping(damping, per_parameter, pooled))
+        batch = structure.batch_statistics(x, z, response)
+        assert batch.samples == n
+        assert {name: tuple(total.shape) for name, total in batch.totals.items()} == structure.shapes(shape)
+        assert structure.ema_update(state, batch, 0.7)
+    assert structure.refresh(state, inversion)
     weights = torch.tensor([0.49, 0.7, 1.0], dtype=torch.float64)
     weights /= weights.sum()
     averages = []  # of each group
@@ -94,7 +98,7 @@ def test_precondition_is_the_damped_inverse_of_the_average(kind, form, size, gro
     gradient = samples(shape, shape[-2], seed=9)[0]
     found = structure.precondition(state, gradient)
     expected = [
-        solve(factors, averages, each, Damping(damping, per_parameter, pooled))
+        solve(factors, averages, each, inversion)
         for factors, each in zip(averages, gradient if groups else [gradient], strict=True)
     ]
     torch.testing.assert_close(found, torch.stack(expected) if groups else expected[0], rtol=1e-7, atol=1e-9)
@@ -109,10 +113,12 @@ def solve(factors, averages, gradient, damping):
             return each.diagonal().reshape(-1, size).sum(1)
 
         traces = per_block(matrix)
-        if damping.pooled:
+        if damping.relative_to == "absolute":
+            traces = torch.ones_like(traces)
+        elif damping.pooled:
             traces = torch.cat([per_block(each) for each in every]).mean().expand(traces.shape)
-        value = damping.value if len(factors) == 1 else math.sqrt(damping.value)
-        return torch.diag((traces * (value / size if damping.per_parameter else value)).repeat_interleave(size))
+        value = damping.damping if len(factors) == 1 else math.sqrt(damping.damping)
+        return torch.diag((traces * (value / size if damping.relative_to == "mean" else value)).repeat_interleave(size))
 
     if len(factors) == 1:
         damped = factors[0] + added(factors[0], [each[0] for each in averages], d)
@@ -132,8 +138,8 @@ def test_whitening_twice_is_the_inverse(kind, size):
     shape = shape_of(kind, out, d)
     state, other = state_of(structure, shape, form="root"), state_of(structure, shape)
     for each in (state, other):
-        structure.update(each, structure.gather(*samples(shape, n), response), n, 0.9)
-        structure.refresh(each, Damping(0.1))
+        structure.ema_update(each, structure.batch_statistics(*samples(shape, n), response), 0.9)
+        structure.refresh(each, Inversion(0.1))
     u, v = (samples(shape, shape[0], seed)[0] for seed in (1, 2))
     torch.testing.assert_close(structure.precondition(state, u), structure.precondition(other, u))
     left, right = torch.sum(structure.whiten(state, u) * v), torch.sum(u * structure.unwhiten(state, v))
@@ -150,28 +156,28 @@ def test_frozen_columns_are_no_part_of_the_metric(kind, size, frozen):
     stays = torch.arange(d) == frozen
     x, z = samples(shape, n)
     state = state_of(structure, shape)
-    structure.update(state, structure.gather(x, z, response), n, 0.9)
-    assert structure.refresh(state, Damping(0.1), stays if bool(stays.any()) else None)
+    structure.ema_update(state, structure.batch_statistics(x, z, response), 0.9)
+    assert structure.refresh(state, Inversion(0.1), stays if bool(stays.any()) else None)
     gradient = samples(shape, shape[0], seed=3)[0].masked_fill(stays, 0.0)
     found = structure.precondition(state, gradient)[:, ~stays]
     if bool((~stays).any()):
         small = state_of(structure, (shape[0], int((~stays).sum())))
-        structure.update(small, structure.gather(x[:, ~stays], z, response), n, 0.9)
-        structure.refresh(small, Damping(0.1))
+        structure.ema_update(small, structure.batch_statistics(x[:, ~stays], z, response), 0.9)
+        structure.refresh(small, Inversion(0.1))
         torch.testing.assert_close(found, structure.precondition(small, gradient[:, ~stays]))
 
 
 @kinds
 @given(size=sizes, groups=groups)
-def test_folding_samples_is_an_update_with_what_is_gathered_of_them(kind, size, groups):
+def test_adding_samples_is_adding_their_statistics(kind, size, groups):
     structure, response = STRUCTURES[kind]
     n, out, d = size
     shape = (*groups, *shape_of(kind, out, d))
     state, other = state_of(structure, shape), state_of(structure, shape)
     for seed in range(2):
         x, z = samples(shape, n, seed)
-        assert structure.update(state, structure.gather(x, z, response), n, 0.7)
-        assert structure.fold(other, x, z, response, 0.7)
+        assert structure.ema_update(state, structure.batch_statistics(x, z, response), 0.7)
+        assert structure.ema_update_from(other, x, z, response, 0.7)
     assert state.keys() == other.keys()
     for name, value in state.items():
         torch.testing.assert_close(other[name], value)
@@ -179,15 +185,15 @@ def test_folding_samples_is_an_update_with_what_is_gathered_of_them(kind, size, 
 
 @kinds
 @pytest.mark.parametrize("ruined", [math.nan, math.inf, 1e200])
-def test_samples_without_a_finite_sum_are_not_folded_in(kind, ruined):
+def test_samples_without_a_finite_sum_are_not_added(kind, ruined):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape)
     x, z = samples(shape, 5)
-    assert structure.fold(state, x, z, response, 0.9)
+    assert structure.ema_update_from(state, x, z, response, 0.9)
     kept = {name: value.clone() for name, value in state.items()}
     x[0, 0] = ruined
-    assert not structure.fold(state, x, z, response, 0.9)
+    assert not structure.ema_update_from(state, x, z, response, 0.9)
     assert all(torch.equal(state[name], value) for name, value in kept.items())
 
 
@@ -196,12 +202,12 @@ def test_an_average_from_the_identity_keeps_its_full_weight(kind):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape, identity=True)
-    batch = structure.gather(*samples(shape, 5), response)
-    start = {name: state[name].clone() for name in batch}
-    structure.update(state, batch, 5, 0.9)
-    for name, total in batch.items():
+    batch = structure.batch_statistics(*samples(shape, 5), response)
+    start = {name: state[name].clone() for name in batch.totals}
+    structure.ema_update(state, batch, 0.9)
+    for name, total in batch.totals.items():
         torch.testing.assert_close(state[name], 0.9 * start[name] + 0.1 * total / 5)
-    assert float(state["mass"]) == pytest.approx(1.0)
+    assert float(state["ema_weight"]) == pytest.approx(1.0)
 
 
 @kinds
@@ -209,11 +215,11 @@ def test_what_is_not_finite_is_left_out_of_the_average(kind):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape)
-    batch = structure.gather(*samples(shape, 5), response)
-    assert structure.update(state, {name: total.clone() for name, total in batch.items()}, 5, 0.9)
+    batch = structure.batch_statistics(*samples(shape, 5), response)
+    assert structure.ema_update(state, batch, 0.9)
     kept = state["metric"].clone()
-    batch["metric"].view(-1)[0] = math.nan
-    assert not structure.update(state, batch, 5, 0.9)
+    batch.totals["metric"].view(-1)[0] = math.nan
+    assert not structure.ema_update(state, batch, 0.9)
     assert torch.equal(state["metric"], kept)
 
 
@@ -225,13 +231,13 @@ def test_a_failed_refresh_keeps_the_last_good_inverse(kind, form, ruin):
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape, form=form)
     start = state[form].clone()
-    assert structure.refresh(state, Damping(0.1)), "nothing was gathered yet, and nothing is wrong"
+    assert structure.refresh(state, Inversion(0.1)), "nothing was gathered yet, and nothing is wrong"
     assert torch.equal(state[form], start)
-    structure.update(state, structure.gather(*samples(shape, 5), response), 5, 0.9)
-    assert structure.refresh(state, Damping(0.1))
+    structure.ema_update(state, structure.batch_statistics(*samples(shape, 5), response), 0.9)
+    assert structure.refresh(state, Inversion(0.1))
     good = {name: value.clone() for name, value in state.items() if name.endswith(form)}
     ruin(state["metric"])
-    assert not structure.refresh(state, Damping(0.1))
+    assert not structure.refresh(state, Inversion(0.1))
     assert all(torch.equal(state[name], value) for name, value in good.items())
 
 
@@ -239,7 +245,8 @@ def test_a_failed_refresh_keeps_the_last_good_inverse(kind, form, ruin):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_weights_keep_a_float32_state(kind, dtype):
     structure, _ = STRUCTURES[kind]
-    state = structure.create(torch.empty(2, 3, dtype=dtype), (2, 3))
+    layer = LinearLayer.found_in("", nn.Linear(2, 3, dtype=dtype))[0]
+    state = structure.create((2, 3), layer.dtype, torch.device("cpu"), identity=False, root=False)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
@@ -254,12 +261,3 @@ def test_numbers_are_those_of_the_state(kind):
 def test_kronecker_factors_have_one_source_of_what_the_outputs_say():
     with pytest.raises(ValueError, match="response or through"):
         KroneckerFactors(Categorical(), nn.Linear(2, 2))
-
-
-def test_invert_reports_what_it_cannot_do():
-    eye = torch.eye(3, dtype=torch.float64)
-    inverse, good = invert(2 * eye, torch.tensor(2.0, dtype=torch.float64))
-    assert good
-    torch.testing.assert_close(inverse, eye / 4)
-    assert not invert(-eye, torch.tensor(0.5, dtype=torch.float64))[1]
-    assert not invert(torch.stack([eye, eye * math.nan]), torch.zeros(2, dtype=torch.float64))[1]

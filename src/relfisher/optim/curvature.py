@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from relfisher.structures import Inversion, Kept, State, Structure
 __all__ = ["Curvature", "Owner"]
 
 
+@runtime_checkable
 class Owner(Protocol):
     """Whoever keeps tensors of a layer in its state, and declares them."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from relfisher.optim.curvature import Curvature
 
 __all__ = ["Watching"]
+
+Watched = TypeVar("Watched")
 
 
 class Watching:
@@ -38,7 +40,7 @@ class Watching:
         """Take the hooks off the model; the statistics stay as they are from then on."""
         self._curvature.observer.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Watched) -> Watched:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -243,10 +243,13 @@ class Structure(ABC):
                 found += [(key, low.basis, good), (_scale(key), low.scale, good)]
             else:
                 found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
-        all_good = all(bool(good.all()) for _, _, good in found)
-        for key, factor, good in found:
-            each = good[(..., *(None,) * (factor.ndim - good.ndim))]
-            state[key].copy_(factor if all_good else torch.where(each, factor, state[key]))
+        good = found[0][2]
+        for _, _, each in found[1:]:
+            good = good & each  # the factors of a block stay together
+        all_good = bool(good.all())
+        for key, factor, _ in found:
+            flags = good[(..., *(None,) * (factor.ndim - good.ndim))]
+            state[key].copy_(factor if all_good else torch.where(flags, factor, state[key]))
         return all_good
 
     def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
