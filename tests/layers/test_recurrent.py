@@ -3,6 +3,8 @@
 import pytest
 import torch
 from builders import Following, by_name
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import augment
 from torch import nn
 from torch.func import jacrev
@@ -94,6 +96,19 @@ def metrics(module, *args):
     model = Following(module, lambda output: output)
     names = [name.removeprefix("weight_") for name, _ in module.named_parameters() if name.startswith("weight_")]
     return {name: module_metric(model, f"layer.{name}", args).to_dense() for name in names}
+
+
+@supports("metric of input and recurrent weights equals the definition, to 1e-8")
+@kinds
+@given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
+def test_metrics_equal_the_definition(kind, sizes, bias):
+    length, n, inputs, size = sizes
+    torch.manual_seed(length + 7 * n)
+    module = KINDS[kind](inputs, size, bias=bias).double()
+    x = torch.randn(length, n, inputs, dtype=torch.float64)
+    found = metrics(module, x)
+    for side, name in enumerate(("ih_l0", "hh_l0")):
+        torch.testing.assert_close(found[name], expected(kind, module, x, side), rtol=1e-8, atol=1e-10)
 
 
 def ones(side):

@@ -33,9 +33,7 @@ def test_the_average_is_unbiased_from_the_first_batch_on():
     metric = augmented.T @ augmented / len(x)
     damped = metric + 0.1 * torch.trace(metric) / 7 * torch.eye(7, dtype=x.dtype)
     for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, (x, y), classified)
         torch.testing.assert_close(optimizer.state[model[0].weight]["inverse"], torch.linalg.inv(damped))
 
 
