@@ -4,20 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_oracle import Case, activations, check, dampings, every, exact, last, normal, randomised, seeds
-from torch import Tensor, nn
-
-
-class Conv1D(nn.Module):
-    """The linear layer of GPT-2, with its weight transposed."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.empty(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 @st.composite

@@ -22,7 +22,7 @@ from builders import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from relfisher import RNGD, MetricOptions
+from relfisher import RNGD, MetricOptions, TrustRegion
 from relfisher.observe import ResponseWarning
 
 
@@ -31,7 +31,7 @@ from relfisher.observe import ResponseWarning
 def test_accumulated_gradients_equal_the_large_batch(reduction):
     """Four passes of 3 samples are one of 12; batch norm in evaluation mode, since its batches differ."""
     whole, pieces = every_kind(), every_kind()
-    options = {"step_rule": "trust-region", "trust_region": 1e-3}
+    options = {"step_rule": TrustRegion(1e-3)}
     one, two = RNGD(whole, **options), RNGD(pieces, **options)
     for model in (whole, pieces):
         model.eval()

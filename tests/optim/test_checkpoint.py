@@ -32,7 +32,8 @@ from relfisher import RNGD, MetricOptions
 @pytest.mark.parametrize("rule", ["trust-region", "normalized", "spectral"])
 @pytest.mark.parametrize("saved_at", [3, 8])
 def test_resumes_bitwise_in_the_middle_of_an_interval(rule, saved_at):
-    options = {"stats_interval": 2, "refresh_interval": 6, "momentum": 0.5, "step_rule": rule, "weight_decay": 0.01}
+    metric = MetricOptions(stats_interval=2, refresh_interval=6)
+    options = {"metric": metric, "momentum": 0.5, "step_rule": rule, "weight_decay": 0.01}
     model = every_kind()
     optimizer = RNGD(model, **options)
     for seed in range(saved_at):
@@ -47,7 +48,7 @@ def test_resumes_bitwise_in_the_middle_of_an_interval(rule, saved_at):
 
 
 def test_state_dict_resumes_bitwise_in_the_middle_of_a_refresh_interval():
-    options = {"momentum": 0.5, "refresh_interval": 20}
+    options = {"momentum": 0.5, "metric": MetricOptions(refresh_interval=20)}
     model = mlp()
     optimizer = RNGD(model, **options)
     train(model, optimizer, 33)
@@ -141,8 +142,9 @@ def test_a_state_of_other_parameters_is_refused_by_name():
         RNGD(other).load_state_dict(state)
 
 
-@pytest.mark.parametrize("options", [{"structure": "fallback"}, {"momentum": 0.5, "structure": "shared"}])
-def test_a_state_of_parameters_of_other_shapes_is_refused_by_name(options):
+@pytest.mark.parametrize(("structure", "momentum"), [("fallback", 0.0), ("shared", 0.5)])
+def test_a_state_of_parameters_of_other_shapes_is_refused_by_name(structure, momentum):
+    options = {"momentum": momentum, "metric": MetricOptions(structure=structure)}
     model = normed_mlp()
     optimizer = RNGD(model, **options)
     step(model, optimizer, inputs())

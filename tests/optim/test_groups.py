@@ -5,7 +5,7 @@ import torch
 from builders import inputs, moves, normed_mlp, step, structures
 from torch import nn
 
-from relfisher import RNGD, AdamWOptions, MetricOptions
+from relfisher import RNGD, AdamWOptions, MetricOptions, TrustRegion
 from relfisher.structures import SharedBlock
 
 
@@ -22,7 +22,7 @@ def test_options_of_a_group_hold_for_its_layers():
         {"params": ["0.weight", "0.bias"], "lr": 0.1, "damping": 0.3, "structure": "neuron"},
         {"params": ["2.weight", "2.bias", "3.weight", "3.bias"], "lr": 0.02, "structure": "shared", "momentum": 0.5},
     ]
-    bounds = {"step_rule": "trust-region", "trust_region": None}
+    bounds = {"step_rule": TrustRegion(None)}
     model, (one, two) = normed_mlp(), (normed_mlp(), normed_mlp())
     named = dict(model.named_parameters())
     given = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]

@@ -137,17 +137,18 @@ def test_a_dead_unit_is_damped_with_its_neighbours():
 
 
 @pytest.mark.parametrize(
-    ("options", "x"),
+    ("structure", "damping", "x"),
     [
-        ({"structure": "neuron"}, lambda: 1e4 * inputs()),
-        ({"damping": 0.0}, lambda: inputs(n=2)),
-        ({"damping": 0.0, "structure": "neuron"}, lambda: 0 * inputs()),
+        ("neuron", 0.1, lambda: 1e4 * inputs()),
+        ("auto", 0.0, lambda: inputs(n=2)),
+        ("neuron", 0.0, lambda: 0 * inputs()),
     ],
 )
-def test_a_singular_metric_is_no_error(options, x):
+def test_a_singular_metric_is_no_error(structure, damping, x):
     """Saturated units, more parameters than samples without damping, an input that is zero."""
     model = mlp(bias=False)
-    optimizer = RNGD(model, **options, metric=MetricOptions(stats_interval=1, refresh_interval=1))
+    metric = MetricOptions(structure=structure, stats_interval=1, refresh_interval=1)
+    optimizer = RNGD(model, damping=damping, metric=metric)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HealthWarning)
         for _ in range(5):

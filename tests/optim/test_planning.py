@@ -74,8 +74,8 @@ def test_coverage_says_how_each_parameter_is_trained():
 @pytest.mark.parametrize("structure", ["auto", {"Linear": "neuron", "attention*": "diagonal", "conv": "fallback"}])
 def test_training_does_what_coverage_and_plan_said(structure):
     model, tokens = net()
-    said = coverage(model, tokens, structure)
-    planned = plan(model, tokens, structure)
+    said = coverage(model, tokens, MetricOptions(structure=structure))
+    planned = plan(model, tokens, MetricOptions(structure=structure))
     optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     with pytest.warns(HealthWarning, match="no part in the first step had spare"):
         train(model, optimizer, tokens)
@@ -100,7 +100,7 @@ def test_the_state_takes_the_bytes_that_were_planned(structure):
         nn.Linear(64, 10),
     )  # fmt: skip
     x = torch.randn(8, 3, 8, 8)
-    planned = plan(model, x, structure)
+    planned = plan(model, x, MetricOptions(structure=structure))
     optimizer = RNGD(model, metric=MetricOptions(structure=structure))
     train(model, optimizer, x)
     measured = taken(optimizer)
@@ -124,7 +124,7 @@ def test_layers_that_are_not_reached_are_planned_too(structure):
             return torch.tanh(self.first(x))
 
     model, x = Spared(), torch.randn(4, 10)
-    planned = plan(model, x, structure)
+    planned = plan(model, x, MetricOptions(structure=structure))
     assert [(layer.name, layer.samples) for layer in planned] == [("first", 4), ("spare", 0)]
     assert "not reached" in str(planned).splitlines()[2]
     optimizer = RNGD(model, metric=MetricOptions(structure=structure))
@@ -216,10 +216,10 @@ def test_a_plan_counts_the_samples_that_statistics_are_limited_to(limit, gathere
 def test_names_are_those_of_the_model_where_it_is_compiled():
     model, tokens = net()
     compiled = torch.compile(model, backend="eager")
-    rules = {"hidden": "diagonal", "attention*": "shared"}
-    assert str(coverage(compiled, tokens, rules)) == str(coverage(model, tokens, rules))
-    assert str(plan(compiled, tokens, rules)) == str(plan(model, tokens, rules))
-    optimizer = RNGD(compiled, metric=MetricOptions(structure=rules))
+    options = MetricOptions(structure={"hidden": "diagonal", "attention*": "shared"})
+    assert str(coverage(compiled, tokens, options)) == str(coverage(model, tokens, options))
+    assert str(plan(compiled, tokens, options)) == str(plan(model, tokens, options))
+    optimizer = RNGD(compiled, metric=options)
     with pytest.warns(HealthWarning, match="no part in the first step had spare"):
         train(compiled, optimizer, tokens)
     kept = structures(optimizer)

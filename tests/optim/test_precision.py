@@ -11,7 +11,7 @@ from relfisher import RNGD, MetricOptions
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_models_train_and_resume_bitwise(dtype):
-    options = {"stats_interval": 1, "refresh_interval": 4, "momentum": 0.5}
+    options = {"metric": MetricOptions(stats_interval=1, refresh_interval=4), "momentum": 0.5}
     model = mlp(dtype=dtype)
     optimizer = RNGD(model, **options)
     for seed in range(5):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from reference import augment
 from torch import nn
 
-from relfisher import RNGD, MetricOptions, TrustRegion
+from relfisher import RNGD, AdamWOptions, Inversion, MetricOptions, TrustRegion
+from relfisher.responses import LinearGaussian, SmoothReLUGaussian
 from relfisher.structures import NeuronBlocks, SharedBlock
 
 
@@ -93,27 +94,61 @@ def test_a_short_step_is_not_scaled():
     assert_same_weights(model, free)
 
 
+def gated(z):
+    return z * torch.sigmoid(z)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
         ({"lr": math.nan}, "lr must be a finite number > 0"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
-        ({"decay": -0.1}, r"decay must lie in \[0, 1\)"),
-        ({"damping": -1.0}, "damping"),
-        ({"step_rule": "trust-region", "trust_region": 0.0}, "trust_region must be a finite number > 0"),
-        ({"stats_interval": 0}, "stats_interval"),
-        ({"refresh_interval": 0}, "refresh_interval"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"structure": "kron"}, "structure must be one of auto, neuron, .*, got 'kron'"),
-        ({"relu_omega": 0.0}, "relu_omega"),
-        ({"fallback_lr": -1.0}, "fallback_lr"),
-        ({"fallback_betas": (0.9, 1.0)}, "fallback_betas"),
+        ({"averaging": -0.1}, r"averaging must lie in \[0, 1\), got -0.1"),
+        ({"damping": -1.0}, r"damping must lie in \[0, inf\), got -1.0"),
+        ({"damping": {"nothing": 1.0}}, "damping names 'nothing', .* layer, pattern or class, nor one of first, head"),
+        ({"damping": Inversion(rank=3)}, r"the rank belongs to the structure, as in SharedBlock\(3\)"),
+        ({"weight_decay": -1.0}, r"weight_decay must lie in \[0, inf\), got -1.0"),
+        ({"responses": {gated: LinearGaussian()}}, "a class of modules or a function of torch, got <function gated"),
+        ({"responses": {nn.ReLU: SmoothReLUGaussian}}, "must be a UnitResponse, or make one of it"),
+        ({"relu_omega": 1.0}, r"write responses=\{nn.ReLU: SmoothReLUGaussian\(omega\)\}"),
+        ({"trust_region": 1.0}, r"write step_rule=TrustRegion\(bound\)"),
+        ({"unbiased": True}, r"write metric=MetricOptions\(bias_correction=..., stagger=...\)"),
+        ({"early_refreshes": ()}, r"write metric=MetricOptions\(warmup_refreshes=...\)"),
+        ({"structure": "shared"}, r"write metric=MetricOptions\(structure=...\)"),
+        ({"fallback_lr": 1.0}, r"write fallback=AdamWOptions\(lr=...\)"),
+        ({"betas": (0.9, 0.9)}, r"write fallback=AdamWOptions\(betas=...\)"),
     ],
 )
 def test_arguments_outside_what_is_allowed_are_named(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         RNGD(mlp(nn.ReLU), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (MetricOptions, {"decay": -0.1}, r"decay must lie in \[0, 1\), got -0.1"),
+        (MetricOptions, {"stats_interval": 0}, "stats_interval must be a whole number >= 1, got 0"),
+        (MetricOptions, {"refresh_interval": 0}, "refresh_interval must be a whole number >= 1, got 0"),
+        (MetricOptions, {"warmup_refreshes": (-1,)}, "warmup_refreshes must be a whole number >= 0, got -1"),
+        (MetricOptions, {"stats_samples": 0}, "stats_samples must be a whole number >= 1, got 0"),
+        (MetricOptions, {"structure": "kron"}, "structure must be one of auto, neuron, .*, got 'kron'"),
+        (MetricOptions, {"structure_bytes": 0}, "structure_bytes must be a finite number > 0, got 0"),
+        (MetricOptions, {"power": 1.5}, r"power must lie in \[0, 1\], got 1.5"),
+        (MetricOptions, {"power": {"first": -1.0}}, r"power must lie in \[0, 1\], got -1.0"),
+        (AdamWOptions, {"lr": -1.0}, "fallback.lr must be a finite number > 0, got -1.0"),
+        (AdamWOptions, {"betas": (0.9, 1.0)}, r"fallback.betas must lie in \[0, 1\), got 1.0"),
+        (AdamWOptions, {"eps": 0.0}, "fallback.eps must be a finite number > 0, got 0.0"),
+        (TrustRegion, {"bound": 0.0}, "bound must be a finite number > 0, got 0.0"),
+        (Inversion, {"damping": -1.0}, r"damping must lie in \[0, inf\), got -1.0"),
+        (Inversion, {"power": 2.0}, r"power must lie in \[0, 1\], got 2.0"),
+        (Inversion, {"rank": 0}, "rank must be a finite number > 0, got 0"),
+    ],
+)
+def test_groups_of_options_check_their_ranges(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_parameters_instead_of_a_model_are_explained():

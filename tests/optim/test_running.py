@@ -103,7 +103,7 @@ def test_a_step_takes_the_inverse_that_was_refreshed_in_it():
     models = [mlp(), mlp()]
     options = {"structure": "shared", "stats_interval": 1, "warmup_refreshes": ()}
     often, rarely = (
-        RNGD(model, **options, metric=MetricOptions(refresh_interval=each))
+        RNGD(model, metric=MetricOptions(**options, refresh_interval=each))
         for model, each in zip(models, (1, 2), strict=True)
     )
     for seed in range(2):
