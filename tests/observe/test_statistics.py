@@ -88,9 +88,7 @@ class Attention(nn.Module):
     "MultiheadAttention",
 )
 @pytest.mark.parametrize("kind", SEQUENCES)
-@pytest.mark.parametrize(
-    ("samples", "log_norm_stats"), [(300, [100, 100, 100]), (1024, [256] * 4), (600, [40, 501, 1, 58])]
-)
+@pytest.mark.parametrize(("samples", "sizes"), [(300, [100, 100, 100]), (1024, [256] * 4), (600, [40, 501, 1, 58])])
 def test_pieces_of_a_batch_are_the_batch(kind, samples, sizes):
     """With the defaults, whether there are more samples than are kept in all or in a piece."""
     found = []

@@ -64,7 +64,7 @@ def test_statistics_that_were_saved_are_not_due_at_once():
     model = mlp()
     optimizer = RNGD(model, metric=MetricOptions(warmup_refreshes=(0,)))
     step(model, optimizer, inputs())
-    twin, other = resumed(model, optimizer, warmup_refreshes=(0,))
+    twin, other = resumed(model, optimizer, metric=MetricOptions(warmup_refreshes=(0,)))
     first, second = copy.deepcopy((model, optimizer))
     mass = float(optimizer.state[model[0].weight]["ema_weight"])
     for each, its in ((model, optimizer), (twin, other), (first, second)):

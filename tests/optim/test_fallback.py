@@ -10,19 +10,17 @@ from torch import nn
 from relfisher import RNGD, AdamWOptions, MetricOptions
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "fallback_betas": (0.5, 0.9)}], ids=["plain", "decayed"])
-def test_parameters_without_a_metric_are_trained_by_adamw(options):
+@pytest.mark.parametrize(("decay", "betas"), [(0.0, (0.9, 0.999)), (0.1, (0.5, 0.9))], ids=["plain", "decayed"])
+def test_parameters_without_a_metric_are_trained_by_adamw(decay, betas):
     model = normed_mlp()
     twin = copy.deepcopy(model)
     optimizer = RNGD(
-        model, **options, metric=MetricOptions(structure={"LayerNorm": "fallback"}), fallback=AdamWOptions(lr=0.01)
+        model,
+        weight_decay=decay,
+        metric=MetricOptions(structure={"LayerNorm": "fallback"}),
+        fallback=AdamWOptions(lr=0.01, betas=betas),
     )
-    adamw = torch.optim.AdamW(
-        twin[2].parameters(),
-        lr=0.01,
-        betas=options.get("fallback_betas", (0.9, 0.999)),
-        weight_decay=options.get("weight_decay", 0.0),
-    )
+    adamw = torch.optim.AdamW(twin[2].parameters(), lr=0.01, betas=betas, weight_decay=decay)
     for seed in range(5):
         for mine, theirs in ((model, optimizer), (twin, adamw)):
             step(mine, theirs, batch(seed), classified)

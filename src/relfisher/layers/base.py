@@ -134,7 +134,7 @@ class Layer(ABC):
         return self.module_name + self.suffix
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The parameters that now stand on the module under the names of the parts."""
         return [kept[key] for kept, key in self._slots]
 
@@ -145,10 +145,10 @@ class Layer(ABC):
         return [prefix + part.attribute for part in self.parts]
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The parameter of the first part."""
         kept, key = self._slots[0]
-        weight: nn.Parameter = kept[key]
+        weight: Tensor = kept[key]
         return weight
 
     @property

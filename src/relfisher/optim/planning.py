@@ -301,8 +301,9 @@ def _surveyed(
         if any(parameter.requires_grad for parameter in layer.parameters)
     ]
     reached = {layer: seen[layer] for layer in samples if layer in trained}
-    unseen = {layer: Role(layer.own_response) for layer in layers if layer in trained and layer not in reached}
-    structures = assign(reached, rules, metric.structure_bytes) | assign(unseen, rules, metric.structure_bytes)
+    before = assign({layer: Role(layer.own_response) for layer in layers}, rules, metric.structure_bytes)
+    unseen = {layer: Role(layer.own_response) for layer in trained if layer not in reached}
+    structures = assign(reached, rules, metric.structure_bytes) | {layer: before[layer] for layer in unseen}
     return _Survey(structures, reached | unseen, samples, found.refused | refused)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from relfisher.layers import Layer
 from relfisher.observe import Role
@@ -69,7 +69,7 @@ class Record:
         return self.role is not None and self.role.refused is not None
 
     @property
-    def owned(self) -> list[nn.Parameter]:
+    def owned(self) -> list[Tensor]:
         """The parameters that this optimizer trains."""
         if not self.not_owned:
             return self.layer.parameters
@@ -77,7 +77,7 @@ class Record:
         return [parameter for part, parameter in pairs if part.attribute not in self.not_owned]
 
     @property
-    def key(self) -> nn.Parameter:
+    def key(self) -> Tensor:
         """The parameter that the layer's state is kept with: one that is owned, since torch saves no others."""
         return next(iter(self.owned), self.layer.weight)
 

@@ -128,12 +128,12 @@ class Inversion:
         if self.power != 1:
             return self._by_eigenvectors(damped, root=root)
         factor, info = torch.linalg.cholesky_ex(damped)
-        if root:
-            eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-            inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-        else:
-            inverse = torch.cholesky_inverse(factor)
-        return inverse, (info == 0) & torch.isfinite(inverse).all(-1).all(-1)
+        good = info == 0
+        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        if not bool(good.all()):  # an invalid factor would raise
+            factor = torch.where(good[..., None, None], factor, eye)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False) if root else torch.cholesky_inverse(factor)
+        return inverse, good & torch.isfinite(inverse).all(-1).all(-1)
 
     def _by_eigenvectors(self, damped: Float[Tensor, "*q d d"], *, root: bool) -> tuple[Tensor, Tensor]:
         finite = torch.isfinite(damped).all(-1).all(-1)
