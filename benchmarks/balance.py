@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
 from relfisher.optim.rules import Step, TrustRegion
+from relfisher.studies.data import load
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from synthetic import topics

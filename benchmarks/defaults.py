@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
+from relfisher.studies.data import load
 
 WORKLOADS = {
     "ReLU, batch 50": (nn.ReLU, 50),

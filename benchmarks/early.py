@@ -12,9 +12,9 @@ import warnings
 import torch
 
 from relfisher import RNGD
-from relfisher.experiments.bench.race import RACES
-from relfisher.experiments.bench.workloads import WORKLOADS, batches, samples
 from relfisher.optim.schedule import EARLY
+from relfisher.studies.bench.race import RACES
+from relfisher.studies.bench.workloads import WORKLOADS, batches, samples
 
 SCHEDULES = {
     "0, 5, 10, 20, 50, 100": (0, 5, 10, 20, 50, 100),

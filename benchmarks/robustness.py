@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
-from relfisher.experiments.mlp import network
+from relfisher.studies.data import load
+from relfisher.studies.mlp import network
 
 RATES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 DAMPINGS = (1e-5, 1e-3, 0.1, 1.0)

@@ -14,9 +14,9 @@ from defaults import WORKLOADS, train
 from torch import nn
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
 from relfisher.responses import Categorical
 from relfisher.structures import KroneckerFactors
+from relfisher.studies.data import load
 
 
 def softmax_head(model):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from relfisher.experiments.runs import Record
+from relfisher.studies.runs import Record
 
 
 def record(level=1.0, *, diverged=False, iterations=40):

@@ -15,7 +15,7 @@ import pytest
 
 import relfisher
 from relfisher.cli import main
-from relfisher.experiments.data import load
+from relfisher.studies.data import load
 
 PROGRAM = [sys.executable, "-c", "import sys; from relfisher.cli import main; sys.exit(main())"]
 OUTPUTS = ["config.json", "curves.csv.gz", "figure5.png", "figure5.svg", "grid.csv", "runs", "table.csv", "table.md"]

@@ -22,11 +22,11 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from relfisher.experiments.data import Dataset
-    from relfisher.experiments.neuron_study import NeuronStudy
-    from relfisher.experiments.reproduce import Invocation
-    from relfisher.experiments.runs import ArrayStore, Record, Run
-    from relfisher.experiments.study import Study
+    from relfisher.studies.data import Dataset
+    from relfisher.studies.neuron_study import NeuronStudy
+    from relfisher.studies.reproduce import Invocation
+    from relfisher.studies.runs import ArrayStore, Record, Run
+    from relfisher.studies.study import Study
 
 __all__ = ["main"]
 
@@ -175,8 +175,8 @@ def _fetch(
     """Download a data set into the cache and check its hashes."""
     from rich.console import Console
 
-    from relfisher.experiments.data import DataError, fetch
-    from relfisher.experiments.progress import DownloadDisplay
+    from relfisher.studies.data import DataError, fetch
+    from relfisher.studies.progress import DownloadDisplay
 
     console = Console(stderr=True)
     try:
@@ -200,8 +200,8 @@ def _mlp(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
 ) -> None:
     """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
-    from relfisher.experiments.mlp import METHODS
-    from relfisher.experiments.reproduce import Invocation, plan
+    from relfisher.studies.mlp import METHODS
+    from relfisher.studies.reproduce import Invocation, plan
 
     selected = _selected(methods, METHODS)
     grids = dict(_grid(entry, selected) for entry in lr or ())
@@ -227,8 +227,8 @@ def _neuron(
     initial_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the initial weights.")] = 0.01,
 ) -> None:
     """Train the paper's single sigmoid neuron with the four methods of figure 4."""
-    from relfisher.experiments.neuron import METHODS
-    from relfisher.experiments.neuron_study import PanelError, panels, plan
+    from relfisher.studies.neuron import METHODS
+    from relfisher.studies.neuron_study import PanelError, panels, plan
 
     selected = _selected(methods, METHODS)
     pairs = [_pair(text) for text in pair] if pair else None
@@ -259,10 +259,10 @@ def _step(
     import torch
     from rich.console import Console
 
-    from relfisher.experiments.bench.peers import PEERS
-    from relfisher.experiments.bench.report import shown
-    from relfisher.experiments.bench.step import Cell, measure, peaks
-    from relfisher.experiments.bench.step_report import (
+    from relfisher.studies.bench.peers import PEERS
+    from relfisher.studies.bench.report import shown
+    from relfisher.studies.bench.step import Cell, measure, peaks
+    from relfisher.studies.bench.step_report import (
         BATCHES,
         BATCHES_WIDTH,
         GROWTH_METHODS,
@@ -272,8 +272,8 @@ def _step(
         rows,
         write_steps,
     )
-    from relfisher.experiments.bench.workloads import WORKLOADS, Workload, growing
-    from relfisher.experiments.reproduce import Invocation
+    from relfisher.studies.bench.workloads import WORKLOADS, Workload, growing
+    from relfisher.studies.reproduce import Invocation
 
     chosen = _selected(workloads, STEP_WORKLOADS, "--workloads")
     peers = {name: PEERS[name] for name in _selected(methods, PEERS)}
@@ -314,13 +314,13 @@ def _race(
     """Race optimizers to a training loss, every method tuned as long."""
     from rich.console import Console
 
-    from relfisher.experiments.bench.race import RACES, Racer, available, carry_out, plan
-    from relfisher.experiments.bench.race_report import header, rows, title, write_race
-    from relfisher.experiments.bench.report import shown
-    from relfisher.experiments.bench.workloads import WORKLOADS
-    from relfisher.experiments.progress import Display
-    from relfisher.experiments.reproduce import Invocation
-    from relfisher.experiments.runs import RunStore
+    from relfisher.studies.bench.race import RACES, Racer, available, carry_out, plan
+    from relfisher.studies.bench.race_report import header, rows, title, write_race
+    from relfisher.studies.bench.report import shown
+    from relfisher.studies.bench.workloads import WORKLOADS
+    from relfisher.studies.progress import Display
+    from relfisher.studies.reproduce import Invocation
+    from relfisher.studies.runs import RunStore
 
     (name,) = _selected(name, RACES, "NAME")
     race = RACES[name]
@@ -352,12 +352,12 @@ def _race(
 def _run_neuron(study: NeuronStudy, dataset: Dataset, out: Path) -> None:
     from rich.console import Console
 
-    from relfisher.experiments.neuron_results import write_neuron_results
-    from relfisher.experiments.neuron_study import carry_out
-    from relfisher.experiments.neuron_tables import claims_markdown, summary
-    from relfisher.experiments.progress import Display
-    from relfisher.experiments.reproduce import Invocation
-    from relfisher.experiments.runs import ArrayStore
+    from relfisher.studies.neuron_results import write_neuron_results
+    from relfisher.studies.neuron_study import carry_out
+    from relfisher.studies.neuron_tables import claims_markdown, summary
+    from relfisher.studies.progress import Display
+    from relfisher.studies.reproduce import Invocation
+    from relfisher.studies.runs import ArrayStore
 
     console = Console()
     store = ArrayStore(out / "runs")
@@ -373,12 +373,12 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
     import torch
     from rich.console import Console
 
-    from relfisher.experiments.mlp import Trainer
-    from relfisher.experiments.progress import Display, summary
-    from relfisher.experiments.reproduce import write_results
-    from relfisher.experiments.runs import RunStore
-    from relfisher.experiments.study import carry_out
-    from relfisher.experiments.tables import rows
+    from relfisher.studies.mlp import Trainer
+    from relfisher.studies.progress import Display, summary
+    from relfisher.studies.reproduce import write_results
+    from relfisher.studies.runs import RunStore
+    from relfisher.studies.study import carry_out
+    from relfisher.studies.tables import rows
 
     console = Console()
     store = RunStore(out / "runs")
@@ -395,7 +395,7 @@ def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Inv
 @contextmanager
 def _resumable(store: ArrayStore) -> Iterator[None]:
     """Says how to go on after an interruption, and at the end which files were damaged."""
-    from relfisher.experiments.jobs import WorkerError
+    from relfisher.studies.jobs import WorkerError
 
     try:
         yield
@@ -421,7 +421,7 @@ def _command() -> str:
 
 
 def _loaded(source: str) -> Dataset:
-    from relfisher.experiments.data import DataError, load
+    from relfisher.studies.data import DataError, load
 
     try:
         return load(source)

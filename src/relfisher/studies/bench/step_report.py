@@ -1,0 +1,197 @@
+"""What `relfisher bench step` leaves behind: a table a workload, every number, and how cost grows with width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from relfisher.studies.bench.report import ABSENT, markdown, spread, write
+from relfisher.studies.bench.step import Cell
+from relfisher.studies.bench.workloads import WORKLOADS
+from relfisher.studies.figures import STYLE, save
+from relfisher.studies.reproduce import Invocation
+
+__all__ = [
+    "BATCHES",
+    "BATCHES_WIDTH",
+    "GROWTH_METHODS",
+    "HEADER",
+    "STEP_WORKLOADS",
+    "WIDTHS",
+    "growth_figure",
+    "growth_rows",
+    "rows",
+    "write_steps",
+]
+
+BASE = "Adam"
+STEP_WORKLOADS = ("mlp", "mlp-500", "autoencoder", "cnn", "transformer")
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+BATCHES = (16, 64, 256, 1024, 4096)
+BATCHES_WIDTH = 256
+GROWTH_METHODS = (BASE, "RNGD")
+COLOURS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
+LINE: dict[str, Any] = {"linewidth": 2, "marker": "o"}
+HEADER = (
+    "method",
+    "ms",
+    "range",
+    f"x {BASE}",
+    "median step",
+    "p99/median",
+    "state MB",
+    f"x {BASE}",
+    "peak MB",
+    f"x {BASE}",
+    "iterations",
+)
+NOTES = f"""
+An iteration is zero_grad, forward, backward and step. ms: its mean over a repeat, and of the repeats the median and the
+range; rare work, such as a metric's inverse, is in it. Methods take turns in short blocks, on the same initial weights
+and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer keeps. Peak: by how
+much a process that trains grows at its largest, data left out. x {BASE}: over torch's default {BASE}.
+"""
+
+Growth = Mapping[int, Sequence[Cell]]
+
+
+def rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """Returns the lines of a workload's table.
+
+    Args:
+        cells: One a method; without the base's the ratios stay empty.
+
+    Returns:
+        The cells as text, as `HEADER` names them.
+    """
+    base = next((cell for cell in cells if cell.method == BASE), None)
+    return [_row(cell, base) for cell in cells]
+
+
+def growth_rows(growth: Growth) -> list[list[str]]:
+    """Returns time and state of each method, and the ratio of their times, a line a size."""
+    return [
+        [
+            str(size),
+            *(text for cell in cells for text in (f"{1e3 * cell.seconds:.2f}", _megabytes(cell.state_bytes))),
+            f"{_ratio(cells):.2f}",
+        ]
+        for size, cells in growth.items()
+    ]
+
+
+def growth_figure(widths: Growth, batches: Growth) -> Figure:
+    """Draws time and state against width, and the ratio of times against the batch.
+
+    Args:
+        widths: The cells of each width.
+        batches: The cells of each batch size.
+
+    Returns:
+        The figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15, 4.6), dpi=150)
+        time, state, ratio = figure.subplots(1, 3)
+        for number, first in enumerate(next(iter(widths.values()))):
+            cells = [cells[number] for cells in widths.values()]
+            style: dict[str, Any] = {"color": COLOURS[first.method], "label": first.method, **LINE}
+            time.plot(list(widths), [1e3 * cell.seconds for cell in cells], **style)
+            state.plot(list(widths), [cell.state_bytes / 1e6 for cell in cells], **style)
+        time.set(ylabel="an iteration (ms)", yscale="log")
+        state.set(ylabel="optimizer state (MB)", yscale="log")
+        for axes in (time, state):
+            axes.legend(loc="upper left", frameon=False)
+            _count(axes, "width, batch 256", list(widths))
+        ratio.plot(list(batches), [_ratio(cells) for cells in batches.values()], color=COLOURS["RNGD"], **LINE)
+        ratio.axhline(1.0, color=COLOURS[BASE], linewidth=1)
+        ratio.set(ylabel=f"an iteration of RNGD over {BASE}'s", ylim=(0, None))
+        _count(ratio, f"batch, width {BATCHES_WIDTH}", list(batches))
+        figure.suptitle("784-width-width-10 ReLU network", x=0.05, ha="left", fontsize=13, weight="bold")
+        figure.tight_layout()
+    return figure
+
+
+def write_steps(
+    found: Mapping[str, Sequence[Cell]], widths: Growth, batches: Growth, invocation: Invocation, directory: Path
+) -> list[Path]:
+    """Writes tables, numbers and picture.
+
+    Args:
+        found: The cells of each workload.
+        widths: Those of each width; empty if growth was not measured.
+        batches: Those of each batch size, likewise.
+        invocation: How it was measured.
+        directory: Where to.
+
+    Returns:
+        The paths of the table and of the picture, if there is one.
+    """
+    tables = [markdown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(cells)) for name, cells in found.items()]
+    content: dict[str, object] = {"workloads": {name: list(map(_numbers, cells)) for name, cells in found.items()}}
+    paths = [directory / "table.md"]
+    if widths:
+        for size, growth in (("width", widths), ("batch", batches)):
+            fixed = "batch 256" if size == "width" else f"width {BATCHES_WIDTH}"
+            title = f"growth with the {size}: 784-width-width-10 ReLU, {fixed}"
+            tables.append(markdown(title, _growth_header(size, growth), growth_rows(growth)))
+            content[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
+        paths += save(growth_figure(widths, batches), directory, "growth")[:1]
+    write(directory, "steps", "\n".join(tables) + NOTES, content, invocation, [torch.get_num_threads()])
+    return paths
+
+
+def _growth_header(size: str, growth: Growth) -> list[str]:
+    columns = (f"{cell.method}, {unit}" for cell in next(iter(growth.values())) for unit in ("ms", "state MB"))
+    return [size, *columns, f"RNGD x {BASE}"]
+
+
+def _ratio(cells: Sequence[Cell]) -> float:
+    base, ours = cells
+    return ours.seconds / base.seconds
+
+
+def _count(axes: Axes, label: str, sizes: Sequence[int]) -> None:
+    axes.set(xscale="log", xlabel=label)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+
+
+def _row(cell: Cell, base: Cell | None) -> list[str]:
+    if cell.note:
+        return [cell.method, cell.note, *[ABSENT] * (len(HEADER) - 2)]
+
+    def ratio(name: str) -> str:
+        mine, of_base = getattr(cell, name), getattr(base, name, None)
+        return f"{mine / of_base:.2f}" if mine is not None and of_base else ABSENT
+
+    return [
+        cell.method,
+        f"{1e3 * cell.seconds:.2f}",
+        spread([1e3 * seconds for seconds in cell.repeats], ".2f"),
+        ratio("seconds"),
+        f"{1e3 * float(np.median(cell.steps)):.2f}",
+        f"{cell.tail:.1f}",
+        _megabytes(cell.state_bytes),
+        ratio("state_bytes"),
+        ABSENT if cell.peak_bytes is None else _megabytes(cell.peak_bytes),
+        ratio("peak_bytes"),
+        str(len(cell.steps)),
+    ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3g}"
+
+
+def _numbers(cell: Cell) -> dict[str, object]:
+    """The cell with its single steps, which are many, in whole microseconds."""
+    return {**asdict(cell), "steps": [round(1e6 * seconds) for seconds in cell.steps]}
