@@ -43,6 +43,12 @@ def call(arguments):
         return main()
 
 
+def test_help_does_not_load_torch():
+    code = "import sys; from relfisher.cli import main; sys.argv = ['relfisher', '--help']; main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
+
+
 def mlp(digits, out, *options):
     return ["reproduce", "mlp", "--data", str(digits), "--out", str(out), *options]
 
@@ -220,6 +226,7 @@ ERRORS = {
     "zero rate": (["--lr", "PLAIN+SGD=0"], ["--lr", "'0'", "above 0"]),
     "infinite rate": (["--lr", "PLAIN+SGD=inf"], ["--lr", "'inf'", "finite"]),
     "no rate": (["--lr", "PLAIN+SGD"], ["--lr", "''", "above 0"]),
+    "method as typed": (["--methods", "plain+sdg"], ["'plain+sdg'"]),
     "rate of no method": (["--lr", "SGD=0.1"], ["--lr", "'SGD'", "PLAIN+SGD"]),
     "epochs": (["--epochs", "0"], ["--epochs", "greater than or equal to 1"]),
     "seeds": (["--seeds", "many"], ["--seeds", "integer"]),
@@ -286,10 +293,14 @@ def factories(tmp_path, monkeypatch):
         "def tokens(): return torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.Linear(3, 2))",
         "def images(): return torch.nn.BatchNorm2d(3)",
         "def nothing(): return 3",
+        "def triple(): return bare(), torch.ones(5, 6), 3",
+        "def sized(width): return torch.nn.Linear(width, width)",
+        "def broken(): raise KeyError('weights.pt')",
         "def softmax(z): return -z.log_softmax(-1)[:, 0].mean()",
         "number = 3",
     ]
     (tmp_path / "factories.py").write_text("\n".join(lines))
+    (tmp_path / "unreadable.py").write_text("def")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("factories", None)
@@ -331,6 +342,16 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (["--model", "absent:bare"], "No module named 'absent'"),
         (["--model", "factories:absent"], "has no attribute 'absent'"),
         (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),
+        (
+            ["--model", "factories:triple"],
+            "or (model, inputs), got (Sequential, Tensor, int)",
+        ),
+        (
+            ["--model", "factories:sized"],
+            "factories:sized, called without arguments, raised TypeError: sized()",
+        ),
+        (["--model", "factories:broken"], "--model: factories:broken, called without arguments, raised KeyError"),
+        (["--model", "unreadable:bare"], "--model: importing unreadable raised SyntaxError"),
         (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
         (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
         (["--model", "factories:bare", "--inputs", "5x6:0"], "'5x6:0' is not a shape"),
