@@ -13,8 +13,8 @@ import torch
 
 from relfisher import RNGD
 from relfisher.optim.schedule import EARLY
-from relfisher.studies.bench.race import RACES
-from relfisher.studies.bench.workloads import WORKLOADS, batches, samples
+from relfisher.studies.race import RACES
+from relfisher.studies.workloads import WORKLOADS, batches, samples
 
 SCHEDULES = {
     "0, 5, 10, 20, 50, 100": (0, 5, 10, 20, 50, 100),

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
 from relfisher.studies.data import load
-from relfisher.studies.mlp import network
+from relfisher.studies.networks import paper_network
 
 RATES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 DAMPINGS = (1e-5, 1e-3, 0.1, 1.0)
@@ -55,7 +55,7 @@ def build(name):
     if name == "convolutions":
         torch.manual_seed(0)
         return convolutional()
-    return network("none", torch.Generator().manual_seed(0), UNITS[name])
+    return paper_network("none", torch.Generator().manual_seed(0), UNITS[name])
 
 
 def run(rule, name, iterations, options):

@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from relfisher import RNGD
-from relfisher.studies.bench.workloads import WORKLOADS, batches, samples
+from relfisher.studies.workloads import WORKLOADS, batches, samples
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from hf_gpt2 import gpt2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from relfisher.studies.bench import workloads
+from relfisher.studies import workloads
 from relfisher.studies.data import Dataset
 
 

@@ -1,21 +1,24 @@
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from relfisher.cli import main
-from relfisher.studies import neuron_study
 from relfisher.studies.coordinates import Whitening, raw, whitened
 from relfisher.studies.damped_systems import DampedSystems
 from relfisher.studies.data import Dataset
 from relfisher.studies.descent import Configuration, Problems, descend, log_cost
-from relfisher.studies.neuron import GRID, METHODS, Curves, Panel, problems
-from relfisher.studies.neuron_study import carry_out, panels, plan
-from relfisher.studies.neuron_tables import claims, scientific
-from relfisher.studies.runs import ArrayStore
+from relfisher.studies.engine import Outcome, carry_out
+from relfisher.studies.executor import RESUMED
+from relfisher.studies.neuron import GRID, METHODS, Batch, Curves, NeuronOptions, plan, solve
+from relfisher.studies.neuron_figure import scientific
+from relfisher.studies.neuron_report import claims
+from relfisher.studies.panels import Panel, panels, problems
 from relfisher.studies.sample_space import SampleSpaceSystems
+from relfisher.studies.store import Store
 
 
 def ignore(_epoch, _cost):
@@ -34,18 +37,19 @@ def data():
     return Dataset("toy", images[10:], labels[10:], images[:10], labels[:10])
 
 
-class Silent:
+class Log:
+    """A watcher that remembers what it was told."""
+
     def __init__(self):
         self.begun, self.how = [], []
 
-    def started(self, run):
-        self.begun.append(run)
-
-    def progressed(self, run, fraction, cost):
+    def progressed(self, cell, fraction, cost):
         assert 0 <= fraction <= 1
+        if math.isnan(cost):
+            self.begun.append(cell)
 
-    def ended(self, run, how):
-        self.how.append(how)
+    def finished(self, cell, ending):
+        self.how.append(ending)
 
 
 def plain_descent(z, y, theta, configuration, natural, epochs, parameters):
@@ -89,9 +93,7 @@ def test_coordinates_give_the_neuron_the_same_pre_activations(data, coordinates)
 @pytest.mark.parametrize("subset", [False, True])
 def test_batched_descent_is_the_published_update(data, method, subset):
     panel = Panel((0, 1), 40 if subset else 120, subset)
-    study = plan(data, (panel,), runs=3, epochs=6, initial_std=0.1)
-    batch = study.batch(panel, method)
-    found = problems(data, batch)
+    found = problems(data, panel, METHODS[method].coordinates, runs=3, initial_std=0.1)
     configurations = [Configuration(0.5, 0.0), Configuration(0.2, 0.8)]
     curves = descend(found, configurations, natural=METHODS[method].natural, epochs=6, report=ignore)
     for c, configuration in enumerate(configurations):
@@ -160,12 +162,14 @@ def curves_of(*finals):
 
 def test_the_lowest_mean_is_chosen_and_a_diverged_run_never():
     curves = curves_of((-1.0, -1.0), (-9.0, math.nan), (-3.0, -3.0), (-8.0, -0.5))
-    choice = neuron_study._choose(curves)
-    assert choice.chosen == GRID[2]
-    assert choice.diverged == {GRID[1]: 2}
-    nothing = neuron_study._choose(Curves(torch.full((len(GRID), 2, 3), math.nan).double(), 1.0, 1))
+    assert curves.chosen == GRID[2]
+    assert curves.score == -3.0
+    assert curves.ends == {GRID[1]: 2}
+    nothing = Curves(torch.full((len(GRID), 2, 3), math.nan).double(), 1.0, 1)
     assert nothing.chosen is None
-    assert len(nothing.diverged) == len(GRID)
+    assert nothing.diverged
+    assert nothing.ending == "all configurations diverged in 1.0 s"
+    assert len(nothing.ends) == len(GRID)
 
 
 def test_claims_are_about_the_final_means(data):
@@ -173,26 +177,28 @@ def test_claims_are_about_the_final_means(data):
     study = plan(data, (panel,))
     final = {"GD": -1.0, "WhiteGD": -2.0, "NGD": -4.0, "WhiteNGD": -3.0}
     curves = {study.batch(panel, name): curves_of((cost, cost)) for name, cost in final.items()}
-    assert list(claims(neuron_study.NeuronOutcome(study, curves), panel).values()) == [True, False, True]
+    assert list(claims(Outcome(study, curves), panel).values()) == [True, False, True]
 
 
 def test_finished_batches_are_kept_and_damaged_ones_done_again(data, tmp_path):
     study = plan(data, panels(data, [(0, 1)], [20, None]), runs=2, epochs=3)
-    first = carry_out(study, data, ArrayStore(make(tmp_path)), Silent())
+    work = partial(solve, data)
+    first = carry_out(study, work, Store(tmp_path, Curves.of), jobs=1, watcher=Log())
     damaged = study.batches[3]
-    (tmp_path / "runs" / f"{damaged.key}.npz").write_bytes(b"nothing")
-    watcher, store = Silent(), ArrayStore(tmp_path / "runs")
-    second = carry_out(study, data, store, watcher)
-    assert watcher.begun == [damaged]
-    assert watcher.how.count("already finished") == 7
-    assert [path.stem for path in store.damaged] == [damaged.key]
+    store, log = Store(tmp_path, Curves.of), Log()
+    store.path(damaged).write_bytes(b"nothing")
+    second = carry_out(study, work, store, jobs=1, watcher=log)
+    assert log.begun == [damaged]
+    assert log.how.count(RESUMED) == 7
+    assert store.damaged == [store.path(damaged)]
     for batch in study.batches:
-        assert torch.equal(first.curves[batch].log_cost.nan_to_num(), second.curves[batch].log_cost.nan_to_num())
+        assert torch.equal(first.records[batch].log_cost.nan_to_num(), second.records[batch].log_cost.nan_to_num())
 
 
-def make(directory):
-    (directory / "runs").mkdir()
-    return directory / "runs"
+def test_a_batch_keeps_the_name_that_it_had_before():
+    options = NeuronOptions("mnist5k", "d5e5551dad158c3b", runs=2, epochs=3, initial_std=0.01, relfisher="0.1.0")
+    batch = Batch(Panel((3, 5), 1000, subset=False), "GD", options)
+    assert batch.key == "neuron-3vs5-n1000-GD-b0beb1b97dfb"
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from relfisher.cli.arguments import check_writable, loaded, selected
-from relfisher.cli.running import command_line, resumable, tell
+from relfisher.cli.running import carried_out, leave
 
 __all__ = ["bench_race"]
 
@@ -27,15 +28,10 @@ def bench_race(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one disturbs the seconds.")] = 1,
 ) -> None:
     """Race optimizers to a training loss, every method tuned as long."""
-    from rich.console import Console
-
-    from relfisher.studies.bench.race import RACES, Racer, available, carry_out, plan
-    from relfisher.studies.bench.race_report import header, rows, title, write_race
-    from relfisher.studies.bench.report import shown
-    from relfisher.studies.bench.workloads import WORKLOADS
-    from relfisher.studies.progress import Display
-    from relfisher.studies.reproduce import Invocation
-    from relfisher.studies.runs import RunStore
+    from relfisher.studies.race import RACES, available, carry_out_run, plan
+    from relfisher.studies.race_report import report
+    from relfisher.studies.runs import Record
+    from relfisher.studies.workloads import WORKLOADS
 
     (name,) = selected(name, RACES, "NAME")
     race = RACES[name]
@@ -45,7 +41,7 @@ def bench_race(
     seconds = budget or race.budget
     loaded(data)
     check_writable(out)
-    planned = plan(
+    study = plan(
         name,
         data,
         methods=taking_part,
@@ -54,11 +50,5 @@ def bench_race(
         budget=seconds,
         threads=threads or os.cpu_count() or 1,
     )
-    console = Console()
-    store = RunStore(out / "runs")
-    with resumable(store), Display(console, planned.planned) as display:
-        outcome = carry_out(planned, Racer(data), store, jobs=jobs, watcher=display)
-    tell({**outcome.tuned, **outcome.records})
-    table, picture = write_race(outcome, notes, Invocation(command_line(), jobs), out)
-    console.print(shown(title(outcome), header(outcome), rows(outcome)))
-    print(f"table:   {table}\npicture: {picture}")
+    outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
+    leave(report(outcome, notes), out, jobs)

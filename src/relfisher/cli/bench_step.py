@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from relfisher.cli.arguments import check_writable, loaded, selected
-from relfisher.cli.running import command_line
+from relfisher.cli.running import leave
 
 __all__ = ["bench_step"]
 
@@ -29,21 +29,20 @@ def bench_step(
     import torch
     from rich.console import Console
 
-    from relfisher.studies.bench.peers import PEERS
-    from relfisher.studies.bench.report import shown
-    from relfisher.studies.bench.step import Cell, measure, peaks
-    from relfisher.studies.bench.step_report import (
+    from relfisher.studies.peers import PEERS
+    from relfisher.studies.report import shown
+    from relfisher.studies.step import Timing, measure, peaks
+    from relfisher.studies.step_report import (
         BATCHES,
         BATCHES_WIDTH,
         GROWTH_METHODS,
         HEADER,
         STEP_WORKLOADS,
         WIDTHS,
+        report,
         rows,
-        write_steps,
     )
-    from relfisher.studies.bench.workloads import WORKLOADS, Workload, growing
-    from relfisher.studies.reproduce import Invocation
+    from relfisher.studies.workloads import WORKLOADS, Workload, growing
 
     chosen = selected(workloads, STEP_WORKLOADS, "--workloads")
     peers = {name: PEERS[name] for name in selected(methods, PEERS)}
@@ -54,16 +53,15 @@ def bench_step(
     found = {}
     for name in chosen:
         with console.status(name):
-            cells = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
-            found[name] = peaks(name, cells, data) if peak else cells
+            timings = measure(WORKLOADS[name], peers, data, repeats=repeats, seconds=seconds)
+            found[name] = peaks(name, timings, data) if peak else timings
         console.print(shown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(found[name])))
     both = {name: PEERS[name] for name in GROWTH_METHODS}
 
-    def grown(workload: Workload) -> list[Cell]:
+    def grown(workload: Workload) -> list[Timing]:
         with console.status(workload.title):
             return measure(workload, both, data, repeats=repeats, seconds=seconds)
 
     widths = {width: grown(growing(width)) for width in WIDTHS if growth}
     batches = {batch: grown(growing(BATCHES_WIDTH, batch)) for batch in BATCHES if growth}
-    for path in write_steps(found, widths, batches, Invocation(command_line(), jobs=1), out):
-        print(path)
+    leave(report(found, widths, batches), out)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected
-from relfisher.cli.running import command_line, resumable, tell
-
-if TYPE_CHECKING:
-    from relfisher.studies.data import Dataset
-    from relfisher.studies.reproduce import Invocation
-    from relfisher.studies.study import Study
+from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_mlp"]
 
@@ -32,38 +28,21 @@ def reproduce_mlp(
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
 ) -> None:
     """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
-    from relfisher.studies.mlp import METHODS
-    from relfisher.studies.reproduce import Invocation, plan
+    import torch
+
+    from relfisher.studies.mlp import METHODS, carry_out_run, plan
+    from relfisher.studies.mlp_report import report
+    from relfisher.studies.runs import Record
 
     names = selected(methods, METHODS)
     grids = dict(_grid(entry, names) for entry in lr or ())
     dataset = loaded(data)
     check_writable(out)
     study = plan(dataset, methods=names, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
-    _run(study, dataset, data, out, Invocation(command_line(), jobs))
-
-
-def _run(study: Study, dataset: Dataset, source: str, out: Path, invocation: Invocation) -> None:
-    import torch
-    from rich.console import Console
-
-    from relfisher.studies.mlp import Trainer
-    from relfisher.studies.progress import Display, summary
-    from relfisher.studies.reproduce import write_results
-    from relfisher.studies.runs import RunStore
-    from relfisher.studies.study import carry_out
-    from relfisher.studies.tables import rows
-
-    console = Console()
-    store = RunStore(out / "runs")
     # Layers this narrow gain nothing from a second thread, and worker processes have one each too.
     torch.set_num_threads(1)
-    with resumable(store), Display(console, study.planned) as display:
-        outcome = carry_out(study, Trainer(source), store, jobs=invocation.jobs, watcher=display)
-    tell(outcome.records)
-    table, picture = write_results(outcome, dataset, invocation, out)
-    console.print(summary(rows(outcome)))
-    print(f"table:   {table}\npicture: {picture}")
+    outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
+    leave(report(outcome, dataset), out, jobs)
 
 
 def _grid(entry: str, selected: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:

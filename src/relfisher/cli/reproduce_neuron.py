@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected
-from relfisher.cli.running import command_line, resumable
-
-if TYPE_CHECKING:
-    from relfisher.studies.data import Dataset
-    from relfisher.studies.neuron_study import NeuronStudy
+from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_neuron"]
 
@@ -32,8 +29,9 @@ def reproduce_neuron(
     initial_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the initial weights.")] = 0.01,
 ) -> None:
     """Train the paper's single sigmoid neuron with the four methods of figure 4."""
-    from relfisher.studies.neuron import METHODS
-    from relfisher.studies.neuron_study import PanelError, panels, plan
+    from relfisher.studies.neuron import METHODS, Curves, plan, solve
+    from relfisher.studies.neuron_report import report
+    from relfisher.studies.panels import PanelError, panels
 
     names = selected(methods, METHODS)
     pairs = [_pair(text) for text in pair] if pair else None
@@ -45,27 +43,8 @@ def reproduce_neuron(
         raise ArgumentError(f"--{error.argument}", str(error)) from error
     check_writable(out)
     study = plan(dataset, chosen, methods=names, runs=runs, epochs=epochs, initial_std=initial_std)
-    _run(study, dataset, out)
-
-
-def _run(study: NeuronStudy, dataset: Dataset, out: Path) -> None:
-    from rich.console import Console
-
-    from relfisher.studies.neuron_results import write_neuron_results
-    from relfisher.studies.neuron_study import carry_out
-    from relfisher.studies.neuron_tables import claims_markdown, summary
-    from relfisher.studies.progress import Display
-    from relfisher.studies.reproduce import Invocation
-    from relfisher.studies.runs import ArrayStore
-
-    console = Console()
-    store = ArrayStore(out / "runs")
-    with resumable(store), Display(console, len(study.batches)) as display:
-        outcome = carry_out(study, dataset, store, display)
-    invocation = Invocation(command_line(), jobs=1)
-    table, picture = write_neuron_results(outcome, dataset, invocation, out)
-    console.print(summary(outcome))
-    print(f"{claims_markdown(outcome)}table:   {table}\npicture: {picture}")
+    outcome = carried_out(study, partial(solve, dataset), Curves.of, out)
+    leave(report(outcome, dataset), out)
 
 
 def _pair(text: str) -> tuple[int, int]:

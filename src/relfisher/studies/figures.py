@@ -1,4 +1,4 @@
-"""Figure 5: training cost against iterations and against time, one line a method."""
+"""Pictures of training curves: cost against iterations and against time, one line a method."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from relfisher.studies.runs import Record
-from relfisher.studies.study import Outcome
-from relfisher.studies.tables import AVERAGED, averaged
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-__all__ = ["STYLE", "Line", "Look", "figure5", "line", "panels", "save"]
+__all__ = ["AVERAGED", "FLOOR", "SMOOTHED_FRACTION", "STYLE", "Line", "Look", "averaged", "line", "panels", "save"]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
 FLOOR = 1e-10
 BASELINE_WIDTH = 1.6
+AVERAGED = 10
 STYLE: dict[RcKeyType, object] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -50,18 +49,6 @@ class Look:
     width: float = BASELINE_WIDTH
 
 
-LOOKS = {
-    "PLAIN+SGD": Look("#8a8a8a", "--"),
-    "PLAIN+ADAM": Look("#8a8a8a"),
-    "BNA+SGD": Look("#0072b2", "--"),
-    "BNA+ADAM": Look("#0072b2"),
-    "BNB+SGD": Look("#009e73", "--"),
-    "BNB+ADAM": Look("#009e73"),
-    "PLAIN+RNGD": Look("#e69f00", width=2.6),
-    "PLAIN+RNGD-DEFAULT": Look("#d1345b", width=2.6),
-}
-
-
 @dataclass(frozen=True)
 class Line:
     """A method's mean curve over seeds, at the end of every few iterations."""
@@ -74,19 +61,20 @@ class Line:
     smooth: NDArray[np.float64]
 
 
-def figure5(outcome: Outcome, title: str) -> Figure:
-    """Draws the study as the paper's figure 5, with a second panel against wall-clock time.
+def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.float64]:
+    """Average a curve over every `group` iterations; the last group may be shorter.
 
     Args:
-        outcome: A finished study of the methods in `LOOKS`; one without a run that converged is left out.
-        title: What was trained on what.
+        values: One value an iteration.
+        group: How many iterations make a point.
 
     Returns:
-        The figure.
+        The averages, in order.
     """
-    compared = {method: outcome.compared(method) for method in outcome.study.grids}
-    lines = [line(method, LOOKS[method], records) for method, records in compared.items() if records]
-    return panels(lines, title, _caption(outcome))
+    starts = np.arange(0, len(values), group)
+    counts = np.diff(np.append(starts, len(values)))
+    sums: NDArray[np.float64] = np.add.reduceat(values.astype(float), starts)
+    return sums / counts
 
 
 def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
@@ -149,7 +137,7 @@ def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAG
     return Line(method, look, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
 
 
-def save(figure: Figure, directory: Path, name: str = "figure5") -> list[Path]:
+def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Writes a figure as PNG and SVG.
 
     Args:
@@ -221,12 +209,3 @@ def _spread(heights: dict[str, float]) -> dict[str, float]:
         places[method] = min(places[method], ceiling)
         ceiling = places[method] - LABEL_GAP
     return places
-
-
-def _caption(outcome: Outcome) -> str:
-    seeds = outcome.study.seeds
-    return (
-        f"Thin: mini-batch cost averaged over {AVERAGED} iterations. Thick: over {SMOOTHED_FRACTION:.0%} of all. "
-        f"{'One seed' if seeds == 1 else f'Mean of {seeds} seeds'}; each method at the best learning rate of its grid. "
-        f"Less than {FLOOR:g} is drawn as that."
-    )

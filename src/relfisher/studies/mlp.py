@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 import relfisher
 from relfisher.studies.data import Dataset, load
-from relfisher.studies.jobs import Reporter
-from relfisher.studies.runs import Record, Run
+from relfisher.studies.engine import Outcome, Study
+from relfisher.studies.executor import Reporter
+from relfisher.studies.networks import Normalization, paper_network
+from relfisher.studies.runs import Record, Run, Scalar
+from relfisher.studies.training import Length, train
+from relfisher.studies.workloads import WORKLOADS, of_images
 
-__all__ = ["BATCH_SIZE", "METHODS", "Method", "Normalization", "Trainer", "network", "train"]
+__all__ = ["METHODS", "Method", "MlpOptions", "MlpOutcome", "MlpRun", "MlpStudy", "carry_out_run", "plan"]
 
-WIDTHS = (784, 64, 64, 64, 10)
-BATCH_SIZE = 50
-INITIAL_STD = 0.1
-BATCH_NORM_EPSILON = 1e-3
-CHECK_INTERVAL = 100
-
-Normalization = Literal["none", "after", "before"]
+EPOCHS = 50
+QUICK_EPOCHS = 16
+WORKLOAD = WORKLOADS["mlp"]
 
 
 @dataclass(frozen=True)
@@ -69,133 +64,103 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """Carries out runs on one data set, which each process loads for itself."""
+class MlpOptions:
+    """What all runs have in common."""
 
-    source: str
+    data: str
+    fingerprint: str
+    epochs: int
+    batch_size: int = WORKLOAD.batch_size
+    relfisher: str = version("relfisher")
 
-    def __call__(self, run: Run, report: Reporter) -> Record:
-        """Trains one network; see `train`."""
-        return train(run, load(self.source), report)
+
+@dataclass(frozen=True)
+class MlpRun(Run):
+    """One training run."""
+
+    options: MlpOptions
+
+    def settings(self) -> Mapping[str, Scalar]:
+        """Return what it has in common with all others."""
+        return asdict(self.options)
 
 
-def network(
-    normalization: Normalization, generator: torch.Generator, activation: Callable[[], nn.Module] = nn.ReLU
-) -> nn.Sequential:
-    """The paper's network; batch norm, where it is wanted, stands before or after each hidden activation.
+@dataclass(frozen=True)
+class MlpStudy(Study[MlpRun]):
+    """The learning-rate candidates of each method, and how many seeds the best one gets."""
+
+    grids: Mapping[str, tuple[float, ...]]
+    seeds: int
+    options: MlpOptions
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The methods."""
+        return tuple(self.grids)
+
+    def candidates(self, group: str) -> list[MlpRun]:
+        """Return the runs that choose a method's learning rate: all of its grid, with the first seed."""
+        return [MlpRun("mlp", group, learning_rate, 0, self.options) for learning_rate in self.grids[group]]
+
+    def repeats(self, best: MlpRun) -> list[MlpRun]:
+        """Return the runs of a learning rate, one a seed."""
+        return [replace(best, seed=seed) for seed in range(self.seeds)]
+
+
+MlpOutcome = Outcome[MlpStudy, MlpRun, Record]
+
+
+def plan(
+    data: Dataset,
+    *,
+    methods: tuple[str, ...] = tuple(METHODS),
+    quick: bool = False,
+    epochs: int | None = None,
+    seeds: int = 1,
+    grids: Mapping[str, tuple[float, ...]] | None = None,
+) -> MlpStudy:
+    """Say which runs section 5.2 takes.
 
     Args:
-        normalization: Where batch norm stands.
-        generator: Draws the weights and biases; batch norm draws nothing, so all variants start with the same ones.
-        activation: Makes the units of a hidden layer.
+        data: What is trained on.
+        methods: Names from `METHODS`, in the order in which they appear.
+        quick: Fewer epochs, for a first look.
+        epochs: Passes over the training images, if not the usual number.
+        seeds: How many seeds the chosen learning rate of each method gets.
+        grids: Learning-rate candidates that replace a method's usual ones.
 
     Returns:
-        The network, from images `[n, 784]` to logits `[n, 10]`.
+        The comparison.
     """
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(WIDTHS):
-        linear = nn.Linear(inputs, outputs)
-        for parameter in linear.parameters():
-            nn.init.trunc_normal_(
-                parameter, std=INITIAL_STD, a=-2 * INITIAL_STD, b=2 * INITIAL_STD, generator=generator
-            )
-        layers.append(linear)
-        if outputs == WIDTHS[-1]:
-            break
-        if normalization == "before":
-            layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
-        layers.append(activation())
-        if normalization == "after":
-            layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
-    return nn.Sequential(*layers)
+    usual = {name: METHODS[name].grid for name in methods}
+    options = MlpOptions(data.name, data.fingerprint(), epochs or (QUICK_EPOCHS if quick else EPOCHS))
+    return MlpStudy(usual | dict(grids or {}), seeds, options)
 
 
-def train(run: Run, data: Dataset, report: Reporter) -> Record:
-    """Trains one network, until its epochs are over or its cost is not finite.
+def carry_out_run(source: str, run: MlpRun, report: Reporter) -> Record:
+    """Train one network on a data set that this process loads for itself.
 
     Args:
-        run: The method, learning rate and seed; its settings must have `epochs`.
-        data: The images; those that do not fill an epoch's last mini-batch are left out of that epoch.
-        report: Is told every hundred iterations how far the run is, and their mean cost.
+        source: The data set, as `load` takes it.
+        run: The method, learning rate, seed and number of epochs.
+        report: Is told how far the run is.
 
     Returns:
         The mini-batch cost and the training time of every iteration, the validation accuracy of every epoch, and the
         cost of all training images at the end.
     """
     method = METHODS[run.method]
-    epochs = int(dict(run.settings)["epochs"])
-    batches = len(data.train_labels) // BATCH_SIZE
+    data = of_images(load(source))
+    epochs = run.options.epochs
+    # It draws the initial weights and then the order of the images.
     generator = torch.Generator().manual_seed(run.seed)
-    model = network(method.normalization, generator)
-    optimizer = method.optimizer(model, run.learning_rate)
-    curve = _Curve(epochs * batches, report)
-    validation: list[float] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(epochs):
-            order = torch.randperm(len(data.train_labels), generator=generator)
-            _epoch(model, optimizer, data, order[: batches * BATCH_SIZE].view(batches, BATCH_SIZE), curve)
-            if curve.diverged:
-                break
-            validation.append(_accuracy(model, data))
-    return Record(
-        cost=curve.cost[: curve.iteration].numpy(),
-        seconds=curve.seconds[: curve.iteration],
-        validation=np.array(validation),
-        full_cost=_full_cost(model, data),
-        diverged=curve.diverged,
-        threads=torch.get_num_threads(),
-        warnings=tuple(sorted({str(warning.message) for warning in caught})),
+    return train(
+        WORKLOAD,
+        data,
+        partial(paper_network, method.normalization, generator),
+        lambda model: method.optimizer(model, run.learning_rate),
+        generator,
+        Length(evaluations=epochs, iterations=epochs * (len(data.inputs) // WORKLOAD.batch_size)),
+        report,
+        scored=len(data.inputs),
     )
-
-
-class _Curve:
-    """The cost and the training time of each iteration, looked at only now and then since looking takes time."""
-
-    def __init__(self, iterations: int, report: Reporter) -> None:
-        self.cost = torch.zeros(iterations)
-        self.seconds = np.zeros(iterations)
-        self.iteration = 0
-        self.diverged = False
-        self._report = report
-
-    def append(self, cost: Tensor, seconds: float) -> None:
-        self.cost[self.iteration] = cost
-        self.seconds[self.iteration] = seconds
-        self.iteration += 1
-        if self.iteration % CHECK_INTERVAL == 0 or self.iteration == len(self.cost):
-            self._check()
-
-    def _check(self) -> None:
-        recent = self.cost[max(0, self.iteration - CHECK_INTERVAL) : self.iteration]
-        mean = float(recent.mean())
-        if not math.isfinite(mean):
-            self.diverged = True
-        self._report(self.iteration / len(self.cost), mean)
-
-
-def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, batches: Tensor, curve: _Curve) -> None:
-    model.train()
-    before = curve.seconds[curve.iteration - 1] if curve.iteration else 0.0
-    start = time.perf_counter() - before
-    for batch in batches:
-        optimizer.zero_grad()
-        cost = cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
-        cost.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        optimizer.step()
-        curve.append(cost.detach(), time.perf_counter() - start)
-        if curve.diverged:
-            return
-
-
-def _full_cost(model: nn.Module, data: Dataset) -> float:
-    model.eval()
-    with torch.no_grad():
-        return float(cross_entropy(model(data.train_images), data.train_labels))
-
-
-def _accuracy(model: nn.Module, data: Dataset) -> float:
-    model.eval()
-    with torch.no_grad():
-        predicted = model(data.validation_images).argmax(dim=1)
-    return float((predicted == data.validation_labels).double().mean())

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
+from relfisher.studies.cells import Cell, Result
 from relfisher.studies.coordinates import Coordinates, raw, whitened
 from relfisher.studies.data import Dataset
-from relfisher.studies.descent import DAMPING, Configuration, Problems, descend
+from relfisher.studies.descent import DAMPING, Configuration, descend
+from relfisher.studies.engine import Outcome, Study
+from relfisher.studies.executor import Reporter
+from relfisher.studies.panels import Panel, problems
 
 __all__ = [
     "GRID",
@@ -24,9 +32,12 @@ __all__ = [
     "Batch",
     "Curves",
     "Method",
-    "Panel",
-    "pair",
-    "problems",
+    "NeuronOptions",
+    "NeuronOutcome",
+    "NeuronStudy",
+    "log_mean",
+    "lowest",
+    "plan",
     "solve",
 ]
 
@@ -52,42 +63,48 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One panel of figure 4: two classes and how many images of both together; `subset` if each run draws its own."""
+class NeuronOptions:
+    """What all batches have in common."""
 
-    pair: tuple[int, int]
-    size: int
-    subset: bool
-
-    def __str__(self) -> str:
-        return f"{self.pair[0]} vs {self.pair[1]}, n = {self.size:,}"
+    data: str
+    fingerprint: str
+    runs: int
+    epochs: int
+    initial_std: float
+    relfisher: str = version("relfisher")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """All runs and configurations of a method in a panel: everything that its curves depend on, but the machine."""
+class Batch(Cell):
+    """All runs and configurations of a method in a panel, which are carried out together."""
 
     panel: Panel
     method: str
-    settings: tuple[tuple[str, str | int | float], ...]
+    options: NeuronOptions
 
     @property
-    def key(self) -> str:
-        """A file name: readable, and another one as soon as any setting differs."""
-        digest = hashlib.sha256(self.identity().encode()).hexdigest()[:12]
+    def name(self) -> str:
+        """The readable part of its file name."""
         first, second = self.panel.pair
-        return f"neuron-{first}vs{second}-n{self.panel.size}-{self.method}-{digest}"
+        return f"neuron-{first}vs{second}-n{self.panel.size}-{self.method}"
 
     def identity(self) -> str:
-        """All fields and the grid, as text that is the same in every process."""
-        return json.dumps({**asdict(self), "grid": [asdict(entry) for entry in GRID], "damping": DAMPING})
+        """Return all options and the grid, as text that is the same in every process."""
+        options = {
+            "panel": asdict(self.panel),
+            "method": self.method,
+            "settings": sorted(asdict(self.options).items()),
+            "grid": [asdict(entry) for entry in GRID],
+            "damping": DAMPING,
+        }
+        return json.dumps(options)
 
     def __str__(self) -> str:
         return f"{self.panel}: {self.method}"
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Result):
     """What a batch measured.
 
     `log_cost` is the natural logarithm of the training cost (29), [configurations, runs, epochs + 1]; NaN from where a
@@ -98,88 +115,143 @@ class Curves:
     seconds: float
     threads: int
 
+    @property
+    def score(self) -> float:
+        """The logarithm of the lowest mean cost after the last epoch, or infinity if all configurations diverged."""
+        return float(self._final.min())
 
-def pair(data: Dataset, classes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns all images of two classes, the validation images included: section 5.1 is about the training cost only.
+    @property
+    def ending(self) -> str:
+        """The lowest mean cost, if there is one, and the seconds."""
+        if self.diverged:
+            return f"all configurations diverged in {self.seconds:.1f} s"
+        return f"cost 10^{self.score / math.log(10):.2f} in {self.seconds:.1f} s"
+
+    @cached_property
+    def chosen(self) -> Configuration | None:
+        """The configuration with the lowest mean cost after the last epoch; one with a diverged run is never chosen."""
+        return None if self.diverged else GRID[int(self._final.argmin())]
+
+    @cached_property
+    def best(self) -> Tensor:
+        """The logarithm of the cost of each run of the chosen configuration, [runs, epochs + 1]."""
+        return self.log_cost[int(self._final.argmin())]
+
+    @property
+    def mean(self) -> Tensor:
+        """The logarithm of the mean cost of those runs after each epoch."""
+        return log_mean(self.best)
+
+    @cached_property
+    def ends(self) -> dict[Configuration, int]:
+        """Each configuration with a diverged run, and the epoch of its first non-finite step."""
+        finite = self.log_cost.isfinite().all(dim=1)
+        return {GRID[index]: int(finite[index].sum()) for index in (~finite.all(dim=1)).nonzero().flatten().tolist()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the curves, and seconds and threads."""
+        return {"log_cost": self.log_cost.numpy(), "about": np.array([self.seconds, self.threads])}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Curves:
+        """Return the curves that `arrays` were made of."""
+        seconds, threads = arrays["about"].tolist()
+        return cls(torch.from_numpy(arrays["log_cost"]), float(seconds), int(threads))
+
+    @property
+    def _final(self) -> Tensor:
+        return log_mean(self.log_cost)[:, -1].nan_to_num(nan=math.inf)
+
+
+@dataclass(frozen=True)
+class NeuronStudy(Study[Batch]):
+    """Panels and methods; what is chosen is a configuration within each batch, not a batch."""
+
+    panels: tuple[Panel, ...]
+    methods: tuple[str, ...]
+    options: NeuronOptions
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All batches, panel by panel."""
+        return [self.batch(panel, method) for panel in self.panels for method in self.methods]
+
+    def batch(self, panel: Panel, method: str) -> Batch:
+        """Return all runs and configurations of a method in a panel."""
+        return Batch(panel, method, self.options)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """A method in a panel."""
+        return tuple(map(str, self.batches))
+
+    def candidates(self, group: str) -> list[Batch]:
+        """Return the one batch of a method in a panel."""
+        return [batch for batch in self.batches if str(batch) == group]
+
+    def repeats(self, best: Batch) -> list[Batch]:
+        """Return the batch itself, which has all runs."""
+        return [best]
+
+
+NeuronOutcome = Outcome[NeuronStudy, Batch, Curves]
+
+
+def log_mean(log_cost: Tensor) -> Tensor:
+    """Return ln of the mean cost of the runs, the last axis but one."""
+    return torch.logsumexp(log_cost, dim=-2) - math.log(log_cost.shape[-2])
+
+
+def lowest(outcome: NeuronOutcome, panel: Panel) -> float:
+    """Return ln of the lowest mean cost in a panel, of any method at any configuration and epoch."""
+    means = [log_mean(curves.log_cost) for batch, curves in outcome.records.items() if batch.panel == panel]
+    return min(float(mean[mean.isfinite()].min()) for mean in means)
+
+
+def plan(
+    data: Dataset,
+    chosen: tuple[Panel, ...],
+    *,
+    methods: tuple[str, ...] = tuple(METHODS),
+    runs: int = 10,
+    epochs: int = 100,
+    initial_std: float = 0.01,
+) -> NeuronStudy:
+    """Say what figure 4 takes.
 
     Args:
-        data: The data set.
-        classes: The two classes.
+        data: What is trained on.
+        chosen: The panels.
+        methods: Names from `METHODS`.
+        runs: How many runs each configuration gets.
+        epochs: How many full-batch steps.
+        initial_std: The standard deviation of the initial weights, which the paper does not say.
 
     Returns:
-        Pixels in float64, [n, 784], and +1 for the second class, -1 for the first, [n].
+        The study.
     """
-    labels = torch.cat([data.train_labels, data.validation_labels])
-    chosen = (labels == classes[0]) | (labels == classes[1])
-    images = torch.cat([data.train_images, data.validation_images])[chosen].double()
-    return images, torch.where(labels[chosen] == classes[1], 1.0, -1.0).double()
+    options = NeuronOptions(data.name, data.fingerprint(), runs, epochs, initial_std)
+    return NeuronStudy(chosen, methods, options)
 
 
-def problems(data: Dataset, batch: Batch) -> Problems:
-    """Draws the runs of a batch: initial weights and, below all images, a subset of equally many of both classes.
-
-    Every method gets the same draws.
+def solve(data: Dataset, batch: Batch, report: Reporter) -> Curves:
+    """Carry out all runs and configurations of a method in a panel.
 
     Args:
         data: The data set.
-        batch: Its settings must have `runs` and `initial_std`.
-
-    Returns:
-        One data set that the runs share, or one for each.
-    """
-    settings = dict(batch.settings)
-    runs = int(settings["runs"])
-    x, signs = pair(data, batch.panel.pair)
-    generator = torch.Generator().manual_seed(0)
-    parameters = x.shape[1] + 1
-    start = torch.randn(runs, parameters, generator=generator, dtype=x.dtype) * float(settings["initial_std"])
-    if batch.panel.subset:
-        draws = [_draw(signs, batch.panel.size, generator) for _ in range(runs)]
-        starts = list(torch.split(start, 1))
-    else:
-        draws, starts = [torch.arange(len(signs))], [start]
-    coordinates = [METHODS[batch.method].coordinates(x[draw]) for draw in draws]
-    rank = max(entry.features.shape[1] for entry in coordinates)
-    return Problems(
-        torch.stack([pad(entry.features, (0, rank - entry.features.shape[1])) for entry in coordinates]),
-        torch.stack([signs[draw] for draw in draws]),
-        torch.stack([
-            pad(theta @ entry.basis, (0, rank - entry.features.shape[1]))
-            for theta, entry in zip(starts, coordinates, strict=True)
-        ]),
-        parameters,
-    )
-
-
-def solve(data: Dataset, batch: Batch, report: Callable[[float, float], None]) -> Curves:
-    """Carries out all runs and configurations of a method in a panel.
-
-    Args:
-        data: The data set.
-        batch: What to carry out; its settings must also have `epochs`.
-        report: Is told how much is done, from 0 to 1, and the natural logarithm of the lowest cost.
+        batch: What to carry out.
+        report: Is told how much is done, from 0 to 1, and the lowest cost.
 
     Returns:
         The curves.
     """
-    epochs = int(dict(batch.settings)["epochs"])
+    options, method = batch.options, METHODS[batch.method]
     begin = time.perf_counter()
     log_cost = descend(
-        problems(data, batch),
+        problems(data, batch.panel, method.coordinates, runs=options.runs, initial_std=options.initial_std),
         GRID,
-        natural=METHODS[batch.method].natural,
-        epochs=epochs,
-        report=lambda epoch, cost: report(epoch / epochs, cost),
+        natural=method.natural,
+        epochs=options.epochs,
+        report=lambda epoch, cost: report(epoch / options.epochs, math.exp(cost)),
     )
     return Curves(log_cost, time.perf_counter() - begin, torch.get_num_threads())
-
-
-def _draw(signs: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Returns the indices of a random subset, half of it from either class."""
-    halves = zip((-1, 1), (size - size // 2, size // 2), strict=True)
-    members = [(signs == sign).nonzero().squeeze(1) for sign, _ in halves]
-    counts = (size - size // 2, size // 2)
-    return torch.cat([
-        member[torch.randperm(len(member), generator=generator)[:count]]
-        for member, count in zip(members, counts, strict=True)
-    ])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import relfisher
-from relfisher.studies.mlp import Normalization
+from relfisher.studies.networks import Normalization
 
-__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "UNTUNED", "Configuration", "Peer", "UnavailableError", "state_bytes"]
+__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "UNTUNED", "Configuration", "Peer", "UnavailableError"]
 
 CONFIGURATIONS = 8
 UNTUNED = "RNGD-defaults"
@@ -63,44 +63,6 @@ class _InSingle(_Joint):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
         with patch.object(Tensor, "bfloat16", Tensor.clone):
             super().step()
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts what an optimizer keeps from one step to the next.
-
-    Args:
-        optimizer: It has taken a step.
-
-    Returns:
-        The bytes of all tensors that it holds, in `state` or elsewhere, besides parameters and their gradients.
-    """
-    own = {
-        part for group in optimizer.param_groups for p in group["params"] for part in (p, p.grad) if part is not None
-    }
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _held(optimizer)}
-    return sum(size for pointer, size in storages.items() if pointer not in excluded)
-
-
-def _held(root: object) -> list[Tensor]:
-    """The tensors that can be reached from an object without going through a module."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    waiting = [root]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, nn.Module | type):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, Mapping):
-            waiting += item.values()
-        elif isinstance(item, list | tuple | set | frozenset):
-            waiting += item
-        else:
-            waiting += getattr(item, "__dict__", {}).values()
-    return found
 
 
 def _sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:

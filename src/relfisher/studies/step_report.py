@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,11 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from relfisher.studies.bench.report import ABSENT, markdown, spread, write
-from relfisher.studies.bench.step import Cell
-from relfisher.studies.bench.workloads import WORKLOADS
-from relfisher.studies.figures import STYLE, save
-from relfisher.studies.reproduce import Invocation
+from relfisher.studies.figures import STYLE
+from relfisher.studies.report import ABSENT, Report, markdown
+from relfisher.studies.step import Timing
+from relfisher.studies.workloads import WORKLOADS
 
 __all__ = [
     "BATCHES",
@@ -28,8 +26,8 @@ __all__ = [
     "WIDTHS",
     "growth_figure",
     "growth_rows",
+    "report",
     "rows",
-    "write_steps",
 ]
 
 BASE = "Adam"
@@ -60,11 +58,11 @@ and batches. Median step, p99/median: of single iterations. State: all tensors t
 much a process that trains grows at its largest, data left out. x {BASE}: over torch's default {BASE}.
 """
 
-Growth = Mapping[int, Sequence[Cell]]
+Growth = Mapping[int, Sequence[Timing]]
 
 
-def rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """Returns the lines of a workload's table.
+def rows(cells: Sequence[Timing]) -> list[list[str]]:
+    """Return the lines of a workload's table.
 
     Args:
         cells: One a method; without the base's the ratios stay empty.
@@ -77,7 +75,7 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
 
 
 def growth_rows(growth: Growth) -> list[list[str]]:
-    """Returns time and state of each method, and the ratio of their times, a line a size."""
+    """Return time and state of each method, and the ratio of their times, a line a size."""
     return [
         [
             str(size),
@@ -89,7 +87,7 @@ def growth_rows(growth: Growth) -> list[list[str]]:
 
 
 def growth_figure(widths: Growth, batches: Growth) -> Figure:
-    """Draws time and state against width, and the ratio of times against the batch.
+    """Draw time and state against width, and the ratio of times against the batch.
 
     Args:
         widths: The cells of each width.
@@ -120,33 +118,33 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
     return figure
 
 
-def write_steps(
-    found: Mapping[str, Sequence[Cell]], widths: Growth, batches: Growth, invocation: Invocation, directory: Path
-) -> list[Path]:
-    """Writes tables, numbers and picture.
+def report(found: Mapping[str, Sequence[Timing]], widths: Growth, batches: Growth) -> Report:
+    """Report what was measured.
 
     Args:
-        found: The cells of each workload.
+        found: The timings of each workload.
         widths: Those of each width; empty if growth was not measured.
         batches: Those of each batch size, likewise.
-        invocation: How it was measured.
-        directory: Where to.
 
     Returns:
-        The paths of the table and of the picture, if there is one.
+        Tables, numbers and, with growth, a figure.
     """
-    tables = [markdown(f"{name}: {WORKLOADS[name].title}", HEADER, rows(cells)) for name, cells in found.items()]
-    content: dict[str, object] = {"workloads": {name: list(map(_numbers, cells)) for name, cells in found.items()}}
-    paths = [directory / "table.md"]
-    if widths:
-        for size, growth in (("width", widths), ("batch", batches)):
-            fixed = "batch 256" if size == "width" else f"width {BATCHES_WIDTH}"
+    tables: dict[str, tuple[Sequence[str], list[list[str]]]]
+    tables = {f"{name}: {WORKLOADS[name].title}": (HEADER, rows(timings)) for name, timings in found.items()}
+    about: dict[str, object] = {"workloads": {name: list(map(_numbers, timings)) for name, timings in found.items()}}
+    for size, growth, fixed in (("width", widths, "batch 256"), ("batch", batches, f"width {BATCHES_WIDTH}")):
+        if growth:
             title = f"growth with the {size}: 784-width-width-10 ReLU, {fixed}"
-            tables.append(markdown(title, _growth_header(size, growth), growth_rows(growth)))
-            content[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
-        paths += save(growth_figure(widths, batches), directory, "growth")[:1]
-    write(directory, "steps", "\n".join(tables) + NOTES, content, invocation, [torch.get_num_threads()])
-    return paths
+            tables[title] = (_growth_header(size, growth), growth_rows(growth))
+            about[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
+    return Report(
+        table="\n".join(f"## {title}\n\n" + markdown(*table) for title, table in tables.items()) + NOTES,
+        about=about,
+        about_name="steps",
+        threads=[torch.get_num_threads()],
+        figure=growth_figure(widths, batches) if widths else None,
+        figure_name="growth",
+    )
 
 
 def _growth_header(size: str, growth: Growth) -> list[str]:
@@ -154,7 +152,7 @@ def _growth_header(size: str, growth: Growth) -> list[str]:
     return [size, *columns, f"RNGD x {BASE}"]
 
 
-def _ratio(cells: Sequence[Cell]) -> float:
+def _ratio(cells: Sequence[Timing]) -> float:
     base, ours = cells
     return ours.seconds / base.seconds
 
@@ -165,7 +163,7 @@ def _count(axes: Axes, label: str, sizes: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def _row(cell: Cell, base: Cell | None) -> list[str]:
+def _row(cell: Timing, base: Timing | None) -> list[str]:
     if cell.note:
         return [cell.method, cell.note, *[ABSENT] * (len(HEADER) - 2)]
 
@@ -176,7 +174,7 @@ def _row(cell: Cell, base: Cell | None) -> list[str]:
     return [
         cell.method,
         f"{1e3 * cell.seconds:.2f}",
-        spread([1e3 * seconds for seconds in cell.repeats], ".2f"),
+        f"{1e3 * min(cell.repeats):.2f} to {1e3 * max(cell.repeats):.2f}",
         ratio("seconds"),
         f"{1e3 * float(np.median(cell.steps)):.2f}",
         f"{cell.tail:.1f}",
@@ -192,6 +190,6 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.3g}"
 
 
-def _numbers(cell: Cell) -> dict[str, object]:
+def _numbers(cell: Timing) -> dict[str, object]:
     """The cell with its single steps, which are many, in whole microseconds."""
     return {**asdict(cell), "steps": [round(1e6 * seconds) for seconds in cell.steps]}

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from relfisher.studies.figures import STYLE, Look
-from relfisher.studies.neuron import GRID, Panel
-from relfisher.studies.neuron_study import Choice, NeuronOutcome
-from relfisher.studies.neuron_tables import LN10, scientific
+from relfisher.studies.neuron import GRID, Curves, NeuronOutcome, lowest
+from relfisher.studies.panels import Panel
 
-__all__ = ["figure4"]
+__all__ = ["LN10", "figure4", "scientific"]
 
+LN10 = math.log(10)
 # Where a curve falls below this, the axis is compressed, so that it and the others can be told apart.
 DEEP = -30.0
 LINEAR = 4.0
@@ -35,7 +35,7 @@ GARMENTS = (
 
 
 def figure4(outcome: NeuronOutcome, data: str) -> Figure:
-    """Draws the study as the paper's figure 4.
+    """Draw the study as the paper's figure 4.
 
     Args:
         outcome: A finished study; a method without a configuration that converged is left out of its panel.
@@ -69,42 +69,50 @@ def figure4(outcome: NeuronOutcome, data: str) -> Figure:
     return figure
 
 
+def scientific(log_cost: float) -> str:
+    """Write a cost of which only the logarithm fits into a floating-point number, such as 1.2e-434."""
+    exponent, fraction = divmod(log_cost / LN10, 1)
+    mantissa = f"{10**fraction:.2f}"
+    if mantissa == "10.00":
+        exponent, mantissa = exponent + 1, "1.00"
+    return f"{mantissa}e{int(exponent):+03d}"
+
+
 def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
-    shown = {method: outcome.choices[panel, method] for method in outcome.study.methods}
-    lowest, highest = 0.0, 0.0
-    for method, choice in shown.items():
-        look = LOOKS[method]
-        if choice.chosen is None:
+    bottom, top = 0.0, 0.0
+    for method in outcome.study.methods:
+        curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
+        if curves.chosen is None:
             axes.plot([], [], color=look.colour, linestyle=look.dashes, label=f"{method}: all configurations diverged")
             continue
-        epochs = np.arange(choice.curves.shape[1])
+        epochs = np.arange(curves.best.shape[1])
         mean, low, high = (
-            (values / LN10).numpy() for values in (choice.mean, choice.curves.amin(0), choice.curves.amax(0))
+            (values / LN10).numpy() for values in (curves.mean, curves.best.amin(0), curves.best.amax(0))
         )
         axes.fill_between(epochs, low, high, color=look.colour, alpha=0.22, linewidth=0)
         axes.plot(
-            epochs, mean, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=_label(method, choice)
+            epochs, mean, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=_label(method, curves)
         )
-        lowest, highest = min(lowest, float(low.min())), max(highest, float(high.max()))
+        bottom, top = min(bottom, float(low.min())), max(top, float(high.max()))
     axes.margins(x=0)
-    if lowest < DEEP:
-        _compress(axes, lowest, highest)
+    if bottom < DEEP:
+        _compress(axes, bottom, top)
     else:
         _decades(axes)
-    if outcome.lowest(panel) > MINIMUM:
+    if lowest(outcome, panel) > MINIMUM:
         _inset(axes, outcome, panel)
     axes.set_xlabel("epoch", loc="right", labelpad=1)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.08), fontsize=9, frameon=False, labelspacing=0.3)
 
 
 def _inset(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
-    """Draws how far each mean cost is above the lowest one, which the costs themselves do not show."""
+    """Draw how far each mean cost is above the lowest one, which the costs themselves do not show."""
     inset = axes.inset_axes((0.42, 0.5, 0.56, 0.44))
-    lowest = math.exp(outcome.lowest(panel))
+    least = math.exp(lowest(outcome, panel))
     for method in outcome.study.methods:
-        choice, look = outcome.choices[panel, method], LOOKS[method]
-        if choice.chosen is not None:
-            excess = (choice.mean.exp() - lowest).clamp(min=SMALLEST_EXCESS).numpy()
+        curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
+        if curves.chosen is not None:
+            excess = (curves.mean.exp() - least).clamp(min=SMALLEST_EXCESS).numpy()
             inset.semilogy(excess, color=look.colour, linestyle=look.dashes, linewidth=0.75 * look.width)
     inset.set_title("cost above the lowest mean cost of the panel", loc="left", fontsize=8.5)
     inset.tick_params(labelsize=8)
@@ -112,7 +120,7 @@ def _inset(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
 
 
 def _compress(axes: Axes, lowest: float, highest: float) -> None:
-    """Draws the logarithms of the cost linearly down to about 1e-4 and logarithmically beyond."""
+    """Draw the logarithms of the cost linearly down to about 1e-4 and logarithmically beyond."""
     axes.set_yscale("function", functions=(lambda value: np.arcsinh(value / LINEAR), lambda y: LINEAR * np.sinh(y)))
     axes.set_ylim(1.25 * lowest, highest + 0.5)
     ticks = [2, 0, -2, -5, -10, -20, -50, -100, -200, -500, -1000, -2000, -5000]
@@ -121,7 +129,7 @@ def _compress(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def _decades(axes: Axes) -> None:
-    """Labels the axis of logarithms with the costs themselves."""
+    """Label the axis of logarithms with the costs themselves."""
     bottom, top = axes.get_ylim()
     if top - bottom > 3:
         step = max(1, round((top - bottom) / 6))
@@ -133,9 +141,9 @@ def _decades(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.3g}"))
 
 
-def _label(method: str, choice: Choice) -> str:
-    diverged = f", {len(choice.diverged)} of {len(GRID)} diverged" if choice.diverged else ""
-    return f"{method}: {scientific(float(choice.mean[-1]))} ({choice.chosen}{diverged})"
+def _label(method: str, curves: Curves) -> str:
+    diverged = f", {len(curves.ends)} of {len(GRID)} diverged" if curves.ends else ""
+    return f"{method}: {scientific(float(curves.mean[-1]))} ({curves.chosen}{diverged})"
 
 
 def _title(panel: Panel, data: str) -> str:
@@ -144,8 +152,8 @@ def _title(panel: Panel, data: str) -> str:
 
 
 def _caption(outcome: NeuronOutcome) -> str:
-    settings = dict(outcome.study.settings)
+    options = outcome.study.options
     return (
-        f"Line: mean of {settings['runs']} runs; band: lowest to highest run. Each method at the "
-        f"configuration with the lowest mean cost after {settings['epochs']} epochs, given with that cost."
+        f"Line: mean of {options.runs} runs; band: lowest to highest run. Each method at the "
+        f"configuration with the lowest mean cost after {options.epochs} epochs, given with that cost."
     )

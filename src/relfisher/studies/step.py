@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 from relfisher import RNGD
-from relfisher.studies.bench.peers import PEERS, Peer, UnavailableError, state_bytes
-from relfisher.studies.bench.workloads import WORKLOADS, Workload, batches, samples
+from relfisher.studies.peers import PEERS, Peer, UnavailableError
+from relfisher.studies.training import iterate, state_bytes
+from relfisher.studies.workloads import WORKLOADS, Workload, batches, samples
 
-__all__ = ["Cell", "Lane", "iterate", "measure", "peaks", "take_turns"]
+__all__ = ["Lane", "Timing", "measure", "peaks", "take_turns"]
 
 BLOCK = 10
 ITERATIONS = 200
@@ -30,7 +31,7 @@ PEAK_ITERATIONS = 25
 
 
 @dataclass(frozen=True)
-class Cell:
+class Timing:
     """What an iteration of a method costs on a workload.
 
     `repeats` has the mean seconds of an iteration in each repeat: they hold the share of work that is done only now and
@@ -69,29 +70,8 @@ class Lane:
     failure: str = ""
 
 
-def iterate(
-    model: nn.Module, optimizer: torch.optim.Optimizer, workload: Workload, batch: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Takes one training iteration: zero_grad, forward, backward and step.
-
-    Args:
-        model: Is in training mode.
-        optimizer: Trains it.
-        workload: Says the loss.
-        batch: Inputs and targets.
-
-    Returns:
-        The loss before the step.
-    """
-    optimizer.zero_grad()
-    loss = workload.loss(model, *batch)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    optimizer.step()
-    return loss.detach()
-
-
 def take_turns(lanes: Sequence[Lane], *, repeats: int, seconds: float) -> None:
-    """Lets each lane take a block of iterations after the other, until all are through.
+    """Let each lane take a block of iterations after the other, until all are through.
 
     A lane is through after `ITERATIONS` iterations a repeat, or once it has used its seconds, but never before each
     repeat has an iteration. The warm-up, which is not measured, takes at most a quarter of its seconds.
@@ -109,8 +89,8 @@ def take_turns(lanes: Sequence[Lane], *, repeats: int, seconds: float) -> None:
 
 def measure(
     workload: Workload, methods: Mapping[str, Peer], source: str, *, repeats: int, seconds: float
-) -> list[Cell]:
-    """Measures what an iteration of each method costs, all on the same initial weights and batches.
+) -> list[Timing]:
+    """Measure what an iteration of each method costs, all on the same initial weights and batches.
 
     Args:
         workload: What is trained.
@@ -120,7 +100,7 @@ def measure(
         seconds: What a method may use, its warm-up included.
 
     Returns:
-        A cell for each method, in order, without its peak memory.
+        A timing for each method, in order, without its peak memory.
     """
     optimizers: dict[str, torch.optim.Optimizer] = {}
     lanes: dict[str, Lane] = {}
@@ -135,9 +115,9 @@ def measure(
     take_turns(list(lanes.values()), repeats=repeats, seconds=seconds)
     notes |= {name: lane.failure for name, lane in lanes.items() if len(lane.times) < repeats}
     return [
-        Cell(name, notes[name])
+        Timing(name, notes[name])
         if name in notes
-        else Cell(
+        else Timing(
             name,
             repeats=tuple(float(part.mean()) for part in np.array_split(lanes[name].times, repeats)),
             steps=tuple(lanes[name].times),
@@ -147,8 +127,8 @@ def measure(
     ]
 
 
-def peaks(workload: str, cells: Sequence[Cell], source: str) -> list[Cell]:
-    """Measures by how much training makes a process grow at its largest, in a process of its own for each method.
+def peaks(workload: str, cells: Sequence[Timing], source: str) -> list[Timing]:
+    """Measure by how much training makes a process grow at its largest, in a process of its own for each method.
 
     Args:
         workload: A key of `WORKLOADS`.
@@ -190,7 +170,7 @@ def _largest_resident_bytes() -> int:
 
 
 def _trainer(workload: Workload, peer: Peer, source: str) -> tuple[torch.optim.Optimizer, Callable[[], float]]:
-    """Returns an optimizer, and what takes an iteration with it and returns its seconds."""
+    """Return an optimizer, and what takes an iteration with it and returns its seconds."""
     model = workload.build(0, peer.normalization)
     optimizer = peer.make(model)
     if isinstance(optimizer, RNGD):  # in the middle of a run, where its early refreshes are over

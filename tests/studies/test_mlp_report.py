@@ -6,14 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from relfisher.studies import figures, tables
-from relfisher.studies.mlp import METHODS
+from relfisher.studies import figures, mlp_report, report
+from relfisher.studies.engine import Outcome
+from relfisher.studies.mlp import METHODS, MlpOptions, MlpRun, MlpStudy
 from relfisher.studies.runs import Record
-from relfisher.studies.study import Outcome, Study
 
 ITERATIONS = 404
 EPOCHS = 4
+OPTIONS = MlpOptions("digits", "none", EPOCHS)
+
+
+def run(method, learning_rate, seed):
+    return MlpRun("mlp", method, learning_rate, seed, OPTIONS)
 
 
 def record(seed, *, diverged=False):
@@ -29,28 +35,28 @@ def record(seed, *, diverged=False):
 def outcome():
     """Two methods with two seeds, one of whose candidates diverged, and a method that diverged altogether."""
     grids = {"PLAIN+SGD": (0.1, 0.2), "PLAIN+RNGD-DEFAULT": (0.3,), "BNA+ADAM": (0.01,)}
-    study = Study("mlp", grids, 2, {"epochs": EPOCHS})
+    study = MlpStudy(grids, 2, OPTIONS)
     records = {
-        study.run("PLAIN+SGD", 0.1, 0): record(1),
-        study.run("PLAIN+SGD", 0.2, 0): record(2, diverged=True),
-        study.run("PLAIN+RNGD-DEFAULT", 0.3, 0): record(3),
-        study.run("BNA+ADAM", 0.01, 0): record(4, diverged=True),
-        study.run("PLAIN+SGD", 0.1, 1): record(5),
-        study.run("PLAIN+RNGD-DEFAULT", 0.3, 1): record(6, diverged=True),
+        run("PLAIN+SGD", 0.1, 0): record(1),
+        run("PLAIN+SGD", 0.2, 0): record(2, diverged=True),
+        run("PLAIN+RNGD-DEFAULT", 0.3, 0): record(3),
+        run("BNA+ADAM", 0.01, 0): record(4, diverged=True),
+        run("PLAIN+SGD", 0.1, 1): record(5),
+        run("PLAIN+RNGD-DEFAULT", 0.3, 1): record(6, diverged=True),
     }
     return Outcome(study, records)
 
 
 def test_averages_of_ten_are_means_also_of_a_shorter_rest():
-    np.testing.assert_allclose(tables.averaged(np.arange(24.0)), [4.5, 14.5, 21.5])
-    np.testing.assert_allclose(tables.averaged(np.arange(3.0)), [1.0])
+    np.testing.assert_allclose(figures.averaged(np.arange(24.0)), [4.5, 14.5, 21.5])
+    np.testing.assert_allclose(figures.averaged(np.arange(3.0)), [1.0])
 
 
 def test_the_curves_are_those_of_the_runs(outcome):
-    text = gzip.decompress(tables.curves_csv_gz(outcome)).decode()
+    text = gzip.decompress(report.csv_gz(mlp_report.curve_lines(outcome))).decode()
     lines = list(csv.DictReader(io.StringIO(text)))
-    for run, expected in outcome.records.items():
-        identity = (run.method, str(run.learning_rate), str(run.seed))
+    for each, expected in outcome.records.items():
+        identity = (each.method, str(each.learning_rate), str(each.seed))
         mine = [line for line in lines if (line["method"], line["learning_rate"], line["seed"]) == identity]
         ends = [int(line["iteration"]) for line in mine]
         assert ends == [*range(10, len(expected.cost), 10), len(expected.cost)]
@@ -62,10 +68,10 @@ def test_the_curves_are_those_of_the_runs(outcome):
 
 
 def test_the_table_says_what_the_runs_say(outcome):
-    sgd, rngd, adam = tables.rows(outcome)
-    costs = [outcome.records[outcome.study.run("PLAIN+SGD", 0.1, seed)].cost for seed in (0, 1)]
+    sgd, rngd, adam = mlp_report.rows(outcome)
+    costs = [outcome.records[run("PLAIN+SGD", 0.1, seed)].cost for seed in (0, 1)]
     last = np.concatenate([cost[-81:] for cost in costs]).astype(float)
-    assert sgd.sharp_ratios[tables.TAUS.index(0.2)] == pytest.approx((last.mean(), last.std()))
+    assert sgd.sharp_ratios[mlp_report.TAUS.index(0.2)] == pytest.approx((last.mean(), last.std()))
     assert sgd.final_cost == pytest.approx((0.01 * 1 + 0.01 * 5) / 2)
     assert sgd.best_validation == pytest.approx(0.9)
     assert sgd.seconds_per_epoch == pytest.approx(ITERATIONS / 50 / EPOCHS)
@@ -75,18 +81,18 @@ def test_the_table_says_what_the_runs_say(outcome):
 
 
 def test_both_forms_of_the_table_are_well_formed(outcome):
-    table = tables.rows(outcome)
-    lines = list(csv.DictReader(io.StringIO(tables.table_csv(table))))
-    assert [line["method"] for line in lines] == list(outcome.study.grids)
+    table = mlp_report.rows(outcome)
+    lines = list(csv.DictReader(io.StringIO(report.csv_bytes(mlp_report.table_lines(table)).decode())))
+    assert [line["method"] for line in lines] == list(outcome.study.groups)
     assert float(lines[0]["cost_mean_tau_1"]) == table[0].sharp_ratios[0][0]
     assert lines[2]["final_cost"] == lines[2]["cost_std_tau_0.5"] == ""
-    markdown = tables.table_markdown(table).split("\n\n")[0].splitlines()
+    markdown = mlp_report.table_markdown(table).split("\n\n")[0].splitlines()
     assert len(markdown) == 2 + len(table)
     assert len({line.count("|") for line in markdown}) == 1
 
 
 def test_the_grid_shows_every_candidate(outcome):
-    lines = list(csv.DictReader(io.StringIO(tables.grid_csv(outcome))))
+    lines = list(csv.DictReader(io.StringIO(report.csv_bytes(mlp_report.grid_lines(outcome)).decode())))
     assert [(line["method"], line["learning_rate"], line["diverged"], line["chosen"]) for line in lines] == [
         ("PLAIN+SGD", "0.1", "False", "True"),
         ("PLAIN+SGD", "0.2", "True", "False"),
@@ -99,7 +105,7 @@ def test_the_figure_is_written_twice_and_the_same_every_time(outcome, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):
         directory.mkdir()
-        png, svg = figures.save(figures.figure5(outcome, "A title"), directory)
+        png, svg = figures.save(mlp_report.figure5(outcome, "A title"), directory, "figure5")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "PLAIN+RNGD-DEFAULT" in svg.read_text()
     assert "BNA+ADAM" not in svg.read_text()
@@ -107,10 +113,10 @@ def test_the_figure_is_written_twice_and_the_same_every_time(outcome, tmp_path):
 
 
 def test_the_figure_shows_the_curves_of_the_runs(outcome):
-    left, right = figures.figure5(outcome, "A title").axes
+    left, right = mlp_report.figure5(outcome, "A title").axes
     thin = left.lines[0]
-    records = [outcome.records[outcome.study.run("PLAIN+SGD", 0.1, seed)] for seed in (0, 1)]
-    np.testing.assert_allclose(thin.get_ydata(), np.mean([tables.averaged(each.cost) for each in records], axis=0))
+    records = [outcome.records[run("PLAIN+SGD", 0.1, seed)] for seed in (0, 1)]
+    np.testing.assert_allclose(thin.get_ydata(), np.mean([figures.averaged(each.cost) for each in records], axis=0))
     assert thin.get_xdata()[-1] == ITERATIONS
     assert right.lines[0].get_xdata()[-1] == pytest.approx(ITERATIONS / 50)
     assert left.get_yscale() == right.get_yscale() == "log"
@@ -133,12 +139,12 @@ def test_a_curve_that_blows_up_leaves_the_figure_and_hides_no_other():
 
 
 def test_a_study_that_diverged_altogether_is_still_drawn(outcome, tmp_path):
-    lost = {run: replace(record, diverged=True) for run, record in outcome.records.items()}
-    figures.save(figures.figure5(Outcome(outcome.study, lost), "A title"), tmp_path)
+    lost = {each: replace(record, diverged=True) for each, record in outcome.records.items()}
+    figures.save(mlp_report.figure5(Outcome(outcome.study, lost), "A title"), tmp_path, "figure5")
 
 
 def test_every_method_has_a_look():
-    assert set(figures.LOOKS) == set(METHODS)
+    assert set(mlp_report.LOOKS) == set(METHODS)
 
 
 def test_labels_keep_their_distance():
@@ -147,3 +153,10 @@ def test_labels_keep_their_distance():
     assert min(np.diff(heights)) >= figures.LABEL_GAP - 1e-12
     assert heights[-1] <= 1.0
     assert places["a"] < places["b"]
+
+
+def test_the_summary_tells_a_diverged_method_apart(outcome):
+    text = io.StringIO()
+    Console(file=text, width=100).print(mlp_report.summary(mlp_report.rows(outcome)))
+    assert "all candidates diverged" in text.getvalue()
+    assert text.getvalue().count("90.00%") == 2

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from relfisher.studies import mlp
-from relfisher.studies.bench import text
-from relfisher.studies.data import load
-from relfisher.studies.mlp import Normalization
+from relfisher.studies import text
+from relfisher.studies.data import Dataset, load
+from relfisher.studies.networks import Normalization, Transformer, convolutions, paper_network, stack
 
-__all__ = ["WORKLOADS", "Samples", "Workload", "batches", "growing", "samples"]
+__all__ = ["WORKLOADS", "Samples", "Workload", "batches", "growing", "of_images", "samples"]
 
 AUTOENCODER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 CONTEXT = 128
 TRANSFORMER_WIDTH = 256
 TRANSFORMER_LAYERS = 4
-HEADS = 4
 HELD_OUT_WINDOWS = 64
 
 Kind = Literal["classes", "images", "text"]
@@ -109,7 +106,11 @@ def samples(kind: Kind, source: str) -> Samples:
     """
     if kind == "text":
         return _windows()
-    data = load(source)
+    return of_images(load(source), kind)
+
+
+def of_images(data: Dataset, kind: Kind = "classes") -> Samples:
+    """Return images with what is learnt of them: their classes, or the images themselves."""
     targets = (data.train_labels, data.validation_labels)
     if kind == "images":
         targets = (data.train_images, data.validation_images)
@@ -122,7 +123,7 @@ def growing(width: int, batch_size: int = 256) -> Workload:
         f"784-{width}-{width}-10 ReLU, batch {batch_size}",
         "classes",
         batch_size,
-        partial(_stack, (784, width, width, 10), nn.ReLU),
+        lambda _: stack((784, width, width, 10), nn.ReLU),
     )
 
 
@@ -136,89 +137,28 @@ def _windows() -> Samples:
     return Samples("stdlib", text.fingerprint(), inputs[:end], targets[:end], inputs[end:], targets[end:])
 
 
-def _paper(activation: Callable[[], nn.Module], normalization: Normalization) -> nn.Module:
-    return mlp.network(normalization, torch.default_generator, activation)
-
-
-def _stack(widths: tuple[int, ...], activation: Callable[[], nn.Module], _: Normalization) -> nn.Module:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _convolutions(_: Normalization) -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
-
-
-class _Block(nn.Module):
-    """Attention to what came before, then a network for each position; both see normalised inputs."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.mixed = nn.Linear(width, width)
-        self.network_norm = nn.LayerNorm(width)
-        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds what the block finds to the stream `[n, positions, width]`."""
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
-        query, key, value = heads.movedim(-2, 1).unbind(-2)
-        seen = scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.mixed(seen.movedim(1, -2).flatten(-2))
-        change: Tensor = self.network(self.network_norm(x))
-        return x + change
-
-
-class _Transformer(nn.Module):
-    """A character model: of each position it says which character comes next."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.character = nn.Embedding(text.ALPHABET, TRANSFORMER_WIDTH)
-        self.position = nn.Embedding(CONTEXT, TRANSFORMER_WIDTH)
-        self.blocks = nn.Sequential(*(_Block(TRANSFORMER_WIDTH) for _ in range(TRANSFORMER_LAYERS)))
-        self.norm = nn.LayerNorm(TRANSFORMER_WIDTH)
-        self.head = nn.Linear(TRANSFORMER_WIDTH, text.ALPHABET)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        """Returns the logits `[n, positions, characters]` of characters `[n, positions]`."""
-        position = torch.arange(characters.shape[1], device=characters.device)
-        stream = self.blocks(self.character(characters) + self.position(position))
-        logits: Tensor = self.head(self.norm(stream))
-        return logits
+def _paper(activation: Callable[[], nn.Module]) -> Callable[[Normalization], nn.Module]:
+    return lambda normalization: paper_network(normalization, torch.default_generator, activation)
 
 
 WORKLOADS = {
-    "mlp": Workload("784-64-64-64-10 ReLU, batch 50", "classes", 50, partial(_paper, nn.ReLU)),
-    "mlp-500": Workload("784-64-64-64-10 ReLU, batch 500", "classes", 500, partial(_paper, nn.ReLU)),
-    "mlp-tanh": Workload("784-64-64-64-10 tanh, batch 50", "classes", 50, partial(_paper, nn.Tanh)),
-    "mlp-sigmoid": Workload("784-64-64-64-10 sigmoid, batch 50", "classes", 50, partial(_paper, nn.Sigmoid)),
+    "mlp": Workload("784-64-64-64-10 ReLU, batch 50", "classes", 50, _paper(nn.ReLU)),
+    "mlp-500": Workload("784-64-64-64-10 ReLU, batch 500", "classes", 500, _paper(nn.ReLU)),
+    "mlp-tanh": Workload("784-64-64-64-10 tanh, batch 50", "classes", 50, _paper(nn.Tanh)),
+    "mlp-sigmoid": Workload("784-64-64-64-10 sigmoid, batch 50", "classes", 50, _paper(nn.Sigmoid)),
     "autoencoder": Workload(
         f"{'-'.join(map(str, AUTOENCODER_WIDTHS))} tanh, batch 1000",
         "images",
         1000,
-        partial(_stack, AUTOENCODER_WIDTHS, nn.Tanh),
+        lambda _: stack(AUTOENCODER_WIDTHS, nn.Tanh),
     ),
-    "cnn": Workload("two convolutions and two linear layers, ReLU, batch 128", "classes", 128, _convolutions),
+    "cnn": Workload(
+        "two convolutions and two linear layers, ReLU, batch 128", "classes", 128, lambda _: convolutions()
+    ),
     "transformer": Workload(
         f"{TRANSFORMER_LAYERS} layers, width {TRANSFORMER_WIDTH}, {CONTEXT} characters, batch 16",
         "text",
         16,
-        lambda _: _Transformer(),
+        lambda _: Transformer(text.ALPHABET, CONTEXT, TRANSFORMER_WIDTH, TRANSFORMER_LAYERS),
     ),
 }

@@ -1,52 +1,54 @@
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from relfisher.studies.bench.peers import CONFIGURATIONS, PEERS, UNTUNED
-from relfisher.studies.bench.race import (
+from relfisher.studies import training
+from relfisher.studies.engine import carry_out
+from relfisher.studies.peers import CONFIGURATIONS, PEERS, UNTUNED
+from relfisher.studies.race import (
     RACES,
     Race,
-    RacePlan,
-    Racer,
+    RaceOptions,
+    RaceRun,
+    RaceStudy,
     available,
-    carry_out,
-    configuration,
+    carry_out_run,
     plan,
     reached,
     running_mean,
 )
-from relfisher.studies.bench.race_report import header, rows, write_race
-from relfisher.studies.bench.workloads import WORKLOADS
-from relfisher.studies.reproduce import Invocation
-from relfisher.studies.runs import Record, RunStore
+from relfisher.studies.race_report import header, report, rows
+from relfisher.studies.report import Invocation, write
+from relfisher.studies.runs import Record
+from relfisher.studies.store import Store
+from relfisher.studies.workloads import WORKLOADS
 
 RACE = Race("mlp", ("SGD", "Adam", "SOAP"), target=0.5, budget=9.0, window=5)
-PLAN = RacePlan("test", RACE, RACE.methods, seeds=3, tuning=1.0, budget=9.0, settings={"data": "noise"})
+OPTIONS = RaceOptions("mlp", "noise", "none", 50, threads=1)
+STUDY = RaceStudy("test", RACE, RACE.methods, seeds=3, tuning=1.0, budget=9.0, options=OPTIONS)
 
 
 class Silent:
     """A watcher that looks away."""
 
-    def started(self, run):
-        pass
-
     def progressed(self, run, fraction, cost):
         pass
 
-    def finished(self, run, record, *, resumed):
+    def finished(self, run, ending):
         pass
 
 
-def train(run, report):
+def train(run, tell):
     """SGD reaches the target with 0.03 alone, Adam never does, SOAP diverges."""
-    seconds = float(dict(run.settings)["seconds"])
+    seconds = run.seconds
     count = int(20 * seconds)
     end = {"SGD": 0.1 if run.learning_rate == 0.03 else 0.8, "Adam": 0.7, "SOAP": math.nan}[run.method]
     cost = np.linspace(1.0, end, count).astype(np.float32)
-    report(1.0, end)
+    tell(1.0, end)
     return Record(
         cost=cost,
         seconds=np.linspace(0, seconds, count + 1)[1:],
@@ -59,25 +61,25 @@ def train(run, report):
 
 
 def raced(directory, trainer=train):
-    return carry_out(PLAN, trainer, RunStore(directory), jobs=1, watcher=Silent())
+    return carry_out(STUDY, trainer, Store(directory, Record.of), jobs=1, watcher=Silent())
 
 
 def test_every_method_tunes_as_long():
     for race in RACES.values():
         for method in race.methods:
-            candidates = RacePlan("test", race, race.methods, 3, 1.0, 9.0, {}).candidates(method)
+            candidates = RaceStudy("test", race, race.methods, 3, 1.0, 9.0, OPTIONS).candidates(method)
             assert len(set(candidates)) == (1 if method == UNTUNED else CONFIGURATIONS)
-            assert {dict(run.settings)["seconds"] for run in candidates} == {1.0}
-            assert [configuration(run) for run in candidates] == PEERS[method].configurations
+            assert {run.seconds for run in candidates} == {1.0}
+            assert [run.configuration for run in candidates] == PEERS[method].configurations
 
 
 def test_tuning_picks_the_best_and_the_others_seeds_follow(tmp_path):
     outcome = raced(tmp_path)
-    assert outcome.chosen["SGD"] == {"lr": 0.03}
+    assert outcome.chosen["SGD"].configuration == {"lr": 0.03}
     assert outcome.chosen["SOAP"] is None
-    assert len(outcome.tuned) == 3 * CONFIGURATIONS
-    assert sorted(run.seed for run in outcome.records if run.method == "SGD") == [0, 1, 2]
-    assert [outcome.diverged(method) for method in RACE.methods] == [0, 0, CONFIGURATIONS]
+    assert len(outcome.records) == 3 * CONFIGURATIONS + 2 * 3
+    assert [(run.seed, run.seconds) for run in outcome.repeats("SGD")] == [(0, 9.0), (1, 9.0), (2, 9.0)]
+    assert [len(outcome.diverged(method)) for method in RACE.methods] == [0, 0, CONFIGURATIONS]
 
 
 def test_the_table_tells_who_reached_the_target(tmp_path):
@@ -96,11 +98,11 @@ def test_the_table_tells_who_reached_the_target(tmp_path):
 def test_an_interrupted_race_goes_on_to_the_same_files(tmp_path):
     begun = []
 
-    def interrupted(run, report):
+    def interrupted(run, tell):
         begun.append(run)
         if len(begun) in {5, 27}:
             raise KeyboardInterrupt
-        return train(run, report)
+        return train(run, tell)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -110,7 +112,7 @@ def test_an_interrupted_race_goes_on_to_the_same_files(tmp_path):
     written = []
     for found, name in [(outcome, "one"), (raced(tmp_path / "whole"), "other")]:
         (tmp_path / name).mkdir()
-        write_race(found, {"Muon": "not installed"}, Invocation("relfisher bench race", 1), tmp_path / name)
+        write(report(found, {"Muon": "not installed"}), Invocation("relfisher bench race", 1), tmp_path / name)
         written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert written[0] == written[1]
     assert set(written[0]) == {"table.md", "config.json", "tuning.csv", "curves.csv.gz", "race.png", "race.svg"}
@@ -132,13 +134,13 @@ def test_a_run_lasts_for_its_seconds_and_is_evaluated_on_the_way():
     race = plan("mlp", "noise", methods=("BNB+Adam",), seeds=2, tuning=0.05, budget=0.2, threads=1)
     assert race.planned == CONFIGURATIONS + 2
     reports = []
-    run = race.repeats("BNB+Adam", {"lr": 1e-3})[0]
-    record = Racer("noise")(run, lambda *report: reports.append(report))
+    run = race.repeats(race.candidates("BNB+Adam")[3])[0]
+    record = carry_out_run("noise", run, lambda *told: reports.append(told))
     assert (record.seconds[:-1] < 0.2).all()
     assert record.seconds[-1] >= 0.2
     assert len(record.cost) == len(record.seconds) == record.evaluated[-1]
     assert record.evaluated[0] == 0
-    assert len(record.validation) == len(record.evaluated) == len(reports) + 1
+    assert 3 <= len(record.validation) == len(record.evaluated) <= 1 + 20
     assert reports[-1][0] == 1.0
     assert record.state_bytes > 0
     assert math.isfinite(record.full_cost)
@@ -147,7 +149,7 @@ def test_a_run_lasts_for_its_seconds_and_is_evaluated_on_the_way():
 @pytest.mark.usefixtures("noise")
 def test_a_diverging_run_ends():
     race = plan("mlp", "noise", methods=("SGD",), seeds=1, tuning=60.0, budget=60.0, threads=1)
-    record = Racer("noise")(race.repeats("SGD", {"lr": 1e20})[0], lambda *_: None)
+    record = carry_out_run("noise", replace(race.candidates("SGD")[0], learning_rate=1e20), lambda *_: None)
     assert record.diverged
     assert not math.isfinite(record.cost[-1])
     assert len(record.cost) < 100
@@ -158,9 +160,9 @@ def test_a_run_whose_optimizer_cannot_decompose_its_matrices_has_diverged(monkey
     def fails(*_):
         raise torch.linalg.LinAlgError("it did not converge")
 
-    monkeypatch.setattr("relfisher.studies.bench.race.iterate", fails)
+    monkeypatch.setattr(training, "iterate", fails)
     race = plan("mlp", "noise", methods=("SGD",), seeds=1, tuning=60.0, budget=60.0, threads=1)
-    record = Racer("noise")(race.repeats("SGD", {"lr": 0.1})[0], lambda *_: None)
+    record = carry_out_run("noise", race.candidates("SGD")[0], lambda *_: None)
     assert record.diverged
     assert len(record.cost) == len(record.seconds) == 1
     assert record.warnings == ("it did not converge",)
@@ -171,3 +173,9 @@ def test_methods_that_cannot_be_had_are_told_apart(monkeypatch):
     notes, names = available(("SOAP", "Adam"), WORKLOADS["mlp"])
     assert names == ("Adam",)
     assert "relfisher[bench]" in notes["SOAP"]
+
+
+def test_a_run_keeps_the_name_that_it_had_before():
+    options = RaceOptions("mlp", "mnist5k", "d5e5551dad158c3b", 50, threads=1, relfisher="0.1.0")
+    run = RaceRun("race-mlp", "RNGD", 0.05, 1, options, (("damping", 0.1),), seconds=1.0, evaluations=20)
+    assert run.key == "race-mlp-RNGD-lr0.05-seed1-773d7e9e9a8b"

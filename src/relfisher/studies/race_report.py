@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 from bisect import bisect_left
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from relfisher.studies.bench.peers import PEERS, UNTUNED, Configuration
-from relfisher.studies.bench.race import RaceOutcome, configuration, reached, running_mean
-from relfisher.studies.bench.report import ABSENT, markdown, write
-from relfisher.studies.bench.workloads import WORKLOADS
-from relfisher.studies.figures import Look, line, panels, save
-from relfisher.studies.reproduce import Invocation
-from relfisher.studies.runs import Record, write_atomically
-from relfisher.studies.study import score
-from relfisher.studies.tables import csv_text
+from relfisher.studies.figures import Look, line, panels
+from relfisher.studies.peers import PEERS, UNTUNED, Configuration
+from relfisher.studies.race import RaceOutcome, reached, running_mean
+from relfisher.studies.report import ABSENT, Report, csv_bytes, csv_gz, markdown, shown
+from relfisher.studies.runs import Record
+from relfisher.studies.workloads import WORKLOADS
 
-__all__ = ["figure", "header", "rows", "title", "write_race"]
+__all__ = ["header", "report", "rows"]
 
 POINTS = 400
 LOOKS = {
@@ -42,14 +38,13 @@ LOOKS = {
 
 
 def title(outcome: RaceOutcome) -> str:
-    """Returns what raced on what."""
-    data = dict(outcome.plan.settings)["data"]
-    return f"{WORKLOADS[outcome.plan.race.workload].title}, {data}"
+    """Return what raced on what."""
+    return f"{WORKLOADS[outcome.study.race.workload].title}, {outcome.study.options.data}"
 
 
 def header(outcome: RaceOutcome) -> list[str]:
-    """Returns the names of the columns of `rows`."""
-    goal = "target" if outcome.plan.race.target is None else f"{outcome.plan.race.target:g}"
+    """Return the names of the columns of `rows`."""
+    goal = "target" if outcome.study.race.target is None else f"{outcome.study.race.target:g}"
     return [
         "method",
         "configuration",
@@ -57,7 +52,7 @@ def header(outcome: RaceOutcome) -> list[str]:
         f"steps to {goal}",
         "reached",
         "ms/step",
-        f"loss at {outcome.plan.budget:g} s",
+        f"loss at {outcome.study.budget:g} s",
         f"loss at {_fewest(outcome)} steps",
         f"validation at {goal}",
         "validation at the end",
@@ -68,7 +63,7 @@ def header(outcome: RaceOutcome) -> list[str]:
 
 
 def rows(outcome: RaceOutcome) -> list[list[str]]:
-    """Sums up a race.
+    """Sum up a race.
 
     Args:
         outcome: The finished race.
@@ -76,11 +71,11 @@ def rows(outcome: RaceOutcome) -> list[list[str]]:
     Returns:
         A line for each method, as `header` names its cells.
     """
-    return [_row(outcome, method) for method in outcome.plan.methods]
+    return [_row(outcome, method) for method in outcome.study.methods]
 
 
 def figure(outcome: RaceOutcome) -> Figure:
-    """Draws the loss against steps and seconds.
+    """Draw the loss against steps and seconds.
 
     Args:
         outcome: The finished race; a method without a run that converged is left out.
@@ -88,67 +83,63 @@ def figure(outcome: RaceOutcome) -> Figure:
     Returns:
         The figure.
     """
-    compared = {method: outcome.compared(method) for method in outcome.plan.methods}
+    compared = {method: outcome.compared(method) for method in outcome.study.methods}
     lines = [
-        line(method, LOOKS[method], records, max(outcome.plan.race.window, len(records[0].cost) // POINTS))
+        line(method, LOOKS[method], records, max(outcome.study.race.window, len(records[0].cost) // POINTS))
         for method, records in compared.items()
         if records
     ]
     caption = (
-        f"Mini-batch loss, mean over {outcome.plan.seeds} seeds, as far as the shortest run goes; each method with the "
-        f"best of {len(outcome.plan.candidates(outcome.plan.methods[0]))} configurations."
+        f"Mini-batch loss, mean over {outcome.study.seeds} seeds, as far as the shortest run goes; each method with "
+        f"the best of {len(outcome.study.candidates(outcome.study.methods[0]))} configurations."
     )
-    return panels(lines, title(outcome), caption, outcome.plan.race.target)
+    return panels(lines, title(outcome), caption, outcome.study.race.target)
 
 
-def write_race(
-    outcome: RaceOutcome, notes: dict[str, str], invocation: Invocation, directory: Path
-) -> tuple[Path, Path]:
-    """Writes table, tuning, curves, picture and configuration.
+def report(outcome: RaceOutcome, notes: Mapping[str, str]) -> Report:
+    """Report what was found.
 
     Args:
         outcome: The finished race.
         notes: Why methods of the race did not take part.
-        invocation: How it was started.
-        directory: Where to.
 
     Returns:
-        The paths of the table and of the picture.
+        Table, tuning, curves and figure.
     """
-    race = outcome.plan
-    absent = [[method, note, *[ABSENT] * (len(header(outcome)) - 2)] for method, note in notes.items()]
-    table = markdown(title(outcome), header(outcome), rows(outcome) + absent) + _notes(outcome)
-    content = {
-        "settings": dict(race.settings),
-        "target": race.race.target,
-        "window": race.race.window,
-        "seeds": race.seeds,
-        "tuning_seconds": race.tuning,
-        "budget_seconds": race.budget,
-        "grids": {method: dict(PEERS[method].grid) for method in race.methods},
-        "chosen": outcome.chosen,
-        "absent": notes,
-    }
-    threads = [record.threads for record in outcome.records.values()]
-    write(directory, "config", table, content, invocation, threads)
-    write_atomically(directory / "tuning.csv", csv_text(_tuning(outcome)).encode())
-    # A time stamp would make equal curves differ as files.
-    write_atomically(directory / "curves.csv.gz", gzip.compress(csv_text(_curves(outcome)).encode(), mtime=0))
-    picture, _ = save(figure(outcome), directory, "race")
-    return directory / "table.md", picture
+    study, names, table = outcome.study, header(outcome), rows(outcome)
+    absent = [[method, note, *[ABSENT] * (len(names) - 2)] for method, note in notes.items()]
+    return Report(
+        table=f"## {title(outcome)}\n\n" + markdown(names, table + absent) + _notes(outcome),
+        about={
+            "settings": asdict(study.options),
+            "target": study.race.target,
+            "window": study.race.window,
+            "seeds": study.seeds,
+            "tuning_seconds": study.tuning,
+            "budget_seconds": study.budget,
+            "grids": {method: dict(PEERS[method].grid) for method in study.methods},
+            "chosen": {method: best and best.configuration for method, best in outcome.chosen.items()},
+            "absent": dict(notes),
+        },
+        threads=[record.threads for record in outcome.records.values()],
+        figure=figure(outcome),
+        figure_name="race",
+        terminal=shown(title(outcome), names, table),
+        files={"tuning.csv": csv_bytes(_tuning(outcome)), "curves.csv.gz": csv_gz(_curves(outcome))},
+    )
 
 
 def _row(outcome: RaceOutcome, method: str) -> list[str]:
-    race, options, records = outcome.plan.race, outcome.chosen[method], outcome.compared(method)
+    race, chosen, records = outcome.study.race, outcome.chosen[method], outcome.compared(method)
     best = max if WORKLOADS[race.workload].higher_is_better else min
     hits = [(record, steps) for record in records if (steps := reached(record, race.target, race.window)) is not None]
     fewest = _fewest(outcome)
     return [
         method,
-        "all diverged" if options is None else _text(options),
+        "all diverged" if chosen is None else _text(chosen.configuration),
         _mean([float(record.seconds[steps - 1]) for record, steps in hits], ".1f"),
         _mean([float(steps) for _, steps in hits], ".0f"),
-        ABSENT if race.target is None else f"{len(hits)} of {outcome.plan.seeds}",
+        ABSENT if race.target is None else f"{len(hits)} of {outcome.study.seeds}",
         _mean([1e3 * float(record.seconds[-1]) / len(record.seconds) for record in records], ".2f"),
         _mean([_latest(record, race.window) for record in records], ".4g"),
         _mean([_latest(record, race.window, fewest) for record in records], ".4g"),
@@ -156,12 +147,12 @@ def _row(outcome: RaceOutcome, method: str) -> list[str]:
         _mean([float(record.validation[-1]) for record in records], ".4f"),
         _mean([float(best(record.validation)) for record in records], ".4f"),
         _mean([record.state_bytes / 1e6 for record in records[:1]], ".3g"),
-        str(outcome.diverged(method)),
+        str(len(outcome.diverged(method))),
     ]
 
 
 def _notes(outcome: RaceOutcome) -> str:
-    race = outcome.plan
+    race = outcome.study
     metric = "accuracy" if WORKLOADS[race.race.workload].higher_is_better else "loss"
     return (
         f"\nEvery method: {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, the one "
@@ -175,7 +166,7 @@ def _notes(outcome: RaceOutcome) -> str:
 
 def _fewest(outcome: RaceOutcome) -> int:
     """The most steps that every compared run has taken."""
-    records = [record for method in outcome.plan.methods for record in outcome.compared(method)]
+    records = [record for method in outcome.study.methods for record in outcome.compared(method)]
     return min((len(record.cost) for record in records), default=0)
 
 
@@ -200,20 +191,22 @@ def _mean(values: Sequence[float], specification: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
-def _tuning(outcome: RaceOutcome) -> list[list[object]]:
-    lines: list[list[object]] = [["method", "configuration", "score", "steps", "diverged", "chosen"]]
-    for run, record in outcome.tuned.items():
-        options = configuration(run)
-        chosen = options == outcome.chosen[run.method]
-        lines.append([run.method, _text(options), score(record), len(record.cost), record.diverged, chosen])
+def _tuning(outcome: RaceOutcome) -> list[Sequence[object]]:
+    lines: list[Sequence[object]] = [["method", "configuration", "score", "steps", "diverged", "chosen"]]
+    for method in outcome.study.methods:
+        for run in outcome.study.candidates(method):
+            record, chosen = outcome.records[run], run == outcome.chosen[method]
+            text = _text(run.configuration)
+            lines.append([method, text, record.score, len(record.cost), record.diverged, chosen])
     return lines
 
 
-def _curves(outcome: RaceOutcome) -> list[list[object]]:
+def _curves(outcome: RaceOutcome) -> list[Sequence[object]]:
     """The running mean of each run's loss at up to `POINTS` iterations, with the training time so far."""
-    window = outcome.plan.race.window
-    lines: list[list[object]] = [["method", "seed", "iteration", "seconds", "loss"]]
-    for run, record in outcome.records.items():
+    window = outcome.study.race.window
+    lines: list[Sequence[object]] = [["method", "seed", "iteration", "seconds", "loss"]]
+    for run in (run for method in outcome.study.methods for run in outcome.repeats(method)):
+        record = outcome.records[run]
         means = running_mean(record.cost, window)
         for index in np.linspace(0, len(means) - 1, min(POINTS, len(means))).astype(int):
             end = index + window

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from relfisher.optim.schedule import EARLY
-from relfisher.studies.bench import step, step_report, text
-from relfisher.studies.bench.peers import CONFIGURATIONS, PEERS, UNTUNED, Peer, UnavailableError, state_bytes
-from relfisher.studies.bench.step import BLOCK, ITERATIONS, WARM_UP, Cell, Lane, iterate, measure, take_turns
-from relfisher.studies.bench.workloads import WORKLOADS, Samples, batches, growing, samples
-from relfisher.studies.reproduce import Invocation
+from relfisher.studies import step, step_report, text
+from relfisher.studies.peers import CONFIGURATIONS, PEERS, UNTUNED, Peer, UnavailableError
+from relfisher.studies.report import Invocation, write
+from relfisher.studies.step import BLOCK, ITERATIONS, WARM_UP, Lane, Timing, measure, take_turns
+from relfisher.studies.training import iterate, state_bytes
+from relfisher.studies.workloads import WORKLOADS, Samples, batches, growing, samples
 
 
 def lane(name, seconds, log):
@@ -99,9 +100,9 @@ def test_each_repeat_has_an_iteration_even_without_time():
 
 def test_the_table_has_medians_ranges_and_ratios():
     steps = (*(0.001,) * 98, 0.004, 0.004)
-    adam = Cell("Adam", repeats=(0.002, 0.004, 0.003), steps=steps, state_bytes=2_000_000, peak_bytes=10_000_000)
-    other = Cell("other", repeats=(0.009, 0.006, 0.006), steps=steps, state_bytes=1_000_000)
-    first, second, third = step_report.rows([adam, other, Cell("third", note="not installed")])
+    adam = Timing("Adam", repeats=(0.002, 0.004, 0.003), steps=steps, state_bytes=2_000_000, peak_bytes=10_000_000)
+    other = Timing("other", repeats=(0.009, 0.006, 0.006), steps=steps, state_bytes=1_000_000)
+    first, second, third = step_report.rows([adam, other, Timing("third", note="not installed")])
     assert first == ["Adam", "3.00", "2.00 to 4.00", "1.00", "1.00", "4.0", "2", "1.00", "10", "1.00", "100"]
     assert second == ["other", "6.00", "6.00 to 9.00", "2.00", "1.00", "4.0", "1", "0.50", "-", "-", "100"]
     assert third[:2] == ["third", "not installed"]
@@ -109,7 +110,7 @@ def test_the_table_has_medians_ranges_and_ratios():
 
 
 def test_rare_work_is_in_the_mean_of_a_repeat_and_in_the_tail():
-    cell = Cell("method", repeats=(0.0109,), steps=(*(0.01,) * 97, *(0.04,) * 3))
+    cell = Timing("method", repeats=(0.0109,), steps=(*(0.01,) * 97, *(0.04,) * 3))
     assert cell.seconds == 0.0109
     assert cell.tail == pytest.approx(4.0)
 
@@ -244,7 +245,8 @@ def test_measurement_leaves_tables_numbers_and_a_picture(tmp_path):
     both = {name: methods[name] for name in step_report.GROWTH_METHODS}
     widths = {width: measure(growing(width), both, "noise", repeats=1, seconds=0.0) for width in (8, 16)}
     sizes = {batch: measure(growing(8, batch), both, "noise", repeats=1, seconds=0.0) for batch in (2, 4)}
-    paths = step_report.write_steps({"mlp": cells}, widths, sizes, Invocation("relfisher bench step", 1), tmp_path)
+    report = step_report.report({"mlp": cells}, widths, sizes)
+    paths = write(report, Invocation("relfisher bench step", 1), tmp_path)
     assert paths == [tmp_path / "table.md", tmp_path / "growth.png"]
     assert "| gone | not available: it is a test |" in paths[0].read_text()
     about = json.loads((tmp_path / "steps.json").read_text())

@@ -1,0 +1,147 @@
+"""What every study leaves behind: a table, files, a picture, and how it was made."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from relfisher.studies.figures import save
+from relfisher.studies.store import write_atomically
+
+__all__ = ["ABSENT", "Invocation", "Report", "csv_bytes", "csv_gz", "markdown", "shown", "write"]
+
+ABSENT = "-"
+PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
+PEER_PACKAGES = ("pytorch-optimizer", "singd")
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the results do not depend on, apart from their seconds, but a reader wants to know."""
+
+    command: str
+    jobs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study found, in all its forms.
+
+    Attributes:
+        table: in Markdown, with what its columns mean.
+        about: what was measured or how, for a JSON file called `about_name`.
+        threads: of each run.
+        figure: a picture called `figure_name`, if there is one.
+        terminal: the table as a person at the terminal sees it.
+        files: further files by name.
+        remark: what the terminal shows below the table.
+    """
+
+    table: str
+    about: Mapping[str, object]
+    threads: Iterable[int]
+    figure: Figure | None
+    figure_name: str
+    terminal: Table | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    remark: str = ""
+    about_name: str = "config"
+
+
+def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]:
+    """Write a report.
+
+    Args:
+        report: What was found.
+        invocation: How.
+        directory: Where to.
+
+    Returns:
+        The paths of the table and of the picture, if there is one.
+    """
+    about = {"command": invocation.command, **report.about, **_surroundings(invocation, report.threads)}
+    files = {
+        "table.md": report.table.encode(),
+        f"{report.about_name}.json": (json.dumps(about, indent=1) + "\n").encode(),
+        **report.files,
+    }
+    for name, content in files.items():
+        write_atomically(directory / name, content)
+    pictures = [] if report.figure is None else save(report.figure, directory, report.figure_name)[:1]
+    return [directory / "table.md", *pictures]
+
+
+def markdown(header: Sequence[str], rows: Rows, texts: int = 1) -> str:
+    """Return a table as Markdown, its first columns of text aligned to the left."""
+    lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
+    """Return the same table as a person at the terminal sees it."""
+    table = Table(header[0], title=title, box=None, pad_edge=False)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
+    """Return lines as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()
+
+
+def csv_gz(lines: Iterable[Sequence[object]]) -> bytes:
+    """Return lines as comma-separated values, compressed."""
+    # A time stamp would make equal curves differ as files.
+    return gzip.compress(csv_bytes(lines), mtime=0)
+
+
+def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
+    """Return with which packages and on which machine results were made."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "jobs": invocation.jobs,
+            "threads_per_run": sorted(set(threads)),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "peers": {name: _version(name) for name in PEER_PACKAGES},
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name; Python alone knows only its architecture on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
