@@ -7,7 +7,6 @@ Adam at its best learning rate of three stands beside them.
 """
 
 import argparse
-import itertools
 import time
 
 import torch
@@ -16,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
 from relfisher.studies.data import load
+from relfisher.studies.networks import paper_network
+from relfisher.studies.training import iterate
 
 WORKLOADS = {
     "ReLU, batch 50": (nn.ReLU, 50),
@@ -38,29 +39,21 @@ VARIATIONS = [
 ]
 
 
-def network(activation, generator):
-    """Return the paper's network with another activation, weights truncated normal with deviation 0.1."""
-    layers = []
-    for inputs, outputs in itertools.pairwise((784, 64, 64, 64, 10)):
-        layers += [nn.Linear(inputs, outputs), activation()]
-        for parameter in layers[-2].parameters():
-            nn.init.trunc_normal_(parameter, std=0.1, a=-0.2, b=0.2, generator=generator)
-    return nn.Sequential(*layers[:-1])
-
-
 def train(make, data, activation, batch, epochs):
     """Return the full training cost, the best validation accuracy and the seconds an epoch of one run."""
     generator = torch.Generator().manual_seed(0)
-    model = network(activation, generator)
+    model = paper_network("none", generator, activation)
     optimizer = make(model)
     accuracy, seconds = [], 0.0
+
+    def loss(rows):
+        return cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
+
     for _ in range(epochs):
         order = torch.randperm(len(data.train_labels), generator=generator)
         start = time.perf_counter()
         for rows in order.split(batch):
-            optimizer.zero_grad()
-            cross_entropy(model(data.train_images[rows]), data.train_labels[rows]).backward()
-            optimizer.step()
+            iterate(optimizer, loss, rows)
         seconds += time.perf_counter() - start
         with torch.no_grad():
             predicted = model(data.validation_images).argmax(1)

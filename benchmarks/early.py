@@ -14,6 +14,7 @@ import torch
 from relfisher import RNGD
 from relfisher.optim.schedule import EARLY
 from relfisher.studies.race import RACES
+from relfisher.studies.training import iterate
 from relfisher.studies.workloads import WORKLOADS, batches, samples
 
 SCHEDULES = {
@@ -44,11 +45,7 @@ def main():
             drawn = batches(data, workload.batch_size, torch.Generator().manual_seed(seed))
             losses, steps = [], "-"
             while steps == "-" and len(losses) < options.iterations:
-                optimizer.zero_grad()
-                loss = workload.loss(model, *next(drawn))
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
+                losses.append(iterate(optimizer, workload.loss, model, *next(drawn)))
                 if len(losses) >= race.window and sum(losses[-race.window :]) / race.window <= race.target:
                     steps = len(losses)
             shown = [f"{losses[place - 1]:.0f}" if place <= len(losses) else "" for place in LOSSES_AT]

@@ -53,7 +53,7 @@ def test_averages_of_ten_are_means_also_of_a_shorter_rest():
 
 
 def test_the_curves_are_those_of_the_runs(outcome):
-    text = gzip.decompress(report.csv_gz(mlp_report.curve_lines(outcome))).decode()
+    text = gzip.decompress(report.encoded("curves.csv.gz", mlp_report.curve_lines(outcome))).decode()
     lines = list(csv.DictReader(io.StringIO(text)))
     for each, expected in outcome.records.items():
         identity = (each.method, str(each.learning_rate), str(each.seed))
@@ -82,7 +82,7 @@ def test_the_table_says_what_the_runs_say(outcome):
 
 def test_both_forms_of_the_table_are_well_formed(outcome):
     table = mlp_report.rows(outcome)
-    lines = list(csv.DictReader(io.StringIO(report.csv_bytes(mlp_report.table_lines(table)).decode())))
+    lines = list(csv.DictReader(io.StringIO(report.encoded("table.csv", mlp_report.table_lines(table)).decode())))
     assert [line["method"] for line in lines] == list(outcome.study.groups)
     assert float(lines[0]["cost_mean_tau_1"]) == table[0].sharp_ratios[0][0]
     assert lines[2]["final_cost"] == lines[2]["cost_std_tau_0.5"] == ""
@@ -92,7 +92,7 @@ def test_both_forms_of_the_table_are_well_formed(outcome):
 
 
 def test_the_grid_shows_every_candidate(outcome):
-    lines = list(csv.DictReader(io.StringIO(report.csv_bytes(mlp_report.grid_lines(outcome)).decode())))
+    lines = list(csv.DictReader(io.StringIO(report.encoded("table.csv", mlp_report.grid_lines(outcome)).decode())))
     assert [(line["method"], line["learning_rate"], line["diverged"], line["chosen"]) for line in lines] == [
         ("PLAIN+SGD", "0.1", "False", "True"),
         ("PLAIN+SGD", "0.2", "True", "False"),

@@ -28,7 +28,7 @@ from relfisher.studies.store import Store
 from relfisher.studies.workloads import WORKLOADS
 
 RACE = Race("mlp", ("SGD", "Adam", "SOAP"), target=0.5, budget=9.0, window=5)
-OPTIONS = RaceOptions("mlp", "noise", "none", 50, threads=1)
+OPTIONS = RaceOptions("noise", "none", "mlp", 50, threads=1)
 STUDY = RaceStudy("test", RACE, RACE.methods, seeds=3, tuning=1.0, budget=9.0, options=OPTIONS)
 
 
@@ -176,6 +176,6 @@ def test_methods_that_cannot_be_had_are_told_apart(monkeypatch):
 
 
 def test_a_run_keeps_the_name_that_it_had_before():
-    options = RaceOptions("mlp", "mnist5k", "d5e5551dad158c3b", 50, threads=1, relfisher="0.1.0")
+    options = RaceOptions("mnist5k", "d5e5551dad158c3b", "mlp", 50, threads=1, relfisher="0.1.0")
     run = RaceRun("race-mlp", "RNGD", 0.05, 1, options, (("damping", 0.1),), seconds=1.0, evaluations=20)
     assert run.key == "race-mlp-RNGD-lr0.05-seed1-773d7e9e9a8b"

@@ -34,9 +34,9 @@ def test_lanes_take_turns_in_blocks():
 def test_a_metric_is_measured_after_its_early_refreshes(monkeypatch):
     at = []
 
-    def note(model, optimizer, workload, batch):
+    def note(optimizer, *rest):
         at.append(optimizer.param_groups[0]["iteration"])
-        return iterate(model, optimizer, workload, batch)
+        return iterate(optimizer, *rest)
 
     monkeypatch.setattr(step, "iterate", note)
     measure(growing(8), {"RNGD": PEERS["RNGD"]}, "mnist5k", repeats=1, seconds=0.0)
@@ -68,10 +68,10 @@ def test_a_method_that_cannot_decompose_its_matrices_takes_no_more_turns(monkeyp
     assert (len(steady.times), len(failing.times)) == (ITERATIONS, 25)
     assert failing.failure == "raised it did not converge"
 
-    def fails_at_once(model, optimizer, workload, batch):
+    def fails_at_once(optimizer, *rest):
         if isinstance(optimizer, torch.optim.SGD):
             raise torch.linalg.LinAlgError("it did not converge")
-        return iterate(model, optimizer, workload, batch)
+        return iterate(optimizer, *rest)
 
     monkeypatch.setattr(step, "iterate", fails_at_once)
     methods = {name: PEERS[name] for name in ("SGD", "Adam")}
@@ -200,7 +200,7 @@ def test_a_workload_starts_the_same_way_each_time_and_learns(name):
     data = samples(workload.kind, "noise")
     batch = next(batches(data, 4, torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    before = iterate(model, optimizer, workload, batch)
+    before = iterate(optimizer, workload.loss, model, *batch)
     with torch.no_grad():
         assert workload.loss(model, *batch) < before
         assert np.isfinite(workload.validate(model, *batch))

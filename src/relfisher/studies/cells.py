@@ -5,11 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["Cell", "Result"]
+__all__ = ["Cell", "Options", "Result"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all cells of a study have in common: the data, and what else its result depends on."""
+
+    data: str
+    fingerprint: str
+    relfisher: str = field(default=version("relfisher"), kw_only=True)
 
 
 class Cell(ABC):

@@ -88,18 +88,18 @@ class DownloadBar(Protocol):
     total: int
 
     def update(self, count: int) -> None:
-        """Counts further bytes as downloaded."""
+        """Count further bytes as downloaded."""
 
     def reset(self) -> None:
-        """Starts again from nothing."""
+        """Start again from nothing."""
 
     def close(self) -> None:
-        """Ends the display."""
+        """End the display."""
 
 
 @lru_cache(maxsize=2)
 def load(source: str) -> Dataset:
-    """Loads a data set that is already on this machine.
+    """Load a data set that is already on this machine.
 
     Args:
         source: `mnist5k`, `mnist`, `fashion-mnist`, or a directory with the IDX training files.
@@ -122,7 +122,7 @@ def load(source: str) -> Dataset:
 
 
 def fetch(name: str, *, base_url: str | None = None, bar: DownloadBar | None = None) -> Path:
-    """Downloads a data set into the cache; files already there with the right hash stay.
+    """Download a data set into the cache; files already there with the right hash stay.
 
     Args:
         name: A key of `DOWNLOADS`.

@@ -76,7 +76,7 @@ def descend(
     epochs: int,
     report: Callable[[int, float], None],
 ) -> Float[Tensor, "c runs epochs"]:
-    """Takes full-batch steps with every configuration from every start.
+    """Take full-batch steps with every configuration from every start.
 
     A configuration ends once one of its runs has no finite step any more, as when every sample is saturated but some
     on the wrong side: there the metric of (30) vanishes and the gradient does not.

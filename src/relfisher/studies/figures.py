@@ -78,7 +78,7 @@ def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.
 
 
 def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
-    """Draws curves against iterations, and beside it against wall-clock time.
+    """Draw curves against iterations, and beside it against wall-clock time.
 
     Args:
         lines: The methods.
@@ -119,7 +119,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
 
 
 def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAGED) -> Line:
-    """Averages the curves of a method's runs, as far as the shortest goes.
+    """Average the curves of a method's runs, as far as the shortest goes.
 
     Args:
         method: Its name.
@@ -138,7 +138,7 @@ def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAG
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Writes a figure as PNG and SVG.
+    """Write a figure as PNG and SVG.
 
     Args:
         figure: The figure.
@@ -174,14 +174,14 @@ def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
 
 
 def _fit(axes: Axes, lines: list[Line]) -> None:
-    """Limits the cost axis to the smooth curves, from where they begin downwards; one that blows up leaves it."""
+    """Limit the cost axis to the smooth curves, from where they begin downwards; one that blows up leaves it."""
     lowest = min(line.smooth.min() for line in lines)
     highest = max(line.smooth[len(line.smooth) // 50] for line in lines)
     axes.set_ylim(lowest / 1.8, highest * 1.6)
 
 
 def _label_ends(axes: Axes, lines: list[Line]) -> None:
-    """Names each line at its right end; names that would overlap are moved apart."""
+    """Name each line at its right end; names that would overlap are moved apart."""
     to_axes = axes.transScale.transform
     low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
     ends = {line.method: min(1.0, (to_axes((1, line.smooth[-1]))[1] - low) / (high - low)) for line in lines}
@@ -197,7 +197,7 @@ def _label_ends(axes: Axes, lines: list[Line]) -> None:
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:
-    """Moves labels up, from the lowest on, and then down from the top, until all keep `LABEL_GAP`."""
+    """Move labels up, from the lowest on, and then down from the top, until all keep `LABEL_GAP`."""
     order = sorted(heights, key=lambda method: heights[method])
     places: dict[str, float] = {}
     floor = 0.0

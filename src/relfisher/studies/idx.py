@@ -25,7 +25,7 @@ class IdxError(ValueError):
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
-    """Reads an IDX file of unsigned bytes, compressed with gzip if its name ends in `.gz`.
+    """Read an IDX file of unsigned bytes, compressed with gzip if its name ends in `.gz`.
 
     Args:
         path: The file.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 
 import torch
 from torch import nn
 
 import relfisher
+from relfisher.studies.cells import Options
 from relfisher.studies.data import Dataset, load
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
@@ -64,14 +64,11 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class MlpOptions:
+class MlpOptions(Options):
     """What all runs have in common."""
 
-    data: str
-    fingerprint: str
     epochs: int
     batch_size: int = WORKLOAD.batch_size
-    relfisher: str = version("relfisher")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from relfisher.studies.data import Dataset
 from relfisher.studies.figures import AVERAGED, FLOOR, SMOOTHED_FRACTION, Look, averaged, line, panels
 from relfisher.studies.mlp import MlpOutcome
 from relfisher.studies.networks import WIDTHS
-from relfisher.studies.report import ABSENT, Report, csv_bytes, csv_gz, markdown
+from relfisher.studies.report import ABSENT, Report, markdown
 from relfisher.studies.runs import Record
 
 __all__ = ["report"]
@@ -92,9 +92,9 @@ def report(outcome: MlpOutcome, data: Dataset) -> Report:
         figure_name="figure5",
         terminal=summary(table),
         files={
-            "table.csv": csv_bytes(table_lines(table)),
-            "grid.csv": csv_bytes(grid_lines(outcome)),
-            "curves.csv.gz": csv_gz(curve_lines(outcome)),
+            "table.csv": table_lines(table),
+            "grid.csv": grid_lines(outcome),
+            "curves.csv.gz": curve_lines(outcome),
         },
     )
 

@@ -88,7 +88,7 @@ class _Block(nn.Module):
         self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds what the block finds to the stream `[n, positions, width]`."""
+        """Add what the block finds to the stream `[n, positions, width]`."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
         query, key, value = heads.movedim(-2, 1).unbind(-2)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, alphabet)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Returns the logits `[n, positions, characters]` of characters `[n, positions]`."""
+        """Return the logits `[n, positions, characters]` of characters `[n, positions]`."""
         position = torch.arange(characters.shape[1], device=characters.device)
         stream = self.blocks(self.character(characters) + self.position(position))
         logits: Tensor = self.head(self.norm(stream))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relfisher.studies.cells import Cell, Result
+from relfisher.studies.cells import Cell, Options, Result
 from relfisher.studies.coordinates import Coordinates, raw, whitened
 from relfisher.studies.data import Dataset
 from relfisher.studies.descent import DAMPING, Configuration, descend
@@ -63,15 +62,12 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class NeuronOptions:
+class NeuronOptions(Options):
     """What all batches have in common."""
 
-    data: str
-    fingerprint: str
     runs: int
     epochs: int
     initial_std: float
-    relfisher: str = version("relfisher")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from relfisher.studies.neuron import (
 )
 from relfisher.studies.neuron_figure import LN10, figure4, scientific
 from relfisher.studies.panels import Panel
-from relfisher.studies.report import ABSENT, Report, csv_bytes, csv_gz, markdown
+from relfisher.studies.report import ABSENT, Report, markdown
 
 __all__ = ["claims", "report"]
 
@@ -79,9 +79,9 @@ def report(outcome: NeuronOutcome, data: Dataset) -> Report:
         figure_name="figure4",
         terminal=summary(outcome),
         files={
-            "table.csv": csv_bytes(table_lines(outcome)),
-            "grid.csv": csv_bytes(grid_lines(outcome)),
-            "curves.csv.gz": csv_gz(curve_lines(outcome)),
+            "table.csv": table_lines(outcome),
+            "grid.csv": grid_lines(outcome),
+            "curves.csv.gz": curve_lines(outcome),
         },
         remark=claims_markdown(outcome),
     )

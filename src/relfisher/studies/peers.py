@@ -135,7 +135,7 @@ def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None
 
 
 def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adds AdamW for the parameters of a model that an optimizer leaves out."""
+    """Add AdamW for the parameters of a model that an optimizer leaves out."""
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if parameter not in known]
     return _Joint(optimizer, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)) if rest else optimizer

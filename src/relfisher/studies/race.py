@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from relfisher.studies.cells import Options
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
 from relfisher.studies.peers import PEERS, UNTUNED, Configuration, UnavailableError
@@ -65,15 +65,12 @@ RACES = {
 
 
 @dataclass(frozen=True)
-class RaceOptions:
+class RaceOptions(Options):
     """What all runs have in common."""
 
     workload: str
-    data: str
-    fingerprint: str
     batch_size: int
     threads: int
-    relfisher: str = version("relfisher")
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def plan(
     race = RACES[name]
     workload = WORKLOADS[race.workload]
     data = samples(workload.kind, source)
-    options = RaceOptions(race.workload, data.name, data.fingerprint, workload.batch_size, threads)
+    options = RaceOptions(data.name, data.fingerprint, race.workload, workload.batch_size, threads)
     return RaceStudy(name, race, methods, seeds, tuning, budget, options)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from relfisher.studies.figures import Look, line, panels
 from relfisher.studies.peers import PEERS, UNTUNED, Configuration
 from relfisher.studies.race import RaceOutcome, reached, running_mean
-from relfisher.studies.report import ABSENT, Report, csv_bytes, csv_gz, markdown, shown
+from relfisher.studies.report import ABSENT, Report, markdown, shown
 from relfisher.studies.runs import Record
 from relfisher.studies.workloads import WORKLOADS
 
@@ -125,7 +125,7 @@ def report(outcome: RaceOutcome, notes: Mapping[str, str]) -> Report:
         figure=figure(outcome),
         figure_name="race",
         terminal=shown(title(outcome), names, table),
-        files={"tuning.csv": csv_bytes(_tuning(outcome)), "curves.csv.gz": csv_gz(_curves(outcome))},
+        files={"tuning.csv": _tuning(outcome), "curves.csv.gz": _curves(outcome)},
     )
 
 

@@ -20,13 +20,14 @@ from rich.table import Table
 from relfisher.studies.figures import save
 from relfisher.studies.store import write_atomically
 
-__all__ = ["ABSENT", "Invocation", "Report", "csv_bytes", "csv_gz", "markdown", "shown", "write"]
+__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "shown", "write"]
 
 ABSENT = "-"
 PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
 PEER_PACKAGES = ("pytorch-optimizer", "singd")
 
 Rows = Sequence[Sequence[str]]
+Lines = Sequence[Sequence[object]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Report:
         threads: of each run.
         figure: a picture called `figure_name`, if there is one.
         terminal: the table as a person at the terminal sees it.
-        files: further files by name.
+        files: lines of further files by name, compressed where it ends in `.gz`.
         remark: what the terminal shows below the table.
     """
 
@@ -57,7 +58,7 @@ class Report:
     figure: Figure | None
     figure_name: str
     terminal: Table | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, Lines] = field(default_factory=dict)
     remark: str = ""
     about_name: str = "config"
 
@@ -77,7 +78,7 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
     files = {
         "table.md": report.table.encode(),
         f"{report.about_name}.json": (json.dumps(about, indent=1) + "\n").encode(),
-        **report.files,
+        **{name: encoded(name, lines) for name, lines in report.files.items()},
     }
     for name, content in files.items():
         write_atomically(directory / name, content)
@@ -101,17 +102,13 @@ def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
     return table
 
 
-def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
-    """Return lines as comma-separated values."""
+def encoded(name: str, lines: Lines) -> bytes:
+    """Return lines as comma-separated values, compressed for a name that ends in `.gz`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
-
-
-def csv_gz(lines: Iterable[Sequence[object]]) -> bytes:
-    """Return lines as comma-separated values, compressed."""
+    content = text.getvalue().encode()
     # A time stamp would make equal curves differ as files.
-    return gzip.compress(csv_bytes(lines), mtime=0)
+    return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
 
 
 def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:

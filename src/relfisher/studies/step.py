@@ -183,7 +183,7 @@ def _trainer(workload: Workload, peer: Peer, source: str) -> tuple[torch.optim.O
     def run() -> float:
         batch = next(drawn)
         start = time.perf_counter()
-        iterate(model, optimizer, workload, batch)
+        iterate(optimizer, workload.loss, model, *batch)
         return time.perf_counter() - start
 
     return optimizer, run

@@ -37,25 +37,22 @@ class Length:
         return max(iterations / self.iterations, seconds / self.seconds)
 
 
-def iterate(
-    model: nn.Module, optimizer: torch.optim.Optimizer, workload: Workload, batch: tuple[Tensor, Tensor]
-) -> Tensor:
+def iterate(optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *arguments: object) -> float:
     """Take one training iteration: zero_grad, forward, backward and step.
 
     Args:
-        model: Is in training mode.
-        optimizer: Trains it.
-        workload: Says the loss.
-        batch: Inputs and targets.
+        optimizer: Trains a model.
+        loss: Returns the loss of the model on a mini-batch.
+        arguments: What it is called with.
 
     Returns:
         The loss before the step.
     """
     optimizer.zero_grad()
-    loss = workload.loss(model, *batch)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    value = loss(*arguments)
+    value.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     optimizer.step()
-    return loss.detach()
+    return float(value.detach())
 
 
 def train(
@@ -105,12 +102,11 @@ def train(
         while done < 1 and not _diverged(cost):
             start = time.perf_counter()
             try:
-                loss = float(iterate(model, optimizer, workload, next(drawn)))
+                cost.append(iterate(optimizer, workload.loss, model, *next(drawn)))
             except LinAlgError as error:
                 warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-                loss = math.nan
+                cost.append(math.nan)
             clock += time.perf_counter() - start
-            cost.append(loss)
             seconds.append(clock)
             before, done = done, length.done(len(cost), clock)
             if _passed(before, done, length.evaluations) and not _diverged(cost):

@@ -52,20 +52,20 @@ class Workload:
     make: Callable[[Normalization], nn.Module]
 
     def build(self, seed: int, normalization: Normalization = "none") -> nn.Module:
-        """Returns the model with the initial weights of a seed; torch's global generator stays as it was."""
+        """Return the model with the initial weights of a seed; torch's global generator stays as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make(normalization)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the cross entropy: a mean over samples and positions, of images a sum over their pixels."""
+        """Return the cross entropy: a mean over samples and positions, of images a sum over their pixels."""
         outputs = model(inputs)
         if self.kind == "images":
             return binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(inputs)
         return cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def validate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-        """Returns the accuracy of a classifier, and the loss of anything else."""
+        """Return the accuracy of a classifier, and the loss of anything else."""
         if self.kind == "classes":
             return float((model(inputs).argmax(-1) == targets).double().mean())
         return float(self.loss(model, inputs, targets))
@@ -77,7 +77,7 @@ class Workload:
 
 
 def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws mini-batches without end; what does not fill an epoch's last one is left out of that epoch.
+    """Draw mini-batches without end; what does not fill an epoch's last one is left out of that epoch.
 
     Args:
         data: The samples.
@@ -95,7 +95,7 @@ def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Itera
 
 @lru_cache(maxsize=2)
 def samples(kind: Kind, source: str) -> Samples:
-    """Loads what a kind of workload learns.
+    """Load what a kind of workload learns.
 
     Args:
         kind: See `Workload`.
@@ -118,7 +118,7 @@ def of_images(data: Dataset, kind: Kind = "classes") -> Samples:
 
 
 def growing(width: int, batch_size: int = 256) -> Workload:
-    """Returns a plain network with two hidden layers of a width, whose cost is followed as it or its batch grows."""
+    """Return a plain network with two hidden layers of a width, whose cost is followed as it or its batch grows."""
     return Workload(
         f"784-{width}-{width}-10 ReLU, batch {batch_size}",
         "classes",
