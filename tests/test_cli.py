@@ -141,7 +141,7 @@ def start(command):
     # A shell that runs the tests in the background has them ignore interrupts, and their children with them.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*PROGRAM, *command], **pipes, text=True, preexec_fn=heed)
+    return subprocess.Popen([*PROGRAM, *command], **pipes, text=True, preexec_fn=heed, start_new_session=True)
 
 
 def long_grid(method, count):
@@ -176,12 +176,15 @@ def test_after_kill_9_no_worker_is_left_and_the_same_command_goes_on(digits, tmp
     assert "unreadable" not in captured.err
 
 
-def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path):
+@pytest.mark.parametrize("runs", [0, 2])
+def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path, runs):
+    """Also while the workers are still starting, which takes them seconds."""
     out = tmp_path / "out"
     process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "100", "--jobs", "2"))
-    wait_for_runs(out, 2, process)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGINT)
+    while len(workers := children(process.pid)) < 3:  # one cleans up after the others
+        time.sleep(0.01)
+    wait_for_runs(out, runs, process)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     expected = f"relfisher: stopped; the same command goes on with the runs missing in {out / 'runs'}\n"

@@ -73,7 +73,7 @@ class Dataset:
     validation_labels: Tensor
 
     def fingerprint(self) -> str:
-        """A hash of every image and label, so that results on other data are never mistaken for these."""
+        """Return a hash of every image and label, so that results on other data are never mistaken for these."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.train_images, self.train_labels, self.validation_images, self.validation_labels):
             digest.update(str(tuple(part.shape)).encode())

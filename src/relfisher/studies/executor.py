@@ -6,9 +6,10 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
@@ -85,7 +86,9 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
     try:
         # Closing our end, which the end of this process also does, ends the workers whatever they are doing.
         with ProcessPoolExecutor(min(jobs, len(missing)), context, _begin, (reports, theirs)) as pool, ours:
-            futures = {pool.submit(_carry_out, number, cell, work, store): cell for number, cell in enumerate(missing)}
+            with _children_ignore_interrupts():
+                tasks = enumerate(missing)
+                futures = {pool.submit(_carry_out, number, cell, work, store): cell for number, cell in tasks}
             while futures:
                 ready, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
                 while not reports.empty():
@@ -103,16 +106,25 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
     return found
 
 
+@contextmanager
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Let processes started meanwhile ignore Ctrl-C, which reaches them too; this process decides what to stop."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _begin(reports: SimpleQueue[tuple[int, float, float]], lifeline: Connection) -> None:
     """Prepare a worker process."""
-    import torch
-
     global _reports
     _reports = reports
-    # Ctrl-C reaches the whole process group; the main process decides what to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    # It takes seconds, in which the process may already be ended.
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _end_with(lifeline: Connection) -> None:

@@ -88,8 +88,7 @@ def report(outcome: MlpOutcome, data: Dataset) -> Report:
             "chosen": {row.method: row.learning_rate for row in table},
         },
         threads=[record.threads for record in outcome.records.values()],
-        figure=figure5(outcome, title),
-        figure_name="figure5",
+        figures={"figure5": figure5(outcome, title)},
         terminal=summary(table),
         files={
             "table.csv": table_lines(table),

@@ -75,8 +75,7 @@ def report(outcome: NeuronOutcome, data: Dataset) -> Report:
             "damping": DAMPING,
         },
         threads=[curves.threads for curves in outcome.records.values()],
-        figure=figure4(outcome, data.name),
-        figure_name="figure4",
+        figures={"figure4": figure4(outcome, data.name)},
         terminal=summary(outcome),
         files={
             "table.csv": table_lines(outcome),

@@ -66,7 +66,10 @@ RACES = {
 
 @dataclass(frozen=True)
 class RaceOptions(Options):
-    """What all runs have in common."""
+    """What all runs have in common.
+
+    `threads` is how many each run has.
+    """
 
     workload: str
     batch_size: int

@@ -122,8 +122,7 @@ def report(outcome: RaceOutcome, notes: Mapping[str, str]) -> Report:
             "absent": dict(notes),
         },
         threads=[record.threads for record in outcome.records.values()],
-        figure=figure(outcome),
-        figure_name="race",
+        figures={"race": figure(outcome)},
         terminal=shown(title(outcome), names, table),
         files={"tuning.csv": _tuning(outcome), "curves.csv.gz": _curves(outcome)},
     )

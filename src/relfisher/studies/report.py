@@ -46,7 +46,7 @@ class Report:
         table: in Markdown, with what its columns mean.
         about: what was measured or how, for a JSON file called `about_name`.
         threads: of each run.
-        figure: a picture called `figure_name`, if there is one.
+        figures: pictures by name.
         terminal: the table as a person at the terminal sees it.
         files: lines of further files by name, compressed where it ends in `.gz`.
         remark: what the terminal shows below the table.
@@ -55,8 +55,7 @@ class Report:
     table: str
     about: Mapping[str, object]
     threads: Iterable[int]
-    figure: Figure | None
-    figure_name: str
+    figures: Mapping[str, Figure]
     terminal: Table | None = None
     files: Mapping[str, Lines] = field(default_factory=dict)
     remark: str = ""
@@ -72,7 +71,7 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
         directory: Where to.
 
     Returns:
-        The paths of the table and of the picture, if there is one.
+        The paths of the table and of the pictures.
     """
     about = {"command": invocation.command, **report.about, **_surroundings(invocation, report.threads)}
     files = {
@@ -82,7 +81,7 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
     }
     for name, content in files.items():
         write_atomically(directory / name, content)
-    pictures = [] if report.figure is None else save(report.figure, directory, report.figure_name)[:1]
+    pictures = [save(figure, directory, name)[0] for name, figure in report.figures.items()]
     return [directory / "table.md", *pictures]
 
 

@@ -127,18 +127,21 @@ def measure(
     ]
 
 
-def peaks(workload: str, cells: Sequence[Timing], source: str) -> list[Timing]:
+def peaks(workload: str, timings: Sequence[Timing], source: str) -> list[Timing]:
     """Measure by how much training makes a process grow at its largest, in a process of its own for each method.
 
     Args:
         workload: A key of `WORKLOADS`.
-        cells: What is known of methods in `PEERS`.
+        timings: What is known of methods in `PEERS`.
         source: The images' data set.
 
     Returns:
-        The cells with their peak memory: the growth of the resident set from before the model was built.
+        The timings with their peak memory: the growth of the resident set from before the model was built.
     """
-    return [cell if cell.note else replace(cell, peak_bytes=_peak(workload, cell.method, source)) for cell in cells]
+    return [
+        timing if timing.note else replace(timing, peak_bytes=_peak(workload, timing.method, source))
+        for timing in timings
+    ]
 
 
 def _peak(workload: str, method: str, source: str) -> int:

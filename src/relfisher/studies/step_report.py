@@ -61,17 +61,17 @@ much a process that trains grows at its largest, data left out. x {BASE}: over t
 Growth = Mapping[int, Sequence[Timing]]
 
 
-def rows(cells: Sequence[Timing]) -> list[list[str]]:
+def rows(timings: Sequence[Timing]) -> list[list[str]]:
     """Return the lines of a workload's table.
 
     Args:
-        cells: One a method; without the base's the ratios stay empty.
+        timings: One a method; without the base's the ratios stay empty.
 
     Returns:
-        The cells as text, as `HEADER` names them.
+        The lines as text, as `HEADER` names them.
     """
-    base = next((cell for cell in cells if cell.method == BASE), None)
-    return [_row(cell, base) for cell in cells]
+    base = next((timing for timing in timings if timing.method == BASE), None)
+    return [_row(timing, base) for timing in timings]
 
 
 def growth_rows(growth: Growth) -> list[list[str]]:
@@ -79,10 +79,10 @@ def growth_rows(growth: Growth) -> list[list[str]]:
     return [
         [
             str(size),
-            *(text for cell in cells for text in (f"{1e3 * cell.seconds:.2f}", _megabytes(cell.state_bytes))),
-            f"{_ratio(cells):.2f}",
+            *(text for timing in timings for text in (f"{1e3 * timing.seconds:.2f}", _megabytes(timing.state_bytes))),
+            f"{_ratio(timings):.2f}",
         ]
-        for size, cells in growth.items()
+        for size, timings in growth.items()
     ]
 
 
@@ -90,8 +90,8 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
     """Draw time and state against width, and the ratio of times against the batch.
 
     Args:
-        widths: The cells of each width.
-        batches: The cells of each batch size.
+        widths: The timings of each width.
+        batches: The timings of each batch size.
 
     Returns:
         The figure.
@@ -100,16 +100,16 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
         figure = Figure(figsize=(15, 4.6), dpi=150)
         time, state, ratio = figure.subplots(1, 3)
         for number, first in enumerate(next(iter(widths.values()))):
-            cells = [cells[number] for cells in widths.values()]
+            timings = [timings[number] for timings in widths.values()]
             style: dict[str, Any] = {"color": COLOURS[first.method], "label": first.method, **LINE}
-            time.plot(list(widths), [1e3 * cell.seconds for cell in cells], **style)
-            state.plot(list(widths), [cell.state_bytes / 1e6 for cell in cells], **style)
+            time.plot(list(widths), [1e3 * timing.seconds for timing in timings], **style)
+            state.plot(list(widths), [timing.state_bytes / 1e6 for timing in timings], **style)
         time.set(ylabel="an iteration (ms)", yscale="log")
         state.set(ylabel="optimizer state (MB)", yscale="log")
         for axes in (time, state):
             axes.legend(loc="upper left", frameon=False)
             _count(axes, "width, batch 256", list(widths))
-        ratio.plot(list(batches), [_ratio(cells) for cells in batches.values()], color=COLOURS["RNGD"], **LINE)
+        ratio.plot(list(batches), [_ratio(timings) for timings in batches.values()], color=COLOURS["RNGD"], **LINE)
         ratio.axhline(1.0, color=COLOURS[BASE], linewidth=1)
         ratio.set(ylabel=f"an iteration of RNGD over {BASE}'s", ylim=(0, None))
         _count(ratio, f"batch, width {BATCHES_WIDTH}", list(batches))
@@ -136,24 +136,23 @@ def report(found: Mapping[str, Sequence[Timing]], widths: Growth, batches: Growt
         if growth:
             title = f"growth with the {size}: 784-width-width-10 ReLU, {fixed}"
             tables[title] = (_growth_header(size, growth), growth_rows(growth))
-            about[f"growth with the {size}"] = {each: list(map(_numbers, cells)) for each, cells in growth.items()}
+            about[f"growth with the {size}"] = {each: list(map(_numbers, timings)) for each, timings in growth.items()}
     return Report(
         table="\n".join(f"## {title}\n\n" + markdown(*table) for title, table in tables.items()) + NOTES,
         about=about,
         about_name="steps",
         threads=[torch.get_num_threads()],
-        figure=growth_figure(widths, batches) if widths else None,
-        figure_name="growth",
+        figures={"growth": growth_figure(widths, batches)} if widths else {},
     )
 
 
 def _growth_header(size: str, growth: Growth) -> list[str]:
-    columns = (f"{cell.method}, {unit}" for cell in next(iter(growth.values())) for unit in ("ms", "state MB"))
+    columns = (f"{timing.method}, {unit}" for timing in next(iter(growth.values())) for unit in ("ms", "state MB"))
     return [size, *columns, f"RNGD x {BASE}"]
 
 
-def _ratio(cells: Sequence[Timing]) -> float:
-    base, ours = cells
+def _ratio(timings: Sequence[Timing]) -> float:
+    base, ours = timings
     return ours.seconds / base.seconds
 
 
@@ -163,26 +162,26 @@ def _count(axes: Axes, label: str, sizes: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def _row(cell: Timing, base: Timing | None) -> list[str]:
-    if cell.note:
-        return [cell.method, cell.note, *[ABSENT] * (len(HEADER) - 2)]
+def _row(timing: Timing, base: Timing | None) -> list[str]:
+    if timing.note:
+        return [timing.method, timing.note, *[ABSENT] * (len(HEADER) - 2)]
 
     def ratio(name: str) -> str:
-        mine, of_base = getattr(cell, name), getattr(base, name, None)
+        mine, of_base = getattr(timing, name), getattr(base, name, None)
         return f"{mine / of_base:.2f}" if mine is not None and of_base else ABSENT
 
     return [
-        cell.method,
-        f"{1e3 * cell.seconds:.2f}",
-        f"{1e3 * min(cell.repeats):.2f} to {1e3 * max(cell.repeats):.2f}",
+        timing.method,
+        f"{1e3 * timing.seconds:.2f}",
+        f"{1e3 * min(timing.repeats):.2f} to {1e3 * max(timing.repeats):.2f}",
         ratio("seconds"),
-        f"{1e3 * float(np.median(cell.steps)):.2f}",
-        f"{cell.tail:.1f}",
-        _megabytes(cell.state_bytes),
+        f"{1e3 * float(np.median(timing.steps)):.2f}",
+        f"{timing.tail:.1f}",
+        _megabytes(timing.state_bytes),
         ratio("state_bytes"),
-        ABSENT if cell.peak_bytes is None else _megabytes(cell.peak_bytes),
+        ABSENT if timing.peak_bytes is None else _megabytes(timing.peak_bytes),
         ratio("peak_bytes"),
-        str(len(cell.steps)),
+        str(len(timing.steps)),
     ]
 
 
@@ -190,6 +189,6 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.3g}"
 
 
-def _numbers(cell: Timing) -> dict[str, object]:
-    """The cell with its single steps, which are many, in whole microseconds."""
-    return {**asdict(cell), "steps": [round(1e6 * seconds) for seconds in cell.steps]}
+def _numbers(timing: Timing) -> dict[str, object]:
+    """The timing with its single steps, which are many, in whole microseconds."""
+    return {**asdict(timing), "steps": [round(1e6 * seconds) for seconds in timing.steps]}

@@ -19,7 +19,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 @lru_cache(maxsize=1)
 def source() -> bytes:
-    """The modules of the standard library in the order of their paths, up to `BYTES`, with "?" for other than ASCII."""
+    """Return the standard library's modules in the order of their paths, up to `BYTES`, with "?" for all but ASCII."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     text = bytearray()
@@ -32,10 +32,10 @@ def source() -> bytes:
 
 
 def fingerprint() -> str:
-    """The SHA-256 of the text, which differs between versions of Python."""
+    """Return the SHA-256 of the text, which differs between versions of Python."""
     return hashlib.sha256(source()).hexdigest()
 
 
 def characters() -> Tensor:
-    """The text as integers below `ALPHABET`."""
+    """Return the text as integers below `ALPHABET`."""
     return torch.frombuffer(bytearray(source()), dtype=torch.uint8).long()
