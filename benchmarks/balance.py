@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
 from relfisher.optim.rules import Step, TrustRegion
+from relfisher.studies.data import load
+from relfisher.studies.training import iterate
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from synthetic import topics
@@ -85,13 +86,11 @@ def main():
 
 def epoch(optimizer, forward, inputs, targets, batch):
     """Return the mean loss of an epoch of training."""
-    losses = []
-    for rows in torch.randperm(len(inputs)).split(batch):
-        optimizer.zero_grad()
-        loss = cross_entropy(forward(inputs[rows]), targets[rows])
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+
+    def loss(rows):
+        return cross_entropy(forward(inputs[rows]), targets[rows])
+
+    losses = [iterate(optimizer, loss, rows) for rows in torch.randperm(len(inputs)).split(batch)]
     return sum(losses) / len(losses)
 
 

@@ -7,15 +7,17 @@ Adam at its best learning rate of three stands beside them.
 """
 
 import argparse
-import itertools
 import time
+from dataclasses import fields
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from relfisher import RNGD
-from relfisher.experiments.data import load
+from relfisher import RNGD, MetricOptions, TrustRegion
+from relfisher.studies.data import load
+from relfisher.studies.networks import paper_network
+from relfisher.studies.training import iterate
 
 WORKLOADS = {
     "ReLU, batch 50": (nn.ReLU, 50),
@@ -26,41 +28,45 @@ WORKLOADS = {
 VARIATIONS = [
     {},
     *({"lr": value} for value in (0.1, 1.0)),
-    *({"trust_region": value} for value in (5e-4, 1e-3, 5e-3)),
+    *({"step_rule": TrustRegion(value)} for value in (5e-4, 1e-3, 5e-3)),
     *({"damping": value} for value in (1e-3, 1e-2, 3e-2, 0.3)),
     *({"momentum": value} for value in (0.5, 0.9)),
-    *({"decay": value} for value in (0.98, 0.999)),
-    *({"stats_interval": value} for value in (1, 10)),
-    *({"refresh_interval": value} for value in (50, 100)),
-    {"early_refreshes": ()},
-    {"unbiased": False},
-    *({"structure": value} for value in ("shared", "published")),
+    *({"metric": MetricOptions(decay=value)} for value in (0.98, 0.999)),
+    *({"metric": MetricOptions(stats_interval=value)} for value in (1, 10)),
+    *({"metric": MetricOptions(refresh_interval=value)} for value in (50, 100)),
+    {"metric": MetricOptions(warmup_refreshes=())},
+    {"metric": MetricOptions(bias_correction=False, stagger=False)},
+    *({"metric": MetricOptions(structure=value)} for value in ("shared", "published")),
 ]
 
 
-def network(activation, generator):
-    """Return the paper's network with another activation, weights truncated normal with deviation 0.1."""
-    layers = []
-    for inputs, outputs in itertools.pairwise((784, 64, 64, 64, 10)):
-        layers += [nn.Linear(inputs, outputs), activation()]
-        for parameter in layers[-2].parameters():
-            nn.init.trunc_normal_(parameter, std=0.1, a=-0.2, b=0.2, generator=generator)
-    return nn.Sequential(*layers[:-1])
+def label(options):
+    """Return what is not the default among options, in words."""
+    shown = dict(options)
+    if "step_rule" in shown:
+        shown["trust_region"] = shown.pop("step_rule").bound
+    if "metric" in shown:
+        given, default = shown.pop("metric"), MetricOptions()
+        each = {field.name: getattr(given, field.name) for field in fields(MetricOptions)}
+        shown |= {name: value for name, value in each.items() if value != getattr(default, name)}
+    return ", ".join(f"{key} {value}" for key, value in shown.items()) or "**defaults**"
 
 
 def train(make, data, activation, batch, epochs):
     """Return the full training cost, the best validation accuracy and the seconds an epoch of one run."""
     generator = torch.Generator().manual_seed(0)
-    model = network(activation, generator)
+    model = paper_network("none", generator, activation)
     optimizer = make(model)
     accuracy, seconds = [], 0.0
+
+    def loss(rows):
+        return cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
+
     for _ in range(epochs):
         order = torch.randperm(len(data.train_labels), generator=generator)
         start = time.perf_counter()
         for rows in order.split(batch):
-            optimizer.zero_grad()
-            cross_entropy(model(data.train_images[rows]), data.train_labels[rows]).backward()
-            optimizer.step()
+            iterate(optimizer, loss, rows)
         seconds += time.perf_counter() - start
         with torch.no_grad():
             predicted = model(data.validation_images).argmax(1)
@@ -83,8 +89,8 @@ def main():
     adam = [(f"Adam {lr:g}", lambda m, lr=lr: torch.optim.Adam(m.parameters(), lr)) for lr in (3e-4, 1e-3, 3e-3)]
     rngd = [
         (
-            ", ".join(f"{key} {value}" for key, value in options.items()) or "**defaults**",
-            lambda m, o=options: RNGD(m, step_rule="trust-region", **o),
+            label(options),
+            lambda m, o=options: RNGD(m, **{"step_rule": "trust-region", **o}),
         )
         for options in VARIATIONS
     ]

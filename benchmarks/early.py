@@ -2,7 +2,7 @@
 
     python benchmarks/early.py --data fashion-mnist
 
-prints, for each choice of `early_refreshes` and each seed, the steps until the mean of ten losses is at 225, and the
+prints, for each choice of `warmup_refreshes` and each seed, the steps until the mean of ten losses is at 225, and the
 losses after 10, 20 and 30 steps. The table is in docs/decisions/defaults.md. It needs the extra `experiments`.
 """
 
@@ -12,14 +12,15 @@ import warnings
 import torch
 
 from relfisher import RNGD, MetricOptions
-from relfisher.experiments.bench.race import RACES
-from relfisher.experiments.bench.workloads import WORKLOADS, batches, samples
-from relfisher.optim.schedule import EARLY
+from relfisher.optim.schedule import WARMUP
+from relfisher.studies.race import RACES
+from relfisher.studies.training import iterate
+from relfisher.studies.workloads import WORKLOADS, batches, samples
 
 SCHEDULES = {
     "0, 5, 10, 20, 50, 100": (0, 5, 10, 20, 50, 100),
     "powers of 2": (0, *(1 << power for power in range(8))),
-    "the default": EARLY,
+    "the default": WARMUP,
     "each of 40": tuple(range(41)),
 }
 LOSSES_AT = (10, 20, 30)
@@ -44,11 +45,7 @@ def main():
             drawn = batches(data, workload.batch_size, torch.Generator().manual_seed(seed))
             losses, steps = [], "-"
             while steps == "-" and len(losses) < options.iterations:
-                optimizer.zero_grad()
-                loss = workload.loss(model, *next(drawn))
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
+                losses.append(iterate(optimizer, workload.loss, model, *next(drawn)))
                 if len(losses) >= race.window and sum(losses[-race.window :]) / race.window <= race.target:
                     steps = len(losses)
             shown = [f"{losses[place - 1]:.0f}" if place <= len(losses) else "" for place in LOSSES_AT]

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression as Reference
 
-from relfisher.experiments.data import load
 from relfisher.logistic import LogisticRegression
 from relfisher.logistic.newton import LogisticObjective
+from relfisher.studies.data import load
 
 SOLVERS = ("natural gradient", "newton-cholesky", "newton-cg", "lbfgs")
 FACTORS = (10.0, 1.0, 0.1, 0.01)

@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
-from relfisher.experiments.data import load
-from relfisher.experiments.mlp import network
+from relfisher.studies.data import load
+from relfisher.studies.networks import paper_network
+from relfisher.studies.training import iterate
 
 RATES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 DAMPINGS = (1e-5, 1e-3, 0.1, 1.0)
@@ -55,7 +56,7 @@ def build(name):
     if name == "convolutions":
         torch.manual_seed(0)
         return convolutional()
-    return network("none", torch.Generator().manual_seed(0), UNITS[name])
+    return paper_network("none", torch.Generator().manual_seed(0), UNITS[name])
 
 
 def run(rule, name, iterations, options):
@@ -67,13 +68,13 @@ def run(rule, name, iterations, options):
     model = build(name)
     optimizer = RNGD(model, rate, step_rule=rule, damping=damping, momentum=momentum)
     losses = []
+
+    def loss(rows):
+        return cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
+
     for iteration in range(iterations):
         rows = torch.randint(len(data.train_labels), (batch,), generator=torch.Generator().manual_seed(iteration))
-        optimizer.zero_grad()
-        loss = cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(iterate(optimizer, loss, rows))
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     late = losses[-10:]
     return finite, sum(late) / len(late) < losses[0], optimizer.health.skipped_steps

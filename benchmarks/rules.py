@@ -17,7 +17,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from relfisher import RNGD
-from relfisher.experiments.bench.workloads import WORKLOADS, batches, samples
+from relfisher.studies.training import iterate
+from relfisher.studies.workloads import WORKLOADS, batches, samples
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from hf_gpt2 import gpt2
@@ -72,13 +73,8 @@ TASKS = {"transformer": transformer, "GPT-2": counting, "BERT": classifying}
 
 def course(model, draw, iterations, make):
     """Train a model, and return the mean loss before each eighth of the iterations."""
-    optimizer, losses = make(model), []
-    for _ in range(iterations):
-        optimizer.zero_grad()
-        loss = draw()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    optimizer = make(model)
+    losses = [iterate(optimizer, draw) for _ in range(iterations)]
     marks = range(iterations // 8, iterations + 1, iterations // 8)
     return [f"{sum(losses[mark - WINDOW : mark]) / WINDOW:.3f}" for mark in marks]
 

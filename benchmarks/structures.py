@@ -14,9 +14,9 @@ from defaults import WORKLOADS, train
 from torch import nn
 
 from relfisher import RNGD, MetricOptions
-from relfisher.experiments.data import load
 from relfisher.responses import Categorical
 from relfisher.structures import KroneckerFactors
+from relfisher.studies.data import load
 
 
 def softmax_head(model):
@@ -67,7 +67,9 @@ def main():
         for name in [name for name in STRUCTURES if name not in options.without]:
             structure = STRUCTURES[name]
             cost, accuracy, seconds = train(
-                lambda model, choose=structure: RNGD(model, step_rule="trust-region", metric=MetricOptions(structure=choose(model))),
+                lambda model, choose=structure: RNGD(
+                    model, step_rule="trust-region", metric=MetricOptions(structure=choose(model))
+                ),
                 data, activation, batch, options.epochs,
             )  # fmt: skip
             print(f"| {workload} | {name} | {cost:.2g} | {accuracy:.1%} | {seconds:.2f} |", flush=True)

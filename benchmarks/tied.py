@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from rules import compare, counting, transformer
 
-from relfisher import RNGD
+from relfisher import RNGD, AdamWOptions, MetricOptions
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 HEADS = {"GPT-2": "lm_head", "tied transformer": "head"}
@@ -20,7 +20,12 @@ HEADS = {"GPT-2": "lm_head", "tied transformer": "head"}
 def optimizers(task):
     """Return what makes an optimizer for the model of a task, by name."""
     head = HEADS[task]
-    by_adamw = {f"AdamW, lr {rate:g}": partial(RNGD, structure={head: "fallback"}, fallback_lr=rate) for rate in RATES}
+    by_adamw = {
+        f"AdamW, lr {rate:g}": partial(
+            RNGD, metric=MetricOptions(structure={head: "fallback"}), fallback=AdamWOptions(lr=rate)
+        )
+        for rate in RATES
+    }
     return {"metric": RNGD} | by_adamw
 
 

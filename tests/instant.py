@@ -1,10 +1,21 @@
 """Runs that train nothing, in a module that the worker processes of a test can import."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from relfisher.experiments.runs import Record
+from relfisher.studies.runs import Record, Run
+
+
+@dataclass(frozen=True)
+class Trial(Run):
+    """A run with one more option."""
+
+    epochs: int = 2
+
+    def settings(self):
+        return {"epochs": self.epochs}
 
 
 def record(level=1.0, *, diverged=False, iterations=40):
@@ -16,3 +27,7 @@ def record(level=1.0, *, diverged=False, iterations=40):
 
 def instantly(run, _):
     return record(run.seed)
+
+
+def impossible(_run, _report):
+    return 1 // 0

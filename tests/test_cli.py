@@ -15,7 +15,7 @@ import pytest
 
 import relfisher
 from relfisher.cli import main
-from relfisher.experiments.data import load
+from relfisher.studies.data import load
 
 PROGRAM = [sys.executable, "-c", "import sys; from relfisher.cli import main; sys.exit(main())"]
 OUTPUTS = ["config.json", "curves.csv.gz", "figure5.png", "figure5.svg", "grid.csv", "runs", "table.csv", "table.md"]
@@ -41,6 +41,12 @@ def call(arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["relfisher", *arguments])
         return main()
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; from relfisher.cli import main; sys.argv = ['relfisher', '--help']; main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
 
 
 def mlp(digits, out, *options):
@@ -135,7 +141,7 @@ def start(command):
     # A shell that runs the tests in the background has them ignore interrupts, and their children with them.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*PROGRAM, *command], **pipes, text=True, preexec_fn=heed)
+    return subprocess.Popen([*PROGRAM, *command], **pipes, text=True, preexec_fn=heed, start_new_session=True)
 
 
 def long_grid(method, count):
@@ -170,12 +176,15 @@ def test_after_kill_9_no_worker_is_left_and_the_same_command_goes_on(digits, tmp
     assert "unreadable" not in captured.err
 
 
-def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path):
+@pytest.mark.parametrize("runs", [0, 2])
+def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(digits, tmp_path, runs):
+    """Also while the workers are still starting, which takes them seconds."""
     out = tmp_path / "out"
     process = start(mlp(digits, out, *long_grid("PLAIN+SGD", 24), "--epochs", "100", "--jobs", "2"))
-    wait_for_runs(out, 2, process)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGINT)
+    while len(workers := children(process.pid)) < 3:  # one cleans up after the others
+        time.sleep(0.01)
+    wait_for_runs(out, runs, process)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     expected = f"relfisher: stopped; the same command goes on with the runs missing in {out / 'runs'}\n"
@@ -198,7 +207,9 @@ def test_a_lost_worker_is_one_line(digits, tmp_path):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
-    assert re.fullmatch(r"relfisher: the process of PLAIN\+SGD lr \S+ seed 0 ended with status -9; .*\n", errors)
+    assert re.fullmatch(
+        r"relfisher: a worker process was lost during PLAIN\+SGD lr \S+ seed 0.*; the same command goes on .*\n", errors
+    )
 
 
 def children(pid):
@@ -220,6 +231,7 @@ ERRORS = {
     "zero rate": (["--lr", "PLAIN+SGD=0"], ["--lr", "'0'", "above 0"]),
     "infinite rate": (["--lr", "PLAIN+SGD=inf"], ["--lr", "'inf'", "finite"]),
     "no rate": (["--lr", "PLAIN+SGD"], ["--lr", "''", "above 0"]),
+    "method as typed": (["--methods", "plain+sdg"], ["'plain+sdg'"]),
     "rate of no method": (["--lr", "SGD=0.1"], ["--lr", "'SGD'", "PLAIN+SGD"]),
     "epochs": (["--epochs", "0"], ["--epochs", "greater than or equal to 1"]),
     "seeds": (["--seeds", "many"], ["--seeds", "integer"]),
@@ -286,10 +298,14 @@ def factories(tmp_path, monkeypatch):
         "def tokens(): return torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.Linear(3, 2))",
         "def images(): return torch.nn.BatchNorm2d(3)",
         "def nothing(): return 3",
+        "def triple(): return bare(), torch.ones(5, 6), 3",
+        "def sized(width): return torch.nn.Linear(width, width)",
+        "def broken(): raise KeyError('weights.pt')",
         "def softmax(z): return -z.log_softmax(-1)[:, 0].mean()",
         "number = 3",
     ]
     (tmp_path / "factories.py").write_text("\n".join(lines))
+    (tmp_path / "unreadable.py").write_text("def")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("factories", None)
@@ -331,6 +347,16 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (["--model", "absent:bare"], "No module named 'absent'"),
         (["--model", "factories:absent"], "has no attribute 'absent'"),
         (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),
+        (
+            ["--model", "factories:triple"],
+            "or (model, inputs), got (Sequential, Tensor, int)",
+        ),
+        (
+            ["--model", "factories:sized"],
+            "factories:sized, called without arguments, raised TypeError: sized()",
+        ),
+        (["--model", "factories:broken"], "--model: factories:broken, called without arguments, raised KeyError"),
+        (["--model", "unreadable:bare"], "--model: importing unreadable raised SyntaxError"),
         (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
         (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
         (["--model", "factories:bare", "--inputs", "5x6:0"], "'5x6:0' is not a shape"),

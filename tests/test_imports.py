@@ -1,4 +1,4 @@
-"""Imports flow one way: responses -> metric -> structures -> layers -> observe -> optim, and never back."""
+"""Imports flow one way: responses -> metric -> structures -> layers -> observe -> optim -> studies, and never back."""
 
 import ast
 import subprocess
@@ -22,7 +22,7 @@ LEVELS = (
     {"diagnostics", "optim", "logistic"},
     {"testing"},
     {"__init__"},
-    {"experiments"},
+    {"studies"},
     {"cli"},
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
@@ -56,8 +56,8 @@ def test_imports_never_run_backwards(path):
 
 def test_a_backward_import_would_be_seen(tmp_path):
     path = tmp_path / "metric.py"
-    path.write_text("from relfisher.optim import RNGD\nfrom relfisher import experiments\nimport relfisher.cli\n")
-    assert sorted(imported(path)) == ["cli", "experiments", "optim"]
+    path.write_text("from relfisher.optim import RNGD\nfrom relfisher import studies\nimport relfisher.cli\n")
+    assert sorted(imported(path)) == ["cli", "optim", "studies"]
 
 
 def test_the_core_needs_nothing_but_torch():
@@ -75,7 +75,7 @@ torch.nn.functional.cross_entropy(model(torch.ones(4, 3)), torch.tensor([0, 1, 0
 optimizer.step()
 metric = relfisher.module_metric(model, "0", torch.ones(4, 3))
 assert metric.solve(torch.ones(8), damping=0.1).isfinite().all()
-heavy = {"relfisher.experiments", "relfisher.cli"} & set(sys.modules)
+heavy = {"relfisher.studies", "relfisher.cli"} & set(sys.modules)
 assert not heavy, heavy
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

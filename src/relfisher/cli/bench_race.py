@@ -1,0 +1,54 @@
+"""`relfisher bench race`: the time to a loss."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relfisher.cli.arguments import check_writable, loaded, selected
+from relfisher.cli.running import carried_out, leave
+
+__all__ = ["bench_race"]
+
+
+def bench_race(
+    name: Annotated[str, typer.Argument(help="mlp, mlp-tanh, mlp-sigmoid, autoencoder, cnn or transformer.")],
+    out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
+    data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method's chosen configuration.")] = 3,
+    budget: Annotated[float | None, typer.Option(min=0, help="Training seconds a run.")] = None,
+    tuning: Annotated[float | None, typer.Option(min=0, help="Seconds a tuning run; a sixth by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; all cores by default.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one disturbs the seconds.")] = 1,
+) -> None:
+    """Race optimizers to a training loss, every method tuned as long."""
+    from relfisher.studies.race import RACES, available, carry_out_run, plan
+    from relfisher.studies.race_report import report
+    from relfisher.studies.runs import Record
+    from relfisher.studies.workloads import WORKLOADS
+
+    (name,) = selected(name, RACES, "NAME")
+    race = RACES[name]
+    notes, taking_part = available(selected(methods, race.methods), WORKLOADS[race.workload])
+    for method, note in notes.items():
+        print(f"relfisher: {method} is left out, {note}", file=sys.stderr)
+    seconds = budget or race.budget
+    loaded(data)
+    check_writable(out)
+    study = plan(
+        name,
+        data,
+        methods=taking_part,
+        seeds=seeds,
+        tuning=tuning or seconds / 6,
+        budget=seconds,
+        threads=threads or os.cpu_count() or 1,
+    )
+    outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
+    leave(report(outcome, notes), out, jobs)

@@ -1,0 +1,118 @@
+"""`relfisher plan`: what RNGD will keep and compute for a model."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import relfisher
+from relfisher.cli.arguments import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Called without arguments, it returns a model.")],
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AxBx...[:N]",
+            help="Shape of a batch of floats or, with :N, of whole numbers below N, as 4x9:100 for tokens; not needed "
+            "if the factory returns (model, inputs).",
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Of what the model returns, a scalar: tells a softmax head."),
+    ] = None,
+    structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
+    mebibytes: Annotated[int, typer.Option(min=1, help="What auto may keep of one layer, in MiB.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, help="What goes into statistics at most; 0 for all samples.")] = 256,
+) -> None:
+    """Print what RNGD will keep and compute for each layer of a model, and what other structures would."""
+    network, batch = _made(model)
+    score = None if loss is None else _imported("--loss", loss)
+    from relfisher.optim.assignment import check_rules
+
+    if inputs is not None:
+        batch = _batch(inputs)
+    if batch is None:
+        raise ArgumentError("--inputs", f"{model} returns no inputs: give the shape of a batch, such as 50x784")
+    try:
+        check_rules(structure)
+    except ValueError as error:
+        raise ArgumentError("--structure", str(error)) from error
+    metric = relfisher.MetricOptions(
+        structure=structure, structure_bytes=mebibytes << 20, stats_samples=samples or None
+    )
+    try:
+        print(relfisher.plan(network, batch, metric, score))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        remedy = "give the shape it takes, with :N for whole numbers below N, or let the factory return (model, inputs)"
+        raise ArgumentError("--inputs", f"the model cannot be called with them: {error}; {remedy}") from error
+
+
+def _made(spec: str) -> tuple[nn.Module, Any]:
+    """Return the model that a factory makes, and its inputs or None."""
+    factory = _imported("--model", spec)
+    try:
+        made = factory()
+    except Exception as error:
+        raise ArgumentError("--model", f"{spec}, called without arguments, raised {_named(error)}") from error
+    import torch
+
+    parts = made if isinstance(made, tuple) else (made, None)
+    if len(parts) != 2 or not isinstance(parts[0], torch.nn.Module):
+        names = ", ".join(type(part).__name__ for part in parts) if isinstance(made, tuple) else type(made).__name__
+        got = f"({names})" if isinstance(made, tuple) else names
+        raise ArgumentError("--model", f"{spec} must return a torch.nn.Module or (model, inputs), got {got}")
+    return parts[0], parts[1]
+
+
+def _imported(option: str, spec: str) -> Callable[..., Any]:
+    """Return what is given as MODULE:NAME; modules of the working directory count."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ArgumentError(option, f"{spec!r} is not of the form MODULE:NAME")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(option, str(error)) from error
+    except Exception as error:
+        raise ArgumentError(option, f"importing {module} raised {_named(error)}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise ArgumentError(option, f"{spec} must be callable, got {type(found).__name__}")
+    return found
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _batch(text: str) -> Tensor:
+    """Return a batch of a shape, of floats or of whole numbers below a limit."""
+    import torch
+
+    shape, colon, limit = text.lower().partition(":")
+    parts = shape.split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in [*parts, *([limit] if colon else [])]):
+        allowed = "whole numbers joined by x, such as 50x784, and :N for whole numbers below N, such as 4x9:100"
+        raise ArgumentError("--inputs", f"{text!r} is not a shape, allowed are {allowed}")
+    sizes = tuple(map(int, parts))
+    if not colon:
+        return torch.randn(sizes)
+    # From N - 1, the first that an embedding of fewer rows lacks, down to 0 and around.
+    return torch.arange(-1, -1 - math.prod(sizes), -1).remainder(int(limit)).view(sizes)

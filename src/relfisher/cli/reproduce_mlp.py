@@ -1,0 +1,63 @@
+"""`relfisher reproduce mlp`: figure 5."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected
+from relfisher.cli.running import carried_out, leave
+
+__all__ = ["reproduce_mlp"]
+
+
+def reproduce_mlp(
+    out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
+    data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: two minutes on mnist5k.")] = False,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method's chosen learning rate.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    lr: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD=VALUE[,VALUE...]", help="Replace a learning-rate grid.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+) -> None:
+    """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
+    import torch
+
+    from relfisher.studies.mlp import METHODS, carry_out_run, plan
+    from relfisher.studies.mlp_report import report
+    from relfisher.studies.runs import Record
+
+    names = selected(methods, METHODS)
+    grids = dict(_grid(entry, names) for entry in lr or ())
+    dataset = loaded(data)
+    check_writable(out)
+    study = plan(dataset, methods=names, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
+    # Layers this narrow gain nothing from a second thread, and worker processes have one each too.
+    torch.set_num_threads(1)
+    outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
+    leave(report(outcome, dataset), out, jobs)
+
+
+def _grid(entry: str, selected: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
+    name, _, values = entry.partition("=")
+    method = name.strip().upper()
+    if method not in selected:
+        raise ArgumentError("--lr", f"{name!r} is not a method of this run, allowed are {', '.join(selected)}")
+    return method, tuple(dict.fromkeys(_learning_rate(value) for value in values.split(",")))
+
+
+def _learning_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentError("--lr", f"{text!r} is not a learning rate, allowed are finite numbers above 0")
+    return value

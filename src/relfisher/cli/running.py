@@ -1,0 +1,95 @@
+"""How a command carries out a study that can be interrupted, and shows what it found."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from relfisher.studies.cells import Cell, Result
+    from relfisher.studies.engine import Outcome, Study
+    from relfisher.studies.executor import Work
+    from relfisher.studies.report import Report
+    from relfisher.studies.store import Store
+
+    C = TypeVar("C", bound=Cell)
+    R = TypeVar("R", bound=Result)
+    S = TypeVar("S", bound=Study[Any])
+
+__all__ = ["carried_out", "leave"]
+
+WORKER_STATUS = 1
+INTERRUPTED_STATUS = 130
+
+
+def carried_out(study: S, work: Work[C, R], decode: Callable[..., R], out: Path, jobs: int = 1) -> Outcome[S, C, R]:
+    """Carry out a study, with its progress on the terminal and the warnings of its cells after it.
+
+    Args:
+        study: What is compared.
+        work: Carries out one cell.
+        decode: Makes a result of the arrays in its file.
+        out: The output directory.
+        jobs: The number of worker processes.
+
+    Returns:
+        All results.
+    """
+    from rich.console import Console
+
+    from relfisher.studies.engine import carry_out
+    from relfisher.studies.progress import Display
+    from relfisher.studies.store import Store
+
+    store = Store(out / "runs", decode)
+    with _resumable(store), Display(Console(), study.planned) as display:
+        outcome = carry_out(study, work, store, jobs=jobs, watcher=display)
+    messages = {message: cell for cell, result in outcome.records.items() for message in result.warnings}
+    for message, cell in messages.items():
+        print(f"relfisher: warning in {cell}: {message}", file=sys.stderr)
+    return outcome
+
+
+def leave(report: Report, out: Path, jobs: int = 1) -> None:
+    """Write a report, and show it at the terminal.
+
+    Args:
+        report: What was found.
+        out: The output directory.
+        jobs: The number of worker processes.
+    """
+    from rich.console import Console
+
+    from relfisher.studies.report import Invocation, write
+
+    paths = write(report, Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs), out)
+    if report.terminal is not None:
+        Console().print(report.terminal)
+    print(report.remark, end="")
+    for name, path in zip(("table:  ", "picture:"), paths, strict=False):
+        print(name, path)
+
+
+@contextmanager
+def _resumable(store: Store[R]) -> Iterator[None]:
+    """Say how to go on after an interruption, and at the end which files were damaged."""
+    from relfisher.studies.executor import WorkerError
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        missing = f"the same command goes on with the runs missing in {store.directory}"
+        print(f"relfisher: stopped; {missing}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED_STATUS) from error
+    except WorkerError as error:
+        print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
+        raise typer.Exit(WORKER_STATUS) from error
+    for path in store.damaged:
+        print(f"relfisher: {path} was unreadable, its run was done again", file=sys.stderr)

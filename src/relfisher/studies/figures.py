@@ -1,0 +1,211 @@
+"""Pictures of training curves: cost against iterations and against time, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from relfisher.studies.runs import Record
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+__all__ = ["AVERAGED", "FLOOR", "SMOOTHED_FRACTION", "STYLE", "Line", "Look", "averaged", "line", "panels", "save"]
+
+SMOOTHED_FRACTION = 0.02
+LABEL_GAP = 0.055
+FLOOR = 1e-10
+BASELINE_WIDTH = 1.6
+AVERAGED = 10
+STYLE: dict[RcKeyType, object] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",
+    # Otherwise equal figures differ as SVG files.
+    "svg.hashsalt": "relfisher",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn: hue for the network (colour-blind safe), dashes for SGD, weight for what matters."""
+
+    colour: str
+    dashes: str = "-"
+    width: float = BASELINE_WIDTH
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method's mean curve over seeds, at the end of every few iterations."""
+
+    method: str
+    look: Look
+    iterations: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    cost: NDArray[np.float64]
+    smooth: NDArray[np.float64]
+
+
+def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.float64]:
+    """Average a curve over every `group` iterations; the last group may be shorter.
+
+    Args:
+        values: One value an iteration.
+        group: How many iterations make a point.
+
+    Returns:
+        The averages, in order.
+    """
+    starts = np.arange(0, len(values), group)
+    counts = np.diff(np.append(starts, len(values)))
+    sums: NDArray[np.float64] = np.add.reduceat(values.astype(float), starts)
+    return sums / counts
+
+
+def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
+    """Draw curves against iterations, and beside it against wall-clock time.
+
+    Args:
+        lines: The methods.
+        title: What was trained on what.
+        caption: What the lines are.
+        target: A cost to mark.
+
+    Returns:
+        The figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 5.2), dpi=150)
+        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.75})
+        for one in lines:
+            _draw(left, one, one.iterations)
+            _draw(right, one, one.seconds)
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.margins(x=0)
+            axes.set_xlim(left=0)
+        left.set(xlabel="iteration", ylabel="training cost")
+        right.set(xlabel="training time (seconds)")
+        right.tick_params(labelleft=True)
+        if lines:
+            _fit(left, lines)
+            _label_ends(left, lines)
+            top = left.get_ylim()[1]
+            for one in lines:
+                height = min(one.smooth[-1], top)
+                right.plot(one.seconds[-1], height, "o", color=one.look.colour, markersize=5, clip_on=False)
+            if target is not None:
+                for axes in (left, right):
+                    axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
+        figure.suptitle(title, x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
+        figure.text(0.07, 0.012, caption, fontsize=9, color="#555555")
+        figure.subplots_adjust(left=0.085, right=0.985, top=0.9, bottom=0.17)
+    return figure
+
+
+def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAGED) -> Line:
+    """Average the curves of a method's runs, as far as the shortest goes.
+
+    Args:
+        method: Its name.
+        look: How it is drawn.
+        records: One a seed.
+        group: How many iterations make a point.
+
+    Returns:
+        The curve.
+    """
+    count = min(len(record.cost) for record in records)
+    cost = np.mean([averaged(record.cost[:count], group) for record in records], axis=0)
+    ends = np.minimum(group * np.arange(1, len(cost) + 1), count)
+    seconds = np.mean([record.seconds[ends - 1] for record in records], axis=0)
+    return Line(method, look, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
+
+
+def save(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG.
+
+    Args:
+        figure: The figure.
+        directory: Where to.
+        name: The files' name, without the suffix.
+
+    Returns:
+        The files.
+    """
+    FigureCanvasAgg(figure)
+    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+    with mpl.rc_context(STYLE):
+        figure.savefig(paths[0])
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A centred moving average; its window shrinks at both ends, so that start and end stay where they are."""
+    half = np.full(len(cost), max(1, round(SMOOTHED_FRACTION * len(cost) / 2)))
+    position = np.arange(len(cost))
+    half = np.minimum(half, np.maximum(position, 1))
+    begins, ends = np.maximum(position - half, 0), np.minimum(position + half + 1, len(cost))
+    sums = np.concatenate([[0.0], np.cumsum(cost)])
+    smooth: NDArray[np.float64] = (sums[ends] - sums[begins]) / (ends - begins)
+    return smooth
+
+
+def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
+    look = line.look
+    axes.plot(x, line.cost, color=look.colour, alpha=0.16, linewidth=0.6, rasterized=True)
+    axes.plot(x, line.smooth, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=line.method)
+
+
+def _fit(axes: Axes, lines: list[Line]) -> None:
+    """Limit the cost axis to the smooth curves, from where they begin downwards; one that blows up leaves it."""
+    lowest = min(line.smooth.min() for line in lines)
+    highest = max(line.smooth[len(line.smooth) // 50] for line in lines)
+    axes.set_ylim(lowest / 1.8, highest * 1.6)
+
+
+def _label_ends(axes: Axes, lines: list[Line]) -> None:
+    """Name each line at its right end; names that would overlap are moved apart."""
+    to_axes = axes.transScale.transform
+    low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
+    ends = {line.method: min(1.0, (to_axes((1, line.smooth[-1]))[1] - low) / (high - low)) for line in lines}
+    places = _spread(ends)
+    for line in lines:
+        place, look = places[line.method], line.look
+        leader = ([1.0, 1.05], [ends[line.method], place])
+        axes.plot(
+            *leader, transform=axes.transAxes, color=look.colour, linewidth=1, linestyle=look.dashes, clip_on=False
+        )
+        weight = "bold" if look.width > BASELINE_WIDTH else "normal"
+        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.colour, weight=weight)
+
+
+def _spread(heights: dict[str, float]) -> dict[str, float]:
+    """Move labels up, from the lowest on, and then down from the top, until all keep `LABEL_GAP`."""
+    order = sorted(heights, key=lambda method: heights[method])
+    places: dict[str, float] = {}
+    floor = 0.0
+    for method in order:
+        places[method] = max(heights[method], floor)
+        floor = places[method] + LABEL_GAP
+    ceiling = 1.0
+    for method in reversed(order):
+        places[method] = min(places[method], ceiling)
+        ceiling = places[method] - LABEL_GAP
+    return places

@@ -1,0 +1,116 @@
+"""The models that are trained: the paper's network, stacks, convolutions and a small transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["WIDTHS", "Normalization", "Transformer", "convolutions", "paper_network", "stack"]
+
+WIDTHS = (784, 64, 64, 64, 10)
+INITIAL_STD = 0.1
+BATCH_NORM_EPSILON = 1e-3
+HEADS = 4
+
+Normalization = Literal["none", "after", "before"]
+
+
+def paper_network(
+    normalization: Normalization, generator: torch.Generator, activation: Callable[[], nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Return the paper's network; batch norm, where it is wanted, stands before or after each hidden activation.
+
+    Args:
+        normalization: Where batch norm stands.
+        generator: Draws the weights and biases; batch norm draws nothing, so all variants start with the same ones.
+        activation: Makes the units of a hidden layer.
+
+    Returns:
+        The network, from images `[n, 784]` to logits `[n, 10]`.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(WIDTHS):
+        linear = nn.Linear(inputs, outputs)
+        for parameter in linear.parameters():
+            nn.init.trunc_normal_(
+                parameter, std=INITIAL_STD, a=-2 * INITIAL_STD, b=2 * INITIAL_STD, generator=generator
+            )
+        layers.append(linear)
+        if outputs == WIDTHS[-1]:
+            break
+        if normalization == "before":
+            layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
+        layers.append(activation())
+        if normalization == "after":
+            layers.append(nn.BatchNorm1d(outputs, eps=BATCH_NORM_EPSILON))
+    return nn.Sequential(*layers)
+
+
+def stack(widths: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Module:
+    """Return linear layers of these widths with an activation between any two."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutions() -> nn.Module:
+    """Return two convolutions and two linear layers, from images `[n, 784]` to logits `[n, 10]`."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
+class _Block(nn.Module):
+    """Attention to what came before, then a network for each position; both see normalised inputs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.mixed = nn.Linear(width, width)
+        self.network_norm = nn.LayerNorm(width)
+        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the block finds to the stream `[n, positions, width]`."""
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
+        query, key, value = heads.movedim(-2, 1).unbind(-2)
+        seen = scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.mixed(seen.movedim(1, -2).flatten(-2))
+        change: Tensor = self.network(self.network_norm(x))
+        return x + change
+
+
+class Transformer(nn.Module):
+    """A character model: of each position it says which character comes next."""
+
+    def __init__(self, alphabet: int, context: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.character = nn.Embedding(alphabet, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, alphabet)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Return the logits `[n, positions, characters]` of characters `[n, positions]`."""
+        position = torch.arange(characters.shape[1], device=characters.device)
+        stream = self.blocks(self.character(characters) + self.position(position))
+        logits: Tensor = self.head(self.norm(stream))
+        return logits

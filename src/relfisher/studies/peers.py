@@ -1,0 +1,178 @@
+"""The optimizers that are compared, each with as many configurations to choose from, and RNGD as it comes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import relfisher
+from relfisher.studies.networks import Normalization
+
+__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "UNTUNED", "Configuration", "Peer", "UnavailableError"]
+
+CONFIGURATIONS = 8
+UNTUNED = "RNGD-defaults"
+PACKAGES = ("pytorch-optimizer", "singd")
+SMALL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+LARGE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+MIDDLE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+Configuration = Mapping[str, float]
+"""The options of an optimizer by their names, the learning rate `lr` among them."""
+
+
+class UnavailableError(Exception):
+    """An optimizer that cannot be had here; the message says in a few words why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer: what makes it for a model, what it is tuned over, and the batch norm that comes with it."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    grid: Mapping[str, tuple[float, ...]]
+    normalization: Normalization = "none"
+
+    @property
+    def configurations(self) -> list[Configuration]:
+        """Every combination of the grid's values."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+class _Joint(torch.optim.Optimizer):
+    """Two optimizers, each with its share of a model's parameters, as one; its state is theirs."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
+        for part in self._parts:
+            part.step()
+
+
+class _InSingle(_Joint):
+    """Optimizers that turn to bfloat16 whatever they are given, in single precision."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
+        with patch.object(Tensor, "bfloat16", Tensor.clone):
+            super().step()
+
+
+def _sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def _adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), **options)
+
+
+def _fused_adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), fused=True, **options)
+
+
+def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def _muon(model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3) -> torch.optim.Optimizer:
+    """Muon for matrices other than those that look up or classify, AdamW for the rest, as its authors say."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UnavailableError(f"not available: Muon comes with torch 2.9, this is {torch.__version__}")
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices = [layer.weight for layer in layers[:-1]]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
+    return _with_adamw(muon, model, rest_lr)
+
+
+def _single_muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return _InSingle(_muon(model, **options))
+
+
+def _soap(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return _installed("SOAP")(model.parameters(), weight_decay=0.0, **options)
+
+
+def _shampoo(model: nn.Module, *, lr: float = 1e-2, interval: float = 20) -> torch.optim.Optimizer:
+    return _installed("Shampoo")(model.parameters(), lr=lr, preconditioning_compute_steps=int(interval))
+
+
+def _kfac(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """K-FAC without inverses, for linear layers and convolutions; AdamW for the rest."""
+    try:
+        from singd.optim.optimizer import SINGD
+    except ImportError as error:
+        raise _missing("singd") from error
+    kfac = SINGD(model, kfac_like=True, warn_unsupported=False, normalize_lr_cov=True, alpha1=0.0, **options)
+    return _with_adamw(kfac, model, 1e-3)
+
+
+def _rngd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return relfisher.RNGD(model, **options)
+
+
+def _published(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return relfisher.RNGD.as_published(model, **options)
+
+
+def _shared(model: nn.Module, lr: float = 0.03, damping: float = 0.1) -> torch.optim.Optimizer:
+    metric = relfisher.MetricOptions(structure="shared")
+    return relfisher.RNGD(model, lr, damping=damping, step_rule=relfisher.TrustRegion(None), metric=metric)
+
+
+def _trust_region(model: nn.Module, trust_region: float = 2e-3, **options: Any) -> torch.optim.Optimizer:
+    return relfisher.RNGD(model, step_rule=relfisher.TrustRegion(trust_region), **options)
+
+
+def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
+    """The spectral rule, with an average or with momentum."""
+    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=0.9 if averaging == 0 else 0.0)
+
+
+def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Add AdamW for the parameters of a model that an optimizer leaves out."""
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    rest = [parameter for parameter in model.parameters() if parameter not in known]
+    return _Joint(optimizer, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)) if rest else optimizer
+
+
+def _installed(name: str) -> Callable[..., torch.optim.Optimizer]:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise _missing("pytorch-optimizer") from error
+    optimizer: Callable[..., torch.optim.Optimizer] = getattr(pytorch_optimizer, name)
+    return optimizer
+
+
+def _missing(package: str) -> UnavailableError:
+    return UnavailableError(f"not installed: {package} comes with the extra `bench`, pip install 'relfisher[bench]'")
+
+
+PEERS = {
+    "SGD": Peer(_sgd, {"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)}),
+    "Adam": Peer(_adam, {"lr": SMALL_RATES}),
+    "Adam-fused": Peer(_fused_adam, {"lr": SMALL_RATES}),
+    "AdamW": Peer(_adamw, {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "weight_decay": (1e-2, 1e-1)}),
+    "BNA+Adam": Peer(_adam, {"lr": SMALL_RATES}, "after"),
+    "BNB+Adam": Peer(_adam, {"lr": SMALL_RATES}, "before"),
+    "Muon": Peer(_muon, {"lr": MIDDLE_RATES, "rest_lr": (1e-3, 3e-3)}),
+    "Muon-float32": Peer(_single_muon, {"lr": MIDDLE_RATES, "rest_lr": (1e-3, 3e-3)}),
+    "SOAP": Peer(_soap, {"lr": (3e-4, 1e-3, 3e-3, 1e-2), "precondition_frequency": (10, 50)}),
+    "Shampoo": Peer(_shampoo, {"lr": (1e-3, 1e-2, 0.1, 1.0), "interval": (20, 100)}),
+    "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
+    "FOOF": Peer(_shared, {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1e-1)}),
+    "RNGD": Peer(_rngd, {"lr": (1e-2, 2e-2, 3e-2, 5e-2), "damping": (3e-2, 1e-1)}),
+    UNTUNED: Peer(_rngd, {"lr": (3e-2,)}),
+    "RNGD-trust-region": Peer(
+        _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.9)}
+    ),
+    "RNGD-spectral": Peer(_spectral, {"lr": (3e-3, 1e-2, 3e-2, 5e-2), "averaging": (0.0, 0.9)}),
+    "RNGD-published": Peer(_published, {"lr": LARGE_RATES}),
+}

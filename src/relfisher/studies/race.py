@@ -1,0 +1,223 @@
+"""Time to a loss: every method tunes as many configurations for as long, then runs its best one with every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from relfisher.studies.cells import Options
+from relfisher.studies.engine import Outcome, Study
+from relfisher.studies.executor import Reporter
+from relfisher.studies.peers import PEERS, UNTUNED, Configuration, UnavailableError
+from relfisher.studies.runs import Record, Run, Scalar
+from relfisher.studies.training import Length, train
+from relfisher.studies.workloads import WORKLOADS, Workload, samples
+
+__all__ = [
+    "RACES",
+    "Race",
+    "RaceOptions",
+    "RaceOutcome",
+    "RaceRun",
+    "RaceStudy",
+    "available",
+    "carry_out_run",
+    "plan",
+    "reached",
+    "running_mean",
+]
+
+EVALUATIONS = 20
+TUNING_EVALUATIONS = 1
+OURS = ("FOOF", "RNGD", UNTUNED, "RNGD-trust-region", "RNGD-spectral")
+PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
+
+
+@dataclass(frozen=True)
+class Race:
+    """Methods on a workload, and the training loss that they run to: its mean over the last `window` mini-batches.
+
+    Without a target it is the loss at equal time that counts. `budget` is the usual number of seconds a run.
+    """
+
+    workload: str
+    methods: tuple[str, ...]
+    target: float | None
+    budget: float
+    window: int
+
+
+RACES = {
+    "mlp": Race("mlp", (*PLAIN, "BNA+Adam", "BNB+Adam", *OURS), target=0.1, budget=180, window=100),
+    "mlp-tanh": Race("mlp-tanh", (*PLAIN, *OURS), target=0.1, budget=180, window=100),
+    "mlp-sigmoid": Race("mlp-sigmoid", (*PLAIN, *OURS), target=0.1, budget=180, window=100),
+    "autoencoder": Race("autoencoder", (*PLAIN, *OURS), target=225.0, budget=180, window=10),
+    "cnn": Race("cnn", (*PLAIN, *OURS), target=0.1, budget=240, window=50),
+    "transformer": Race(
+        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", UNTUNED, "RNGD-spectral"), target=None, budget=300, window=20
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RaceOptions(Options):
+    """What all runs have in common.
+
+    `threads` is how many each run has.
+    """
+
+    workload: str
+    batch_size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class RaceRun(Run):
+    """One run, or tuning run, with the options of its optimizer other than the learning rate."""
+
+    options: RaceOptions
+    others: tuple[tuple[str, float], ...]
+    seconds: float
+    evaluations: int
+
+    @property
+    def configuration(self) -> Configuration:
+        """The options that its optimizer has."""
+        return {"lr": self.learning_rate, **dict(self.others)}
+
+    def settings(self) -> Mapping[str, Scalar]:
+        """Return all options but those that every training run has."""
+        others = {f"option {name}": value for name, value in self.others}
+        return {**asdict(self.options), **others, "seconds": self.seconds, "evaluations": self.evaluations}
+
+
+@dataclass(frozen=True)
+class RaceStudy(Study[RaceRun]):
+    """A race with its length: `tuning` and `budget` are the seconds of a tuning run and of a run."""
+
+    name: str
+    race: Race
+    methods: tuple[str, ...]
+    seeds: int
+    tuning: float
+    budget: float
+    options: RaceOptions
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The methods."""
+        return self.methods
+
+    def candidates(self, group: str) -> list[RaceRun]:
+        """Return the tuning runs of a method, one a configuration."""
+        return [self._tuning_run(group, **options) for options in PEERS[group].configurations]
+
+    def repeats(self, best: RaceRun) -> list[RaceRun]:
+        """Return the runs of a configuration, one a seed."""
+        whole = replace(best, seconds=self.budget, evaluations=EVALUATIONS)
+        return [replace(whole, seed=seed) for seed in range(self.seeds)]
+
+    def _tuning_run(self, method: str, lr: float, **others: float) -> RaceRun:
+        tuned = tuple(others.items())
+        return RaceRun(f"race-{self.name}", method, lr, 0, self.options, tuned, self.tuning, TUNING_EVALUATIONS)
+
+
+RaceOutcome = Outcome[RaceStudy, RaceRun, Record]
+
+
+def plan(
+    name: str, source: str, *, methods: tuple[str, ...], seeds: int, tuning: float, budget: float, threads: int
+) -> RaceStudy:
+    """Say which runs a race takes.
+
+    Args:
+        name: A key of `RACES`.
+        source: The images' data set.
+        methods: Among the race's.
+        seeds: How many runs the chosen configuration gets.
+        tuning: Seconds of a tuning run.
+        budget: Seconds of a run.
+        threads: Of each run.
+
+    Returns:
+        The plan.
+    """
+    race = RACES[name]
+    workload = WORKLOADS[race.workload]
+    data = samples(workload.kind, source)
+    options = RaceOptions(data.name, data.fingerprint, race.workload, workload.batch_size, threads)
+    return RaceStudy(name, race, methods, seeds, tuning, budget, options)
+
+
+def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:
+    """Train one model for its seconds, or until its loss is not finite.
+
+    Args:
+        source: The images' data set, which this process loads for itself.
+        run: The method, its options, the seed and the length.
+        report: Is told how far the run is.
+
+    Returns:
+        Loss and training time of every iteration, and what was found at each evaluation.
+    """
+    torch.set_num_threads(run.options.threads)
+    workload, peer = WORKLOADS[run.options.workload], PEERS[run.method]
+    data = samples(workload.kind, source)
+    return train(
+        workload,
+        data,
+        partial(workload.build, run.seed, peer.normalization),
+        lambda model: peer.make(model, **run.configuration),
+        torch.Generator().manual_seed(run.seed),
+        Length(evaluations=run.evaluations, seconds=run.seconds),
+        report,
+        scored=len(data.held_inputs),
+    )
+
+
+def reached(record: Record, target: float | None, window: int) -> int | None:
+    """Say when a run reached a loss.
+
+    Args:
+        record: The run.
+        target: The loss, if there is one.
+        window: How many mini-batches it is the mean of.
+
+    Returns:
+        The number of iterations it took, or None if it never did.
+    """
+    if target is None:
+        return None
+    (below,) = np.nonzero(running_mean(record.cost, window) <= target)
+    return int(below[0]) + window if len(below) else None
+
+
+def running_mean(values: NDArray[np.floating], window: int) -> NDArray[np.float64]:
+    """Average every `window` values that follow each other; of fewer values there is no mean."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
+    means: NDArray[np.float64] = (sums[window:] - sums[:-window]) / window
+    return means
+
+
+def available(methods: tuple[str, ...], workload: Workload) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Tell the methods that can be had from the others.
+
+    Args:
+        methods: Keys of `PEERS`.
+        workload: They are made for its model.
+
+    Returns:
+        Why the others cannot, by method, and the names of those that can.
+    """
+    notes = {}
+    for method in methods:
+        try:
+            PEERS[method].make(workload.build(0, PEERS[method].normalization))
+        except UnavailableError as error:
+            notes[method] = str(error)
+    return notes, tuple(method for method in methods if method not in notes)

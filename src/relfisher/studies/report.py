@@ -1,0 +1,143 @@
+"""What every study leaves behind: a table, files, a picture, and how it was made."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from relfisher.studies.figures import save
+from relfisher.studies.store import write_atomically
+
+__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "shown", "write"]
+
+ABSENT = "-"
+PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
+PEER_PACKAGES = ("pytorch-optimizer", "singd")
+
+Rows = Sequence[Sequence[str]]
+Lines = Sequence[Sequence[object]]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the results do not depend on, apart from their seconds, but a reader wants to know."""
+
+    command: str
+    jobs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study found, in all its forms.
+
+    Attributes:
+        table: in Markdown, with what its columns mean.
+        about: what was measured or how, for a JSON file called `about_name`.
+        threads: of each run.
+        figures: pictures by name.
+        terminal: the table as a person at the terminal sees it.
+        files: lines of further files by name, compressed where it ends in `.gz`.
+        remark: what the terminal shows below the table.
+    """
+
+    table: str
+    about: Mapping[str, object]
+    threads: Iterable[int]
+    figures: Mapping[str, Figure]
+    terminal: Table | None = None
+    files: Mapping[str, Lines] = field(default_factory=dict)
+    remark: str = ""
+    about_name: str = "config"
+
+
+def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]:
+    """Write a report.
+
+    Args:
+        report: What was found.
+        invocation: How.
+        directory: Where to.
+
+    Returns:
+        The paths of the table and of the pictures.
+    """
+    about = {"command": invocation.command, **report.about, **_surroundings(invocation, report.threads)}
+    files = {
+        "table.md": report.table.encode(),
+        f"{report.about_name}.json": (json.dumps(about, indent=1) + "\n").encode(),
+        **{name: encoded(name, lines) for name, lines in report.files.items()},
+    }
+    for name, content in files.items():
+        write_atomically(directory / name, content)
+    pictures = [save(figure, directory, name)[0] for name, figure in report.figures.items()]
+    return [directory / "table.md", *pictures]
+
+
+def markdown(header: Sequence[str], rows: Rows, texts: int = 1) -> str:
+    """Return a table as Markdown, its first columns of text aligned to the left."""
+    lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
+    """Return the same table as a person at the terminal sees it."""
+    table = Table(header[0], title=title, box=None, pad_edge=False)
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def encoded(name: str, lines: Lines) -> bytes:
+    """Return lines as comma-separated values, compressed for a name that ends in `.gz`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    content = text.getvalue().encode()
+    # A time stamp would make equal curves differ as files.
+    return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
+
+
+def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
+    """Return with which packages and on which machine results were made."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "jobs": invocation.jobs,
+            "threads_per_run": sorted(set(threads)),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "peers": {name: _version(name) for name in PEER_PACKAGES},
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name; Python alone knows only its architecture on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

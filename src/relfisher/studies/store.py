@@ -1,0 +1,96 @@
+"""Finished cells on disk: one file a cell, complete or absent, so that a study can always go on."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relfisher.studies.cells import Cell, Result
+
+__all__ = ["Store", "write_atomically"]
+
+STALE_SECONDS = 60.0
+R = TypeVar("R", bound=Result)
+
+
+@dataclass
+class Store(Generic[R]):
+    """A directory of results, which `decode` makes of the arrays in a file.
+
+    `damaged` lists the unreadable files met so far, which count as missing.
+    """
+
+    directory: Path
+    decode: Callable[[Mapping[str, NDArray[Any]]], R]
+    damaged: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Create the directory and remove what killed processes left half written."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.glob(".*.tmp"):
+            # A younger file may belong to a process that is writing it right now.
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+    def path(self, cell: Cell) -> Path:
+        """Return the file of a cell, whether it is there or not."""
+        return self.directory / f"{cell.key}.npz"
+
+    def load(self, cell: Cell) -> R | None:
+        """Read the result of a cell.
+
+        Args:
+            cell: The cell.
+
+        Returns:
+            Its result, or None if the file is not there, unreadable, or another cell's.
+        """
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            # Given a path of a damaged file, numpy would leave it open.
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                if str(file["run"]) == cell.identity():
+                    return self.decode(file)
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+            pass
+        self.damaged.append(path)
+        return None
+
+    def save(self, cell: Cell, result: R) -> None:
+        """Write the result of a cell; another process sees the whole file or none."""
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, run=np.array(cell.identity()), **result.arrays())
+        write_atomically(self.path(cell), content.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that no moment, not even a power cut, leaves half of it under its name.
+
+    Args:
+        path: The file, replaced if it exists.
+        content: All of its bytes.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            # Temporary files are private, results are not.
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
