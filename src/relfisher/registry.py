@@ -1,0 +1,36 @@
+"""Named kinds, of the library and of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeVar
+
+__all__ = ["add_named"]
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def add_named(what: str, kind: Kind, base: type, named: dict[str, Kind], reserved: Collection[str]) -> Kind:
+    """Add a kind under its name.
+
+    Args:
+        what: the kind, in words.
+        kind: a subclass of `base` with a `name`.
+        base: what it derives from.
+        named: the kinds so far, to which it is added.
+        reserved: names that stand for something else.
+
+    Returns:
+        The kind.
+
+    Raises:
+        TypeError: if it is no such subclass.
+        ValueError: if its name is taken.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, base) and isinstance(getattr(kind, "name", None), str)):
+        raise TypeError(f"a {what} must be a subclass of {base.__name__} with a name, got {kind!r}")
+    name: str = kind.name  # type: ignore[attr-defined]  # checked above
+    if named.get(name, kind) is not kind or name in reserved:
+        raise ValueError(f"the name of a {what} must be a new one, got {name!r}")
+    named[name] = kind
+    return kind
