@@ -72,6 +72,8 @@ class StepRule(ABC):
     default_averaging: ClassVar[float] = 0.0
     #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
+    #: True if `steps` returns None whenever a gradient or a direction is not finite; else the optimizer checks both.
+    checks_finite: ClassVar[bool] = False
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return what the rule keeps of a layer of the shape [*g, out, d], by its key; nothing by default.
@@ -83,7 +85,7 @@ class StepRule(ABC):
 
     @abstractmethod
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return a step for each move, or None if one is not finite."""
+        """Return a step for each move, or None to leave the step out."""
 
 
 def on_host(scalars: Sequence[Tensor]) -> list[float]:
