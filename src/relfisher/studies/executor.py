@@ -83,6 +83,13 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
     context = multiprocessing.get_context("spawn")
     reports: SimpleQueue[tuple[int, float, float]] = context.SimpleQueue()
     theirs, ours = context.Pipe(duplex=False)
+
+    def listen() -> None:
+        while not reports.empty():
+            number, fraction, cost = reports.get()
+            going.add(missing[number])
+            watcher.progressed(missing[number], fraction, cost)
+
     try:
         # Closing our end, which the end of this process also does, ends the workers whatever they are doing.
         with ProcessPoolExecutor(min(jobs, len(missing)), context, _begin, (reports, theirs)) as pool, ours:
@@ -91,16 +98,14 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
                 futures = {pool.submit(_carry_out, number, cell, work, store): cell for number, cell in tasks}
             while futures:
                 ready, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
-                while not reports.empty():
-                    number, fraction, cost = reports.get()
-                    going.add(missing[number])
-                    watcher.progressed(missing[number], fraction, cost)
+                listen()
                 for future in ready:
                     cell = futures.pop(future)
                     found[cell] = future.result()
                     going.discard(cell)
                     watcher.finished(cell, found[cell].ending)
     except BrokenProcessPool as error:
+        listen()
         where = " or ".join(sorted(map(str, going))) or "its start"
         raise WorkerError(f"a worker process was lost during {where}") from error
     return found
