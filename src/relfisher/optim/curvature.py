@@ -70,6 +70,12 @@ class Curvature:
             if count > 1:
                 message = f"{count} processes would each keep a metric of their own samples, and so step apart"
                 warnings.warn(message, HealthWarning, stacklevel=3)
+        empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if empty is not None:
+            raise ValueError(
+                f"model must have its parameters on a device, but {empty} is on the meta device: make the optimizer after "
+                "to_empty() and the initialization, which put other parameters into the model"
+            )
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
