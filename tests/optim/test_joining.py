@@ -137,5 +137,5 @@ def test_a_model_on_the_meta_device_is_refused(kind):
     """What `to_empty` puts in the place of its parameters would never move."""
     with torch.device("meta"):
         model = mlp()
-    with pytest.raises(ValueError, match="but 0.weight is on the meta device: make the optimizer after"):
+    with pytest.raises(ValueError, match=r"but 0\.weight is on the meta device: make the optimizer after"):
         kind(model)
