@@ -73,8 +73,8 @@ class Curvature:
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
             raise ValueError(
-                f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer after "
-                "to_empty() and the initialization, which put other parameters into the model"
+                f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer "
+                "after to_empty() and the initialization, which put other parameters into the model"
             )
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)

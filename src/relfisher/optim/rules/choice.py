@@ -17,18 +17,16 @@ _NAMED: dict[str, type[StepRule]] = {rule.name: rule for rule in (Normalized, Sp
 
 
 def register_rule(kind: type[StepRule]) -> type[StepRule]:
-    """Let a step rule of your own be chosen by its name everywhere; it may be used as a decorator.
-
-    `RNGD(step_rule=kind())` does the same for one optimizer alone.
+    """Let a step rule of your own be chosen by its name everywhere; `RNGD(step_rule=kind())` does so for one optimizer.
 
     Args:
-        kind: a subclass of `StepRule` with a `name`, which is made without arguments.
+        kind: a subclass of `StepRule` with a new `name`, made without arguments; it may be decorated by this function.
 
     Returns:
         The rule.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if it is no such subclass.
         ValueError: if its name is taken.
     """
     return add_named("step rule", kind, StepRule, _NAMED, (_AUTO,))
