@@ -199,7 +199,9 @@ class Layer(ABC):
 
     def join(self, columns: Sequence[Tensor]) -> Float[Tensor, "*g out d"]:
         """Return one tensor a part, each of its parameter's shape, as the layer's matrix."""
-        flat = [part.view(each).flatten(len(self.shape) - 1) for part, each in zip(self.parts, columns, strict=True)]
+        axes = len(self.shape)
+        views = [part.view(each) for part, each in zip(self.parts, columns, strict=True)]
+        flat = [view if view.ndim == axes else view.flatten(axes - 1) for view in views]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def split(self, matrix: Float[Tensor, "*g out d"]) -> list[Tensor]:

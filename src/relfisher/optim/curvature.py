@@ -209,7 +209,9 @@ class Curvature:
             iteration: counted from 0.
             inversion: of each layer.
         """
-        self._settle(self.observer.resolve())
+        roles = self.observer.resolve()
+        if roles:
+            self._settle(roles)
         pending = self.observer.take()
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure

@@ -79,7 +79,7 @@ class Record:
     @property
     def key(self) -> Tensor:
         """The parameter that the layer's state is kept with: one that is owned, since torch saves no others."""
-        return next(iter(self.owned), self.layer.weight)
+        return next(iter(self.owned), self.layer.weight) if self.not_owned else self.layer.weight
 
     @property
     def is_idle(self) -> bool:
@@ -106,16 +106,14 @@ class Record:
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, or None if no part has one; a part that is not owned counts as 0."""
         parameters = self.layer.parameters
-        gradients = [
-            None if part.attribute in self.not_owned else parameter.grad
-            for part, parameter in zip(self.layer.parts, parameters, strict=True)
-        ]
+        gradients = [parameter.grad for parameter in parameters]
+        if self.not_owned:
+            parts = zip(self.layer.parts, gradients, strict=True)
+            gradients = [None if part.attribute in self.not_owned else gradient for part, gradient in parts]
         if all(gradient is None for gradient in gradients):
             return None
-        return self.layer.join([
-            torch.zeros_like(parameter) if gradient is None else _dense(gradient)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ])
+        pairs = zip(parameters, gradients, strict=True)
+        return self.layer.join([torch.zeros_like(like) if each is None else _dense(each) for like, each in pairs])
 
     def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
         """Add `scale * step` to the parts that have a gradient and are owned, in place."""
