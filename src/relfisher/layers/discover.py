@@ -160,7 +160,7 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
 
     A module has a layer if all of its parameters are actual parameters of this module alone. A parameter that is tied
     to another module, or computed by a parametrization, depends on more than this module's samples. There is one
-    exception: a linear layer whose weight is also an embedding table. It has a metric over its own samples, and the
+    exception: a linear layer whose weight is also an embedding table. Its metric covers its own samples, and the
     embedding's share, the token frequencies, is ignored.
 
     Args:
@@ -226,8 +226,8 @@ def _is_the_layer(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
     """Return whether this linear layer may keep a shared parameter, since the other owners only look tokens up in it.
 
     What an embedding does with the rows that it looks up, such as scaling them, is not checked. A module that contains
-    the layer and registers its parameter again, as BERT's head does with the bias, is assumed not to use it; if it does,
-    the first forward pass shows it.
+    the layer and registers its parameter again, as BERT's head does with the bias, is assumed not to use it. If it
+    does, the first forward pass shows it.
     """
     return isinstance(module, nn.Linear) and all(
         owner is module or _looks_up(owner) or (module in owner.modules() and not layers_of("", owner))
