@@ -1,4 +1,4 @@
-"""What `relfisher bench step` leaves behind: a table a workload, every number, and how cost grows with width."""
+"""The output of `relfisher bench step`: a table per workload, all numbers, and the growth of cost with width."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ Growth = Mapping[int, Sequence[Timing]]
 
 
 def rows(timings: Sequence[Timing]) -> list[list[str]]:
-    """Return the lines of a workload's table.
+    """Return the rows of a workload's table.
 
     Args:
-        timings: One a method; without the base's the ratios stay empty.
+        timings: one timing per method; without the base method, the ratios stay empty.
 
     Returns:
-        The lines as text, as `HEADER` names them.
+        The rows as text, with the columns of `HEADER`.
     """
     base = next((timing for timing in timings if timing.method == BASE), None)
     return [_row(timing, base) for timing in timings]
 
 
 def growth_rows(growth: Growth) -> list[list[str]]:
-    """Return time and state of each method, and the ratio of their times, a line a size."""
+    """Return the time and state of each method and the ratio of their times, with one row per size."""
     return [
         [
             str(size),
@@ -87,11 +87,11 @@ def growth_rows(growth: Growth) -> list[list[str]]:
 
 
 def growth_figure(widths: Growth, batches: Growth) -> Figure:
-    """Draw time and state against width, and the ratio of times against the batch.
+    """Draw time and state against width, and the ratio of times against batch size.
 
     Args:
-        widths: The timings of each width.
-        batches: The timings of each batch size.
+        widths: the timings of each width.
+        batches: the timings of each batch size.
 
     Returns:
         The figure.
@@ -119,15 +119,15 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
 
 
 def report(found: Mapping[str, Sequence[Timing]], widths: Growth, batches: Growth) -> Report:
-    """Report what was measured.
+    """Report the measurements.
 
     Args:
-        found: The timings of each workload.
-        widths: Those of each width; empty if growth was not measured.
-        batches: Those of each batch size, likewise.
+        found: the timings of each workload.
+        widths: the timings of each width; empty if growth was not measured.
+        batches: the timings of each batch size; empty if growth was not measured.
 
     Returns:
-        Tables, numbers and, with growth, a figure.
+        The tables, the numbers and, if growth was measured, a figure.
     """
     tables: dict[str, tuple[Sequence[str], list[list[str]]]]
     tables = {f"{name}: {WORKLOADS[name].title}": (HEADER, rows(timings)) for name, timings in found.items()}
@@ -190,5 +190,5 @@ def _megabytes(count: int) -> str:
 
 
 def _numbers(timing: Timing) -> dict[str, object]:
-    """The timing with its single steps, which are many, in whole microseconds."""
+    """Return the timing as a dictionary, with its single steps, which are many, in whole microseconds."""
     return {**asdict(timing), "steps": [round(1e6 * seconds) for seconds in timing.steps]}
