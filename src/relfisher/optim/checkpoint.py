@@ -100,10 +100,10 @@ def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str,
     if give and have != give:
         missing, unknown = [name for name in have if name not in give], [name for name in give if name not in have]
         raise ValueError(
-            "state_dict is of other parameters than these: "
+            "state_dict does not match the parameters: "
             + (f"it lacks {', '.join(missing)}; " if missing else "")
-            + (f"it has {', '.join(unknown)} besides; " if unknown else "")
-            + ("" if missing or unknown else "the same ones in another order or in other groups; ")
+            + (f"it has {', '.join(unknown)} in addition; " if unknown else "")
+            + ("" if missing or unknown else "the order or the groups differ; ")
             + "load it into an optimizer of the same model"
         )
 
@@ -132,6 +132,6 @@ def _check_shapes(
             tensor = states.get(place, {}).get(key)
             if tensor is not None and tuple(tensor.shape) != kept.shape:
                 raise ValueError(
-                    f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
-                    f"{list(tensor.shape)}, but here it would have {list(kept.shape)}"
+                    f"state_dict does not match the parameters: the {key} of {name!r} has the shape "
+                    f"{list(tensor.shape)}, but this optimizer needs {list(kept.shape)}"
                 )

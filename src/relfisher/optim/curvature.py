@@ -68,7 +68,9 @@ class Curvature:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             count = torch.distributed.get_world_size()
             if count > 1:
-                message = f"{count} processes would each keep a metric of their own samples, and so step apart"
+                message = (
+                    f"{count} processes would each use a metric of their own samples, so that their weights diverge"
+                )
                 warnings.warn(message, HealthWarning, stacklevel=3)
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
@@ -267,7 +269,7 @@ class Curvature:
         for record in unseen:
             if record.layer.weight.grad is not None and not record.told_without_metric:
                 record.told_without_metric = True
-                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
+                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it for now"
                 warnings.warn(message, HealthWarning, stacklevel=6)
         idle = ", ".join(record.name for record in unseen if record.is_idle)
         if iteration == 0 and idle:

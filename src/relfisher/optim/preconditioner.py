@@ -129,8 +129,8 @@ class Preconditioner(Watching):
         mine, saved = {record.name for record in records}, set(state_dict["layers"])
         if mine != saved:
             raise ValueError(
-                f"state_dict is of other layers than these: it lacks {sorted(mine - saved)} and has "
-                f"{sorted(saved - mine)} besides"
+                f"state_dict is of other layers: it lacks {sorted(mine - saved)} and has "
+                f"{sorted(saved - mine)} in addition"
             )
         self._iteration = int(state_dict["iteration"])
         for record in records:

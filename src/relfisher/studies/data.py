@@ -187,7 +187,9 @@ def _from_idx(name: str, directory: Path) -> Dataset:
     except IdxError as error:
         raise DataError(str(error)) from error
     if len(images) != len(labels):
-        raise DataError(f"{directory} has {len(images)} images but {len(labels)} labels, allowed is one label an image")
+        raise DataError(
+            f"{directory} has {len(images)} images but {len(labels)} labels, allowed is one label per image"
+        )
     if len(images) < FEWEST_IMAGES:
         raise DataError(f"{images_file} has {len(images)} images, allowed are {FEWEST_IMAGES} or more")
     if images.shape[1:] != (28, 28):

@@ -44,7 +44,7 @@ STYLE: dict[RcKeyType, object] = {
 class Look:
     """The style of a method: hue for the network (color-blind safe), dashes for SGD, line width for emphasis."""
 
-    colour: str
+    color: str
     dashes: str = "-"
     width: float = BASELINE_WIDTH
 
@@ -108,7 +108,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
             top = left.get_ylim()[1]
             for one in lines:
                 height = min(one.smooth[-1], top)
-                right.plot(one.seconds[-1], height, "o", color=one.look.colour, markersize=5, clip_on=False)
+                right.plot(one.seconds[-1], height, "o", color=one.look.color, markersize=5, clip_on=False)
             if target is not None:
                 for axes in (left, right):
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
@@ -169,8 +169,8 @@ def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
     look = line.look
-    axes.plot(x, line.cost, color=look.colour, alpha=0.16, linewidth=0.6, rasterized=True)
-    axes.plot(x, line.smooth, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=line.method)
+    axes.plot(x, line.cost, color=look.color, alpha=0.16, linewidth=0.6, rasterized=True)
+    axes.plot(x, line.smooth, color=look.color, linestyle=look.dashes, linewidth=look.width, label=line.method)
 
 
 def _fit(axes: Axes, lines: list[Line]) -> None:
@@ -190,10 +190,10 @@ def _label_ends(axes: Axes, lines: list[Line]) -> None:
         place, look = places[line.method], line.look
         leader = ([1.0, 1.05], [ends[line.method], place])
         axes.plot(
-            *leader, transform=axes.transAxes, color=look.colour, linewidth=1, linestyle=look.dashes, clip_on=False
+            *leader, transform=axes.transAxes, color=look.color, linewidth=1, linestyle=look.dashes, clip_on=False
         )
         weight = "bold" if look.width > BASELINE_WIDTH else "normal"
-        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.colour, weight=weight)
+        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.color, weight=weight)
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:

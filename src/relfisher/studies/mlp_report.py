@@ -121,7 +121,7 @@ def table_markdown(table: Sequence[Row]) -> str:
         lines.append([row.method, _number(row.learning_rate, "g"), str(row.seeds), *ratios, *ends])
     return markdown(header, lines) + (
         "\nτ: mean ± standard deviation of the mini-batch training cost over the last τM of the M iterations."
-        " Final cost: that of all training images at the end. Validation: best accuracy after any epoch."
+        " Final cost: on all training images, after training. Validation: best accuracy after any epoch."
         " lr: the candidate with the lowest mean training cost over the last 10% of iterations.\n"
     )
 
@@ -227,5 +227,5 @@ def _caption(outcome: MlpOutcome) -> str:
     return (
         f"Thin: mini-batch cost averaged over {AVERAGED} iterations. Thick: over {SMOOTHED_FRACTION:.0%} of all. "
         f"{'One seed' if seeds == 1 else f'Mean of {seeds} seeds'}; each method at the best learning rate of its grid. "
-        f"Less than {FLOOR:g} is drawn as that."
+        f"Lower values are drawn at {FLOOR:g}."
     )

@@ -83,15 +83,15 @@ def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
     for method in outcome.study.methods:
         curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
         if curves.chosen is None:
-            axes.plot([], [], color=look.colour, linestyle=look.dashes, label=f"{method}: all configurations diverged")
+            axes.plot([], [], color=look.color, linestyle=look.dashes, label=f"{method}: all configurations diverged")
             continue
         epochs = np.arange(curves.best.shape[1])
         mean, low, high = (
             (values / LN10).numpy() for values in (curves.mean, curves.best.amin(0), curves.best.amax(0))
         )
-        axes.fill_between(epochs, low, high, color=look.colour, alpha=0.22, linewidth=0)
+        axes.fill_between(epochs, low, high, color=look.color, alpha=0.22, linewidth=0)
         axes.plot(
-            epochs, mean, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=_label(method, curves)
+            epochs, mean, color=look.color, linestyle=look.dashes, linewidth=look.width, label=_label(method, curves)
         )
         bottom, top = min(bottom, float(low.min())), max(top, float(high.max()))
     axes.margins(x=0)
@@ -113,7 +113,7 @@ def _inset(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
         curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
         if curves.chosen is not None:
             excess = (curves.mean.exp() - least).clamp(min=SMALLEST_EXCESS).numpy()
-            inset.semilogy(excess, color=look.colour, linestyle=look.dashes, linewidth=0.75 * look.width)
+            inset.semilogy(excess, color=look.color, linestyle=look.dashes, linewidth=0.75 * look.width)
     inset.set_title("cost above the lowest mean cost of the panel", loc="left", fontsize=8.5)
     inset.tick_params(labelsize=8)
     inset.margins(x=0)

@@ -112,9 +112,9 @@ def table_markdown(outcome: NeuronOutcome) -> str:
     ]
     notes = (
         f"\nCost: mean over the runs of the training cost (29) after {outcome.study.options.epochs} epochs, at the"
-        " configuration where it is lowest. Above lowest: how far that is above the lowest mean cost of any method,"
-        " configuration and epoch in the panel. Diverged: configurations of the ten in which a run had no finite step"
-        " any more; they are never chosen. s: seconds for all runs and configurations.\n\n"
+        " configuration where it is lowest. Above lowest: its excess over the lowest mean cost of any method,"
+        " configuration and epoch in the panel. Diverged: the number of the ten configurations in which a run had no"
+        " finite step; they are never chosen. s: seconds for all runs and configurations.\n\n"
     )
     return markdown(header, lines, texts=2) + notes + claims_markdown(outcome)
 

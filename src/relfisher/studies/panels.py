@@ -118,8 +118,8 @@ def _images(data: Dataset, classes: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return all images of two classes, validation images included, since section 5.1 considers only the training cost.
 
     Args:
-        data: The data set.
-        classes: The two classes.
+        data: the data set.
+        classes: the two classes.
 
     Returns:
         Pixels in float64, [n, 784], and +1 for the second class, -1 for the first, [n].

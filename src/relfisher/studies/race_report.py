@@ -154,12 +154,12 @@ def _notes(outcome: RaceOutcome) -> str:
     race = outcome.study
     metric = "accuracy" if WORKLOADS[race.race.workload].higher_is_better else "loss"
     return (
-        f"\nEvery method: {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, the one "
-        f"with the lowest mean loss over the last tenth of its iterations then for {race.budget:g} s with each of "
-        f"{race.seeds} seeds; mean ± standard deviation. {UNTUNED} has nothing to choose from. "
-        f"The clock stands still during evaluation. Loss: mean over the last {race.race.window} mini-batches. "
-        f"Validation: {metric}. Reached: runs that came to the target in time; "
-        "its seconds and steps are theirs. Diverged: runs, tuning included.\n"
+        f"\nEvery method runs {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, then "
+        "the one with the lowest mean loss over the last tenth of its iterations for "
+        f"{race.budget:g} s with each of {race.seeds} seeds; mean ± standard deviation. {UNTUNED} is not tuned. "
+        f"Evaluation does not count as time. Loss: mean over the last {race.race.window} mini-batches. "
+        f"Validation: {metric}. Reached: runs that reached the target in time; "
+        "seconds and steps are those of these runs. Diverged: number of runs, tuning included.\n"
     )
 
 

@@ -36,7 +36,7 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (16, 64, 256, 1024, 4096)
 BATCHES_WIDTH = 256
 GROWTH_METHODS = (BASE, "RNGD")
-COLOURS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
+COLORS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
 LINE: dict[str, Any] = {"linewidth": 2, "marker": "o"}
 HEADER = (
     "method",
@@ -52,10 +52,11 @@ HEADER = (
     "iterations",
 )
 NOTES = f"""
-An iteration is zero_grad, forward, backward and step. ms: its mean over a repeat, and of the repeats the median and the
-range; rare work, such as a metric's inverse, is in it. Methods take turns in short blocks, on the same initial weights
-and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer keeps. Peak: by how
-much a process that trains grows at its largest, data left out. x {BASE}: over torch's default {BASE}.
+An iteration is zero_grad, forward, backward and step. ms: mean time per iteration, as the median and range over the
+repeats; it includes infrequent work, such as inverting a metric. Methods take turns in short blocks, with the same
+initial weights and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer
+keeps. Peak: the peak memory growth of a training process, without the data. x {BASE}: relative to torch's default
+{BASE}.
 """
 
 Growth = Mapping[int, Sequence[Timing]]
@@ -101,7 +102,7 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
         time, state, ratio = figure.subplots(1, 3)
         for number, first in enumerate(next(iter(widths.values()))):
             timings = [timings[number] for timings in widths.values()]
-            style: dict[str, Any] = {"color": COLOURS[first.method], "label": first.method, **LINE}
+            style: dict[str, Any] = {"color": COLORS[first.method], "label": first.method, **LINE}
             time.plot(list(widths), [1e3 * timing.seconds for timing in timings], **style)
             state.plot(list(widths), [timing.state_bytes / 1e6 for timing in timings], **style)
         time.set(ylabel="an iteration (ms)", yscale="log")
@@ -109,8 +110,8 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
         for axes in (time, state):
             axes.legend(loc="upper left", frameon=False)
             _count(axes, "width, batch 256", list(widths))
-        ratio.plot(list(batches), [_ratio(timings) for timings in batches.values()], color=COLOURS["RNGD"], **LINE)
-        ratio.axhline(1.0, color=COLOURS[BASE], linewidth=1)
+        ratio.plot(list(batches), [_ratio(timings) for timings in batches.values()], color=COLORS["RNGD"], **LINE)
+        ratio.axhline(1.0, color=COLORS[BASE], linewidth=1)
         ratio.set(ylabel=f"an iteration of RNGD over {BASE}'s", ylim=(0, None))
         _count(ratio, f"batch, width {BATCHES_WIDTH}", list(batches))
         figure.suptitle("784-width-width-10 ReLU network", x=0.05, ha="left", fontsize=13, weight="bold")

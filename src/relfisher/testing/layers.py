@@ -35,7 +35,7 @@ def check_layer(kind: type[Layer], module: nn.Module, inputs: Any, rtol: float =
         raise AssertionError(f"{kind.__name__}.found_in must return layers of a {type(module).__name__}, got none")
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
-        raise AssertionError(f"the layers of a module must have names of their own, got {names}")
+        raise AssertionError(f"the layers of a module must have different names, got {names}")
     for layer in layers:
         _check_one(layer, module, arguments, rtol)
 
@@ -59,7 +59,7 @@ def _check_one(layer: Layer, module: nn.Module, arguments: tuple[Any, ...], rtol
             after = _rows(layer, module, arguments)
         finally:
             _add(layer, step, -1.0)
-        same(f"{layer.name}: what a step V adds to z, against V x~", after.z - before.z, before.x @ step.mT, rtol)
+        same(f"{layer.name}: the change of z for a step V against V x~", after.z - before.z, before.x @ step.mT, rtol)
 
 
 def _rows(layer: Layer, module: nn.Module, arguments: tuple[Any, ...]) -> Rows:
