@@ -18,7 +18,8 @@ def reproduce_neuron(
     out: Annotated[Path, typer.Option(help="Results go here; batches already finished there are kept.")],
     data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
     pair: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="Two classes; repeatable. 3,5 and 4,9 by default.")
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Two classes; repeatable. For digits, 3,5 and 4,9 by default."),
     ] = None,
     size: Annotated[
         list[str] | None,

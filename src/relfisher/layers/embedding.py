@@ -22,7 +22,7 @@ class EmbeddingLayer(Layer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return the weight as one layer; none if the forward pass renormalizes it (`max_norm`)."""
+        """Return the weight as one layer; none with `max_norm` or `scale_grad_by_freq`."""
         if module.max_norm is not None or module.scale_grad_by_freq:
             return []
         tokens, out = module.weight.shape

@@ -119,11 +119,11 @@ def check_responses(responses: object) -> None:
         is_module = isinstance(activation, type) and issubclass(activation, nn.Module)
         if not is_module and not (callable(activation) and _is_of_torch(activation)):
             raise TypeError(
-                f"an activation must be a module class or a function of torch, got {activation!r}: calls of other "
+                f"an activation must be a class of modules or a function of torch, got {activation!r}: calls of other "
                 "functions cannot be observed; wrap it in a module"
             )
         if isinstance(made, type) or not (isinstance(made, UnitResponse) or callable(made)):
-            raise TypeError(f"the response of {activation!r} must be a UnitResponse or a function to one, got {made!r}")
+            raise TypeError(f"the response of {activation!r} must be a UnitResponse, or make one of it; got {made!r}")
 
 
 def response_of(
