@@ -133,7 +133,7 @@ class Observer:
         return new
 
     def take(self) -> dict[Layer, Rows | Statistics]:
-        """Return the samples since the last call, or their statistics if these are smaller, and start again."""
+        """Return the samples since the last call, as rows or as statistics, and start again."""
         taken = {
             layer: content
             for layer, sampler in self._active.items()

@@ -14,7 +14,7 @@ from relfisher.responses import UnitResponse
 
 __all__ = ["Role", "is_softmax_gradient", "needs_gradient", "roles_of"]
 
-# The relative rounding error of the sum of a row of gradients, in half and in higher precision, per largest row.
+# Tolerances for rounding in the sum of a row of gradients, relative to the largest row: in half and other precision.
 _HALF, _FULL = 0.05, 1e-3
 
 

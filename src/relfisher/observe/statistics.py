@@ -1,7 +1,7 @@
 """Collection of a layer's statistics in one of two forms: all rows as a stream, or an even sample of limited size.
 
-The samples of a call count after its gradients have flowed back; until then they are held. The result for one step is
-either rows or statistics, whichever is smaller.
+The samples of a call count after its gradients have flowed back; until then they are held. A sample of limited size is
+returned as rows. A stream is returned as statistics, unless it is a single call whose rows take less memory.
 """
 
 from __future__ import annotations

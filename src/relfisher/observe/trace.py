@@ -177,7 +177,7 @@ class Trace(TorchFunctionMode):
         self._shown[id(z)] = (layer, z)
         self._consumers.setdefault(layer, [])
 
-    @_disable_dynamo  # a compiled model runs one pass uncompiled
+    @_disable_dynamo  # dynamo must not compile the tracing
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

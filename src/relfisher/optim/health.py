@@ -1,4 +1,4 @@
-"""Count and report failures that were kept away from the weights."""
+"""Counts and warnings of failures; the weights are protected from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Health", "HealthWarning", "all_finite"]
 
 
 class HealthWarning(UserWarning):
-    """A non-finite, singular or unreachable value was kept away from the weights."""
+    """Warns of a non-finite value, a singular metric, an unreached layer or metrics that differ between processes."""
 
 
 @dataclass
