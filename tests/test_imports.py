@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "relfisher"
 
 # A module imports from its own level or from levels above it in this list.
 LEVELS = (
-    {"shapes", "validation", "memory", "evaluation"},
+    {"shapes", "validation", "memory", "evaluation", "registry"},
     {"information", "moments"},
     {"responses"},
     {"metric"},

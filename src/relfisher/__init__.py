@@ -78,34 +78,17 @@ __all__ = [
 ]
 
 _NAMES = {
-    "autodiff": ("as_function", "fisher", "observed_fisher", "relative_fisher"),
-    "diagnostics": ("balance", "compare", "unbalance"),
-    "logistic": ("LogisticRegression",),
-    "metric": (
-        "BatchedMetric",
-        "Metric",
-        "TransformedMetric",
-        "layer_metric",
-        "neuron_metric",
-        "softmax_metric",
-        "two_layer_metric",
-    ),
-    "layers": ("Layer", "register_layer"),
-    "observe": ("module_metric", "register_activation"),
-    "optim": (
-        "RNGD",
-        "AdamWOptions",
-        "MetricOptions",
-        "Preconditioner",
-        "coverage",
-        "plan",
-        "register_rule",
-        "register_structure",
-    ),
-    "optim.rules": ("StepRule", "TrustRegion"),
-    "structures": ("Inversion", "Structure"),
+    "autodiff": "as_function fisher observed_fisher relative_fisher",
+    "diagnostics": "balance compare unbalance",
+    "layers": "Layer register_layer",
+    "logistic": "LogisticRegression",
+    "metric": "BatchedMetric Metric TransformedMetric layer_metric neuron_metric softmax_metric two_layer_metric",
+    "observe": "module_metric register_activation",
+    "optim": "RNGD AdamWOptions MetricOptions Preconditioner coverage plan register_rule register_structure",
+    "optim.rules": "StepRule TrustRegion",
+    "structures": "Inversion Structure",
 }
-_HOME = {name: home for home, names in _NAMES.items() for name in names}
+_HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

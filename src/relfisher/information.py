@@ -45,8 +45,22 @@ class Information(ABC):
         """Return the sum of F_n over the samples."""
 
 
+class _Diagonal(Information):
+    """F_n is a diagonal matrix for every sample."""
+
+    is_diagonal = True
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return a diagonal matrix for each sample."""
+        return torch.diag_embed(self.diagonal())
+
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return the diagonal matrix of the sums over the samples."""
+        return torch.diag(self.diagonal().sum(0))
+
+
 @dataclass(frozen=True)
-class Isotropic(Information):
+class Isotropic(_Diagonal):
     """F_n = value * I for all samples: a linear Gaussian layer, equation (22).
 
     Args:
@@ -56,7 +70,6 @@ class Isotropic(Information):
 
     value: float
     like: Float[Tensor, "n out"]
-    is_diagonal = True
 
     @property
     def out(self) -> int:
@@ -71,21 +84,12 @@ class Isotropic(Information):
         """Return the scalar everywhere."""
         return torch.full_like(self.like, self.value)
 
-    def dense(self) -> Float[Tensor, "n out out"]:
-        """Return a scaled identity for each sample."""
-        return torch.diag_embed(self.diagonal())
-
-    def total(self) -> Float[Tensor, "out out"]:
-        """Return a scaled identity."""
-        return torch.diag(self.diagonal().sum(0))
-
 
 @dataclass(frozen=True)
-class Diagonal(Information):
+class Diagonal(_Diagonal):
     """F_n = diag(nu_n): units with independent responses, equation (23)."""
 
     nu: Float[Tensor, "n out"]
-    is_diagonal = True
 
     @property
     def out(self) -> int:
@@ -99,14 +103,6 @@ class Diagonal(Information):
     def diagonal(self) -> Float[Tensor, "n out"]:
         """Return nu."""
         return self.nu
-
-    def dense(self) -> Float[Tensor, "n out out"]:
-        """Return diag(nu_n) for each sample."""
-        return torch.diag_embed(self.nu)
-
-    def total(self) -> Float[Tensor, "out out"]:
-        """Return diag(sum_n nu_n)."""
-        return torch.diag(self.nu.sum(0))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from relfisher import RNGD, MetricOptions
 from relfisher.layers import discover
 from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor
 from relfisher.responses import LinearGaussian
-from relfisher.structures import Diagonal, Inversion, NeuronBlocks, SharedBlock
+from relfisher.structures import Diagonal, Inversion, NeuronBlocks, Samples, SharedBlock
 
 sizes = st.tuples(st.integers(4, 12), st.integers(2, 6), st.integers(2, 5))
 STRUCTURES = {"shared": SharedBlock(), "neuron": NeuronBlocks(), "diagonal": Diagonal()}
@@ -26,7 +26,7 @@ def move(size, structure=None, lr=0.1, scale=1.0, root=True):
     model = mlp(sizes=(d, out), bias=False)
     (layer,) = discover(model).layers
     state = structure.create((out, d), torch.float64, torch.device("cpu"), identity=False, root=root)
-    batch = structure.batch_statistics(inputs(0, n, d), inputs(1, n, out), LinearGaussian())
+    batch = structure.batch_statistics(Samples(inputs(0, n, d), inputs(1, n, out), LinearGaussian()))
     structure.ema_update(state, batch, 0.9)
     state["log_norm_stats"] = torch.zeros(3)
     structure.refresh(state, Inversion(0.1))

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from builders import affine, batch, every_kind, inputs, mlp, moved, normed_mlp, predict, squared_length, train, weights
+from builders import (
+    affine,
+    batch,
+    every_kind,
+    inputs,
+    mlp,
+    moved,
+    normed_mlp,
+    predict,
+    squared_length,
+    step,
+    train,
+    weights,
+)
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.swa_utils import SWALR
@@ -115,3 +128,21 @@ def test_a_schedule_shortens_the_steps_that_the_bound_shortens(structure):
         move = affine(weights(model), 0) - affine(before, 0)
         lengths.append(squared_length(optimizer.state[model[0].weight], move))
     assert lengths == pytest.approx([bound, bound / 4, bound, bound / 16], rel=1e-4)
+
+
+def test_a_learning_rate_of_zero_before_the_first_step_moves_nothing():
+    """As in a warm-up that begins at 0; later steps are those of a run that begins there."""
+    model, twin = normed_mlp(), normed_mlp()
+    optimizer, other = RNGD(model), RNGD(twin)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step(model, optimizer, inputs())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.03
+    step(model, optimizer, inputs(1))
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    step(twin, other, inputs(1))
+    assert other.health == optimizer.health

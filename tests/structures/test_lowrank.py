@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from relfisher.responses import LinearGaussian
-from relfisher.structures import Inversion, KroneckerFactors, NeuronBlocks, SharedBlock
+from relfisher.structures import Inversion, KroneckerFactors, NeuronBlocks, Samples, SharedBlock
 
 forms = pytest.mark.parametrize("form", ["inverse", "root"])
 
@@ -104,7 +104,7 @@ def test_an_untouched_state_and_an_empty_metric_are_the_identity(form):
 def test_fewer_samples_than_the_rank_are_enough():
     structure = SharedBlock(3)
     x = torch.ones(1, 24, dtype=torch.float64)
-    batch = structure.batch_statistics(x, torch.zeros(1, 2, dtype=torch.float64), LinearGaussian())
+    batch = structure.batch_statistics(Samples(x, torch.zeros(1, 2, dtype=torch.float64), LinearGaussian()))
     state = state_of(structure, batch.totals["metric"], 2, "inverse")
     assert structure.refresh(state, Inversion(0.1))
     expected = torch.linalg.inv(x.mT @ x + 0.1 * torch.eye(24, dtype=torch.float64))

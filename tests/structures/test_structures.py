@@ -10,7 +10,7 @@ from torch import nn
 
 from relfisher.layers import LinearLayer
 from relfisher.responses import Categorical, LinearGaussian, TanhBernoulli
-from relfisher.structures import Diagonal, Inversion, KroneckerFactors, NeuronBlocks, SharedBlock
+from relfisher.structures import Diagonal, Inversion, KroneckerFactors, NeuronBlocks, Samples, SharedBlock
 
 NEXT = nn.Linear(4, 3).double()
 STRUCTURES = {
@@ -80,7 +80,7 @@ def test_precondition_is_the_damped_inverse_of_the_average(kind, form, size, gro
     state = state_of(structure, shape, form=form)
     batches = [samples(shape, n, seed) for seed in range(3)]
     for x, z in batches:
-        batch = structure.batch_statistics(x, z, response)
+        batch = structure.batch_statistics(Samples(x, z, response))
         assert batch.samples == n
         assert {name: tuple(total.shape) for name, total in batch.totals.items()} == structure.shapes(shape)
         assert structure.ema_update(state, batch, 0.7)
@@ -138,7 +138,7 @@ def test_whitening_twice_is_the_inverse(kind, size):
     shape = shape_of(kind, out, d)
     state, other = state_of(structure, shape, form="root"), state_of(structure, shape)
     for each in (state, other):
-        structure.ema_update(each, structure.batch_statistics(*samples(shape, n), response), 0.9)
+        structure.ema_update(each, structure.batch_statistics(Samples(*samples(shape, n), response)), 0.9)
         structure.refresh(each, Inversion(0.1))
     u, v = (samples(shape, shape[0], seed)[0] for seed in (1, 2))
     torch.testing.assert_close(structure.precondition(state, u), structure.precondition(other, u))
@@ -156,13 +156,13 @@ def test_frozen_columns_are_no_part_of_the_metric(kind, size, frozen):
     stays = torch.arange(d) == frozen
     x, z = samples(shape, n)
     state = state_of(structure, shape)
-    structure.ema_update(state, structure.batch_statistics(x, z, response), 0.9)
+    structure.ema_update(state, structure.batch_statistics(Samples(x, z, response)), 0.9)
     assert structure.refresh(state, Inversion(0.1), stays if bool(stays.any()) else None)
     gradient = samples(shape, shape[0], seed=3)[0].masked_fill(stays, 0.0)
     found = structure.precondition(state, gradient)[:, ~stays]
     if bool((~stays).any()):
         small = state_of(structure, (shape[0], int((~stays).sum())))
-        structure.ema_update(small, structure.batch_statistics(x[:, ~stays], z, response), 0.9)
+        structure.ema_update(small, structure.batch_statistics(Samples(x[:, ~stays], z, response)), 0.9)
         structure.refresh(small, Inversion(0.1))
         torch.testing.assert_close(found, structure.precondition(small, gradient[:, ~stays]))
 
@@ -176,8 +176,8 @@ def test_adding_samples_is_adding_their_statistics(kind, size, groups):
     state, other = state_of(structure, shape), state_of(structure, shape)
     for seed in range(2):
         x, z = samples(shape, n, seed)
-        assert structure.ema_update(state, structure.batch_statistics(x, z, response), 0.7)
-        assert structure.ema_update_from(other, x, z, response, 0.7)
+        assert structure.ema_update(state, structure.batch_statistics(Samples(x, z, response)), 0.7)
+        assert structure.ema_update_from(other, Samples(x, z, response), 0.7)
     assert state.keys() == other.keys()
     for name, value in state.items():
         torch.testing.assert_close(other[name], value)
@@ -190,10 +190,10 @@ def test_samples_without_a_finite_sum_are_not_added(kind, ruined):
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape)
     x, z = samples(shape, 5)
-    assert structure.ema_update_from(state, x, z, response, 0.9)
+    assert structure.ema_update_from(state, Samples(x, z, response), 0.9)
     kept = {name: value.clone() for name, value in state.items()}
     x[0, 0] = ruined
-    assert not structure.ema_update_from(state, x, z, response, 0.9)
+    assert not structure.ema_update_from(state, Samples(x, z, response), 0.9)
     assert all(torch.equal(state[name], value) for name, value in kept.items())
 
 
@@ -202,7 +202,7 @@ def test_an_average_from_the_identity_keeps_its_full_weight(kind):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape, identity=True)
-    batch = structure.batch_statistics(*samples(shape, 5), response)
+    batch = structure.batch_statistics(Samples(*samples(shape, 5), response))
     start = {name: state[name].clone() for name in batch.totals}
     structure.ema_update(state, batch, 0.9)
     for name, total in batch.totals.items():
@@ -215,7 +215,7 @@ def test_what_is_not_finite_is_left_out_of_the_average(kind):
     structure, response = STRUCTURES[kind]
     shape = shape_of(kind, 2, 3)
     state = state_of(structure, shape)
-    batch = structure.batch_statistics(*samples(shape, 5), response)
+    batch = structure.batch_statistics(Samples(*samples(shape, 5), response))
     assert structure.ema_update(state, batch, 0.9)
     kept = state["metric"].clone()
     batch.totals["metric"].view(-1)[0] = math.nan
@@ -233,7 +233,7 @@ def test_a_failed_refresh_keeps_the_last_good_inverse(kind, form, ruin):
     start = state[form].clone()
     assert structure.refresh(state, Inversion(0.1)), "nothing was gathered yet, and nothing is wrong"
     assert torch.equal(state[form], start)
-    structure.ema_update(state, structure.batch_statistics(*samples(shape, 5), response), 0.9)
+    structure.ema_update(state, structure.batch_statistics(Samples(*samples(shape, 5), response)), 0.9)
     assert structure.refresh(state, Inversion(0.1))
     good = {name: value.clone() for name, value in state.items() if name.endswith(form)}
     ruin(state["metric"])

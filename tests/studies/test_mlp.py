@@ -81,13 +81,13 @@ def test_every_method_has_as_many_learning_rates():
         "PLAIN+RNGD-DEFAULT",
     ]
     for method in METHODS.values():
-        assert len(method.grid) == 4
-        assert list(method.grid) == sorted(set(method.grid))
+        assert len(method.grid["lr"]) == 4
+        assert list(method.grid["lr"]) == sorted(set(method.grid["lr"]))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_records_every_iteration_and_epoch(method):
-    record = train(run(method, METHODS[method].grid[0]), silent)
+    record = train(run(method, METHODS[method].grid["lr"][0]), silent)
     assert len(record.cost) == len(record.seconds) == 2 * 4
     assert len(record.validation) == 2
     assert np.isfinite(record.cost).all()
@@ -140,8 +140,8 @@ def test_warnings_are_kept_with_the_run(monkeypatch):
             warnings.warn("the metric is singular", stacklevel=1)
             return super().step(closure)
 
-    def loud(model, learning_rate):
-        return Loud(model.parameters(), lr=learning_rate)
+    def loud(model, lr):
+        return Loud(model.parameters(), lr=lr)
 
-    monkeypatch.setitem(METHODS, "PLAIN+SGD", mlp.Method("none", loud, (0.1,)))
+    monkeypatch.setitem(METHODS, "PLAIN+SGD", mlp.Peer(loud, {"lr": (0.1,)}))
     assert train(run("PLAIN+SGD", 0.1), silent).warnings == ("the metric is singular",)

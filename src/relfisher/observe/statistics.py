@@ -16,7 +16,7 @@ from torch import Tensor
 from relfisher.layers import Layer, Rows, Sampling
 from relfisher.layers.samples import Held, Reservoir
 from relfisher.responses import UnitResponse
-from relfisher.structures import State, Statistics, Structure
+from relfisher.structures import Samples, State, Statistics, Structure
 
 __all__ = ["Batch", "Reading", "Reserved", "Sampler", "Streamed"]
 
@@ -30,17 +30,17 @@ class Reading(NamedTuple):
     def statistics(self, layer: Layer, rows: Rows) -> Statistics:
         """Return the statistics of samples of a layer."""
         with torch.no_grad(), torch.autocast(rows.x.device.type, enabled=False):
-            return self.structure.batch_statistics(*self._read(layer, rows), self.response)
+            return self.structure.batch_statistics(self._read(layer, rows))
 
     def average_in(self, layer: Layer, batch: Rows | Statistics, state: State, decay: float) -> bool:
         """Add samples or their statistics to a moving average; return whether they are finite."""
         if isinstance(batch, Statistics):
             return self.structure.ema_update(state, batch, decay)
         with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
-            return self.structure.ema_update_from(state, *self._read(layer, batch), self.response, decay)
+            return self.structure.ema_update_from(state, self._read(layer, batch), decay)
 
-    def _read(self, layer: Layer, rows: Rows) -> Rows:
-        return layer.cast(rows if self.structure.reads_sparse else layer.spelled_out(rows))
+    def _read(self, layer: Layer, rows: Rows) -> Samples:
+        return Samples(*layer.cast(rows if self.structure.reads_sparse else layer.spelled_out(rows)), self.response)
 
 
 class Batch:

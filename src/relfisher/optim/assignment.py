@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from relfisher.layers import Layer
 from relfisher.observe import Role
 from relfisher.optim.matching import check_keys, entry
+from relfisher.registry import add_named
 from relfisher.responses import Categorical, SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, Structure
 
@@ -56,12 +57,7 @@ def register_structure(kind: type[Structure]) -> type[Structure]:
         TypeError: if `kind` is not such a subclass.
         ValueError: if its name is taken.
     """
-    if not (isinstance(kind, type) and issubclass(kind, Structure) and isinstance(getattr(kind, "name", None), str)):
-        raise TypeError(f"a structure must be a subclass of Structure with a name, got {kind!r}")
-    if _NAMED.get(kind.name, kind) is not kind or kind.name in _OTHERS:
-        raise ValueError(f"the structure's name must be a new one, got {kind.name!r}")
-    _NAMED[kind.name] = kind
-    return kind
+    return add_named("structure", kind, Structure, _NAMED, _OTHERS)
 
 
 def check_rules(rules: object, layers: Sequence[Layer] | None = None) -> None:

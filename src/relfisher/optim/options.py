@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from relfisher.layers import Layer, check_kinds
@@ -61,7 +61,7 @@ class MetricOptions:
     warmup_refreshes: tuple[int, ...] = WARMUP
     bias_correction: bool = True
     stagger: bool = True
-    layers: tuple[type[Layer], ...] = ()
+    layers: Sequence[type[Layer]] = ()
 
     def __post_init__(self) -> None:
         check_rules(self.structure)

@@ -258,7 +258,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not all_finite(unchecked_gradients(self._curvature, self.param_groups)):
+        if not all_finite(unchecked_gradients(self._curvature, self.param_groups, self._rule)):
             self._curvature.observer.drop()
             self.health.skipped(self._iteration, "a gradient is not finite")
             return loss

@@ -13,6 +13,7 @@ from relfisher.optim.averaging import Averaging, growing
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import METRIC
+from relfisher.optim.health import all_finite
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, StepRule
@@ -64,7 +65,7 @@ def moving_layers(
 def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> bool:
     """Move the layers; if a step is not finite, return False and leave everything unchanged."""
     steps = rule.steps([each.move for each in moving])
-    if steps is None:
+    if steps is None or not (rule.checks_finite or all_finite([step.direction for step in steps])):
         return False
     for group in groups:
         if group["weight_decay"] and group["kind"] == METRIC:
@@ -86,12 +87,12 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
     return True
 
 
-def unchecked_gradients(curvature: Curvature, groups: Iterable[Group]) -> list[Tensor]:
+def unchecked_gradients(curvature: Curvature, groups: Iterable[Group], rule: StepRule) -> list[Tensor]:
     """Return the gradients that must be checked for finite values.
 
-    If no statistics are pending, the step rule's own check covers the layers' gradients at no extra cost.
+    If no statistics are pending and the step rule checks its results, the layers' gradients need no other check.
     """
-    records = () if curvature.observer.waiting else curvature.records.values()
+    records = curvature.records.values() if rule.checks_finite and not curvature.observer.waiting else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)
     return [p.grad for p in given if p.grad is not None]

@@ -6,7 +6,7 @@ from relfisher.structures.inverse import Factor, Inversion
 from relfisher.structures.kronecker import KroneckerFactors
 from relfisher.structures.neuron import NeuronBlocks
 from relfisher.structures.shared import SharedBlock
-from relfisher.structures.state import Cost, Kept, State, Statistics
+from relfisher.structures.state import Cost, Kept, Samples, State, Statistics
 
 __all__ = [
     "Cost",
@@ -16,6 +16,7 @@ __all__ = [
     "Kept",
     "KroneckerFactors",
     "NeuronBlocks",
+    "Samples",
     "SharedBlock",
     "State",
     "Statistics",

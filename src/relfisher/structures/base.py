@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from relfisher.metric import Metric
-from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.inverse import Factor, Inversion, LowRank, is_low_rank
 from relfisher.structures.operator import AppliedMetric
-from relfisher.structures.state import Cost, Kept, State, Statistics
+from relfisher.structures.state import Cost, Kept, Samples, State, Statistics
 
 __all__ = ["Structure"]
 
@@ -51,23 +50,12 @@ class Structure(ABC):
         """Return the leading terms of the cost for parameters of the shape [*g, out, d]."""
 
     @abstractmethod
-    def accumulate(
-        self,
-        totals: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        *,
-        keep: float,
-        share: float,
-    ) -> bool:
+    def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Replace totals with keep * totals + share * (the metric summed over samples), in place, if the sum is finite.
 
         Args:
             totals: the tensors named in `tensors`; their values do not matter if keep is 0.
-            x: the augmented inputs.
-            z: the pre-activations.
-            response: the response of the units.
+            samples: the samples of a batch.
             keep: the factor of the present totals.
             share: the factor of the sum.
 
@@ -130,19 +118,12 @@ class Structure(ABC):
                 state[name].copy_(self.identity(size, dtype, device))
         return state
 
-    def batch_statistics(
-        self, x: Float[Tensor, "*g n d"], z: Float[Tensor, "*g n out"], response: UnitResponse
-    ) -> Statistics:
-        """Return the metric of one batch, summed over its samples; NaN if it is not finite.
-
-        Args:
-            x: the augmented inputs.
-            z: the pre-activations.
-            response: the response of the units.
-        """
+    def batch_statistics(self, samples: Samples) -> Statistics:
+        """Return the metric of a batch, summed over its samples; NaN if it is not finite."""
+        x, z = samples.x, samples.z
         shape = (*x.shape[:-2], z.shape[-1], x.shape[-1])
         totals = {name: z.new_zeros(size) for name, size in self.shapes(shape).items()}
-        if not self.accumulate(totals, x, z, response, keep=0.0, share=1.0):
+        if not self.accumulate(totals, samples, keep=0.0, share=1.0):
             for total in totals.values():
                 total.fill_(math.nan)
         return Statistics(totals, x.shape[-2])
@@ -166,27 +147,18 @@ class Structure(ABC):
         self._age(state, decay)
         return True
 
-    def ema_update_from(
-        self,
-        state: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        decay: float,
-    ) -> bool:
+    def ema_update_from(self, state: State, samples: Samples, decay: float) -> bool:
         """Add a batch to the moving average: `ema_update` with its `batch_statistics`, in one pass over the metric.
 
         Args:
             state: the state of the layer.
-            x: the augmented inputs.
-            z: the pre-activations.
-            response: the response of the units.
+            samples: the samples of the batch.
             decay: the share of the previous average that is kept.
 
         Returns:
             Whether it was added.
         """
-        if not self.accumulate(state, x, z, response, keep=decay, share=(1 - decay) / x.shape[-2]):
+        if not self.accumulate(state, samples, keep=decay, share=(1 - decay) / samples.x.shape[-2]):
             return False
         self._age(state, decay)
         return True

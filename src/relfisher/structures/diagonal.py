@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from relfisher.metric import DiagonalMetric, Metric
-from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, Inversion
-from relfisher.structures.state import Cost, State
+from relfisher.structures.state import Cost, Samples, State
 
 __all__ = ["Diagonal"]
 
@@ -33,17 +32,9 @@ class Diagonal(Structure):
         inputs = math.prod(self.shapes(shape)["metric"])
         return Cost(math.prod(shape), 2 * inputs, 2 * inputs)
 
-    def accumulate(
-        self,
-        totals: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        *,
-        keep: float,
-        share: float,
-    ) -> bool:
+    def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Add the squares of the inputs, regardless of the response; x~ may be sparse."""
+        x, z = samples.x, samples.z
         if x.is_sparse:
             x = x.coalesce()
             total = z.new_zeros(x.shape[-1]).index_add_(0, x.indices()[1], x.values().square())

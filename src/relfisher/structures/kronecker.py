@@ -21,7 +21,7 @@ from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times, transposed_times
 from relfisher.structures.operator import kronecker_operator
-from relfisher.structures.state import Cost, State
+from relfisher.structures.state import Cost, Samples, State
 
 __all__ = ["KroneckerFactors"]
 
@@ -65,21 +65,12 @@ class KroneckerFactors(Structure):
         refresh = self.inversion_cost(d) + self.inversion_cost(out)
         return Cost(count * step, count * refresh, 2 * count * (d**2 + out**2))
 
-    def accumulate(
-        self,
-        totals: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        *,
-        keep: float,
-        share: float,
-    ) -> bool:
+    def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Add the sums over the inputs and over the information of the outputs."""
-        outputs = self._outputs(z, response)
+        outputs = self._outputs(samples.z, samples.response)
         if not math.isfinite(float(self.diagonals(outputs).sum())):
             return False
-        if not add_second_moments(totals["metric"], x, keep=keep, share=share):
+        if not add_second_moments(totals["metric"], samples.x, keep=keep, share=share):
             return False
         totals["output"].mul_(keep).add_(outputs, alpha=share)
         return True

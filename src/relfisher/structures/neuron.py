@@ -9,12 +9,11 @@ from torch import Tensor
 
 from relfisher.metric import Metric
 from relfisher.moments import add_weighted_second_moments
-from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, times
 from relfisher.structures.operator import block_operator
-from relfisher.structures.state import Cost, State
+from relfisher.structures.state import Cost, Samples, State
 
 __all__ = ["NeuronBlocks"]
 
@@ -33,18 +32,9 @@ class NeuronBlocks(Structure):
         units, d = math.prod(shape[:-1]), shape[-1]
         return Cost(2 * units * d**2, units * d**3, 2 * units * d**2)
 
-    def accumulate(
-        self,
-        totals: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        *,
-        keep: float,
-        share: float,
-    ) -> bool:
+    def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Weight each sample's outer product by nu_i(z_n), for each unit i."""
-        nu = response.information(z)
+        x, nu = samples.x, samples.response.information(samples.z)
         # A unit's diagonal bounds all entries of its block.
         if not math.isfinite(float((nu.mT @ x.square()).sum())):
             return False

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from relfisher.metric import Metric
 from relfisher.moments import add_second_moments
-from relfisher.responses import UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times
 from relfisher.structures.operator import block_operator
-from relfisher.structures.state import Cost, State
+from relfisher.structures.state import Cost, Samples, State
 
 __all__ = ["SharedBlock"]
 
@@ -48,18 +47,9 @@ class SharedBlock(Structure):
         count = math.prod(groups)
         return Cost(count * out * self.product_cost(d), count * self.inversion_cost(d), 2 * count * d**2)
 
-    def accumulate(
-        self,
-        totals: State,
-        x: Float[Tensor, "*g n d"],
-        z: Float[Tensor, "*g n out"],
-        response: UnitResponse,
-        *,
-        keep: float,
-        share: float,
-    ) -> bool:
+    def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Add the products of the inputs, regardless of the response."""
-        return add_second_moments(totals["metric"], x, keep=keep, share=share)
+        return add_second_moments(totals["metric"], samples.x, keep=keep, share=share)
 
     def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
         """Return the block, repeated for each unit."""

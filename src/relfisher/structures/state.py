@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "Kept", "State", "Statistics"]
+from relfisher.responses import UnitResponse
+
+__all__ = ["Cost", "Kept", "Samples", "State", "Statistics"]
 
 State = dict[str, Tensor]
 
@@ -28,6 +30,20 @@ class Kept(NamedTuple):
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the initial tensor, filled with zeros."""
         return torch.zeros(self.shape, dtype=self.dtype or dtype, device="cpu" if self.on_host else device)
+
+
+class Samples(NamedTuple):
+    """The samples of a layer in one batch.
+
+    Args:
+        x: the augmented inputs, [*g, n, d].
+        z: the pre-activations, [*g, n, out].
+        response: the response of the units.
+    """
+
+    x: Tensor
+    z: Tensor
+    response: UnitResponse
 
 
 class Cost(NamedTuple):

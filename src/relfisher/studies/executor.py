@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -83,43 +84,56 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
     context = multiprocessing.get_context("spawn")
     reports: SimpleQueue[tuple[int, float, float]] = context.SimpleQueue()
     theirs, ours = context.Pipe(duplex=False)
+
+    def listen() -> None:
+        while not reports.empty():
+            number, fraction, cost = reports.get()
+            going.add(missing[number])
+            watcher.progressed(missing[number], fraction, cost)
+
     try:
         # Closing this end, which also happens when this process ends, terminates the workers at any point.
         with ProcessPoolExecutor(min(jobs, len(missing)), context, _begin, (reports, theirs)) as pool, ours:
-            with _children_ignore_interrupts():
+            with _interrupts_held():
                 tasks = enumerate(missing)
                 futures = {pool.submit(_carry_out, number, cell, work, store): cell for number, cell in tasks}
             while futures:
                 ready, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
-                while not reports.empty():
-                    number, fraction, cost = reports.get()
-                    going.add(missing[number])
-                    watcher.progressed(missing[number], fraction, cost)
+                listen()
                 for future in ready:
                     cell = futures.pop(future)
                     found[cell] = future.result()
                     going.discard(cell)
                     watcher.finished(cell, found[cell].ending)
     except BrokenProcessPool as error:
+        listen()
         where = " or ".join(sorted(map(str, going))) or "its start"
         raise WorkerError(f"a worker process was lost during {where}") from error
     return found
 
 
 @contextmanager
-def _children_ignore_interrupts() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C, which they receive as well; this process decides what to stop."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """Block Ctrl-C inside this context, and permanently in the processes that are started in it.
+
+    They receive it as well, but this process decides what to stop.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _begin(reports: SimpleQueue[tuple[int, float, float]], lifeline: Connection) -> None:
     """Initialize a worker process."""
     global _reports
     _reports = reports
+    # For systems where it is not blocked already.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     # This takes seconds, during which the process may already be terminated.
     import torch

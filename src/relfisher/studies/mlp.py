@@ -2,64 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
 
-import relfisher
 from relfisher.studies.cells import Options
 from relfisher.studies.data import Dataset, load
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
-from relfisher.studies.networks import Normalization, paper_network
+from relfisher.studies.networks import paper_network
+from relfisher.studies.peers import PEERS, Peer
 from relfisher.studies.runs import Record, Run, Scalar
 from relfisher.studies.training import Length, train
 from relfisher.studies.workloads import WORKLOADS, of_images
 
-__all__ = ["METHODS", "Method", "MlpOptions", "MlpOutcome", "MlpRun", "MlpStudy", "carry_out_run", "plan"]
+__all__ = ["METHODS", "MlpOptions", "MlpOutcome", "MlpRun", "MlpStudy", "carry_out_run", "plan"]
 
 EPOCHS = 50
 QUICK_EPOCHS = 16
 WORKLOAD = WORKLOADS["mlp"]
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the comparison: the position of batch norm, the optimizer, and its learning-rate candidates."""
-
-    normalization: Normalization
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    grid: tuple[float, ...]
-
-
-def _sgd(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=learning_rate)
-
-
-def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=learning_rate)
-
-
-def _published(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return relfisher.RNGD.as_published(model, lr=learning_rate)
-
-
-def _default(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    return relfisher.RNGD(model, lr=learning_rate)
-
-
+SGD = Peer(partial(PEERS["SGD"].make, momentum=0.0), {"lr": (0.03, 0.1, 0.3, 1.0)})
+ADAM = Peer(PEERS["Adam"].make, {"lr": (0.0003, 0.001, 0.003, 0.01)})
+RNGD_RATES = {"lr": (0.01, 0.03, 0.1, 0.3)}
 METHODS = {
-    "PLAIN+SGD": Method("none", _sgd, (0.03, 0.1, 0.3, 1.0)),
-    "PLAIN+ADAM": Method("none", _adam, (0.0003, 0.001, 0.003, 0.01)),
-    "BNA+SGD": Method("after", _sgd, (0.03, 0.1, 0.3, 1.0)),
-    "BNA+ADAM": Method("after", _adam, (0.0003, 0.001, 0.003, 0.01)),
-    "BNB+SGD": Method("before", _sgd, (0.03, 0.1, 0.3, 1.0)),
-    "BNB+ADAM": Method("before", _adam, (0.0003, 0.001, 0.003, 0.01)),
-    "PLAIN+RNGD": Method("none", _published, (0.01, 0.03, 0.1, 0.3)),
-    "PLAIN+RNGD-DEFAULT": Method("none", _default, (0.01, 0.03, 0.1, 0.3)),
+    "PLAIN+SGD": SGD,
+    "PLAIN+ADAM": ADAM,
+    "BNA+SGD": replace(SGD, normalization="after"),
+    "BNA+ADAM": replace(ADAM, normalization="after"),
+    "BNB+SGD": replace(SGD, normalization="before"),
+    "BNB+ADAM": replace(ADAM, normalization="before"),
+    "PLAIN+RNGD": Peer(PEERS["RNGD-published"].make, RNGD_RATES),
+    "PLAIN+RNGD-DEFAULT": Peer(PEERS["RNGD"].make, RNGD_RATES),
 }
 
 
@@ -129,7 +106,7 @@ def plan(
     Returns:
         The study.
     """
-    usual = {name: METHODS[name].grid for name in methods}
+    usual = {name: METHODS[name].grid["lr"] for name in methods}
     options = MlpOptions(data.name, data.fingerprint(), epochs or (QUICK_EPOCHS if quick else EPOCHS))
     return MlpStudy(usual | dict(grids or {}), seeds, options)
 
@@ -155,7 +132,7 @@ def carry_out_run(source: str, run: MlpRun, report: Reporter) -> Record:
         WORKLOAD,
         data,
         partial(paper_network, method.normalization, generator),
-        lambda model: method.optimizer(model, run.learning_rate),
+        partial(method.make, lr=run.learning_rate),
         generator,
         Length(evaluations=epochs, iterations=epochs * (len(data.inputs) // WORKLOAD.batch_size)),
         report,

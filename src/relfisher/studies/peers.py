@@ -65,8 +65,8 @@ class _InSingle(_Joint):
             super().step()
 
 
-def _sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+def _sgd(model: nn.Module, lr: float = 0.1, momentum: float = 0.9) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
 
 
 def _adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:

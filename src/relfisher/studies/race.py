@@ -172,7 +172,7 @@ def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:
         workload,
         data,
         partial(workload.build, run.seed, peer.normalization),
-        lambda model: peer.make(model, **run.configuration),
+        partial(peer.make, **run.configuration),
         torch.Generator().manual_seed(run.seed),
         Length(evaluations=run.evaluations, seconds=run.seconds),
         report,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from relfisher.responses import TanhBernoulli, UnitResponse
-from relfisher.structures import Inversion, State, Structure
+from relfisher.structures import Inversion, Samples, State, Structure
 from relfisher.testing.comparison import same
 from relfisher.testing.metrics import check_metric
 
@@ -37,15 +36,17 @@ def check_structure(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * d, d, dtype=torch.float64, generator=generator)
     z = torch.randn(4 * d, out, dtype=torch.float64, generator=generator)
-    whole = structure.batch_statistics(x, z, said)
+    samples = Samples(x, z, said)
+    whole = structure.batch_statistics(samples)
     if whole.totals.keys() != set(structure.tensors):
         raise AssertionError(f"statistics must be of {structure.tensors}, got {tuple(whole.totals)}")
-    halves = structure.batch_statistics(x[:d], z[:d], said) + structure.batch_statistics(x[d:], z[d:], said)
+    parts = [structure.batch_statistics(Samples(x[rows], z[rows], said)) for rows in (slice(d), slice(d, None))]
+    halves = parts[0] + parts[1]
     for name in structure.tensors:
         same(f"{name}: statistics of two parts", halves.totals[name], whole.totals[name], rtol)
     states = {root: _fresh(structure, (out, d), root=root) for root in (False, True)}
     for state in states.values():
-        _check_average(structure, state, x, z, said, rtol)
+        _check_average(structure, state, samples, rtol)
     check_metric(structure.operator(states[False], (out, d)), rtol=rtol)
     _check_factors(structure, states, (out, d), rtol)
     _check_failure(structure, states[False], (out, d), rtol)
@@ -62,21 +63,19 @@ def _fresh(structure: Structure, shape: tuple[int, ...], *, root: bool) -> State
     return state
 
 
-def _check_average(
-    structure: Structure, state: State, x: Tensor, z: Tensor, response: UnitResponse, rtol: float
-) -> None:
-    bad = x.clone()
+def _check_average(structure: Structure, state: State, samples: Samples, rtol: float) -> None:
+    bad = samples.x.clone()
     bad[0, 0] = torch.nan
-    if structure.ema_update_from(state, bad, z, response, 0.9):
+    if structure.ema_update_from(state, samples._replace(x=bad), 0.9):
         raise AssertionError("a batch with NaN must not be added to the average")
-    if not structure.ema_update_from(state, x, z, response, 0.9):
+    if not structure.ema_update_from(state, samples, 0.9):
         raise AssertionError("a finite batch must be added to the average")
-    statistics = structure.batch_statistics(x, z, response)
+    statistics, n = structure.batch_statistics(samples), len(samples.x)
     for name, value in structure.average(state).items():
-        same(f"{name}: the average of one batch", value, statistics.totals[name] / len(x), rtol)
+        same(f"{name}: the average of one batch", value, statistics.totals[name] / n, rtol)
     structure.ema_update(state, statistics, 0.9)
     for name, value in structure.average(state).items():
-        same(f"{name}: the average of a batch and its statistics", value, statistics.totals[name] / len(x), rtol)
+        same(f"{name}: the average of a batch and its statistics", value, statistics.totals[name] / n, rtol)
 
 
 def _check_factors(structure: Structure, states: dict[bool, State], shape: tuple[int, int], rtol: float) -> None:

@@ -72,6 +72,8 @@ class StepRule(ABC):
     default_averaging: ClassVar[float] = 0.0
     #: True for Nesterov momentum: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
+    #: True if `steps` returns None whenever a gradient or direction is not finite; otherwise the optimizer checks both.
+    checks_finite: ClassVar[bool] = False
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the rule's tensors for a layer of the shape [*g, out, d], by key; none by default.
@@ -83,7 +85,7 @@ class StepRule(ABC):
 
     @abstractmethod
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return one step per move, or None if any is not finite."""
+        """Return one step per move, or None to skip the step."""
 
 
 def on_host(scalars: Sequence[Tensor]) -> list[float]:

@@ -8,6 +8,7 @@ from relfisher.optim.rules.base import StepRule
 from relfisher.optim.rules.normalized import Normalized
 from relfisher.optim.rules.spectral import Spectral
 from relfisher.optim.rules.trust_region import TrustRegion
+from relfisher.registry import add_named
 
 __all__ = ["register_rule", "rule_named"]
 
@@ -30,12 +31,7 @@ def register_rule(kind: type[StepRule]) -> type[StepRule]:
         TypeError: if `kind` is not such a subclass.
         ValueError: if its name is taken.
     """
-    if not (isinstance(kind, type) and issubclass(kind, StepRule) and isinstance(getattr(kind, "name", None), str)):
-        raise TypeError(f"a step rule must be a subclass of StepRule with a name, got {kind!r}")
-    if _NAMED.get(kind.name, kind) is not kind or kind.name == _AUTO:
-        raise ValueError(f"the step rule's name must be a new one, got {kind.name!r}")
-    _NAMED[kind.name] = kind
-    return kind
+    return add_named("step rule", kind, StepRule, _NAMED, (_AUTO,))
 
 
 def rule_named(rule: object, model: nn.Module) -> StepRule:

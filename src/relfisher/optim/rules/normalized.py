@@ -35,6 +35,7 @@ class NormalizedRule(StepRule):
     default_lr = 3e-2
     default_averaging = 0.9
     nesterov = True
+    checks_finite = True
 
     def __init__(self, rms: float = 0.2, noise_floor: float = 0.1) -> None:
         check_positive("rms", rms)
