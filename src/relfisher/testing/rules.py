@@ -43,7 +43,7 @@ def check_rule(make: Callable[[], StepRule], steps: int = 4, rtol: float = 1e-10
     taken |= Averaging.declares(shape).keys() | Momentum.declares(shape).keys() | Fallback.declares(shape).keys()
     clash = sorted(rule.declares(shape).keys() & taken)
     if clash:
-        raise AssertionError(f"the rule must declare keys of its own, but {', '.join(clash)} are already in use")
+        raise AssertionError(f"the rule must declare keys of its own, but {', '.join(clash)} are others'")
     model = _model()
     optimizer = _optimizer(model, rule)
     _run(model, optimizer, 0, steps)
