@@ -1,6 +1,7 @@
 """Which layers have a metric of their own, and why others have none."""
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -113,3 +114,19 @@ def test_what_accelerate_puts_around_forward_changes_nothing() -> None:
     hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook(execution_device="cpu"))
     assert "forward" in vars(model[0])
     assert names(model) == ["0"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_entries_are_left_out():
+    found = discover(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3), nn.Linear(3, 2)))
+    assert [layer.name for layer in found.layers] == ["2"]
+    assert set(found.refused.values()) == {"a parameter of its module is empty"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_traced_models_are_refused():
+    scripted = torch.jit.script(nn.Linear(2, 3))
+    traced = torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2))
+    for model in (scripted, nn.Sequential(nn.Linear(2, 2), traced)):
+        with pytest.raises(TypeError, match=r"compiled by torch\.jit: train the original"):
+            discover(model)

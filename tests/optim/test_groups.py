@@ -127,3 +127,21 @@ def test_embeddings_keep_tokens_squared_numbers_only_where_a_rule_is_theirs(stru
     model["bag"] = nn.EmbeddingBag(30, 4)
     optimizer = RNGD(model, metric=MetricOptions(structure={"bag": "shared", "Embedding": "diagonal"}))
     assert optimizer.state[model["bag"].weight]["metric"].shape == (30, 30)
+
+
+def test_a_group_without_parameters_stays_one():
+    """Schedulers count groups, and so do saved states."""
+    model = normed_mlp()
+    groups = [{"params": [], "lr": 0.5}, {"params": list(model.parameters())}]
+    optimizer = RNGD(model, params=groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.03]
+    moves(model, optimizer, inputs())
+    other = RNGD(model, params=groups)
+    other.load_state_dict(optimizer.state_dict())
+    assert [len(group["params"]) for group in other.param_groups] == [0, len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("group", [{"lr": 0.1}, "weights"])
+def test_what_is_no_group_is_named(group):
+    with pytest.raises(TypeError, match="parameter"):
+        RNGD(normed_mlp(), params=[group])

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from builders import batch, classified, inputs, mlp, moved, step, structures, train, weights
+from builders import batch, classified, inputs, mlp, moved, normed_mlp, step, structures, train, weights
 from torch import nn
 
 from relfisher import RNGD, MetricOptions
@@ -215,3 +215,16 @@ def test_a_layer_that_is_used_outside_the_model_alone_is_trained_all_the_same():
         train(whole, optimizer, 1)
     assert not torch.equal(model.first.weight, before)
     assert math.isfinite(train(whole, optimizer, 5)[-1])
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_a_learning_rate_that_is_not_finite_skips_the_step(rate):
+    model = normed_mlp()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.warns(HealthWarning, match="the learning rates .* are not finite"):
+        step(model, optimizer, inputs(1))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert optimizer.health.skipped_steps == 1

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from builders import affine, average, expected_blocks, inputs, mlp, moves, normed_mlp, step, structures
+from builders import (
+    affine,
+    average,
+    expected_blocks,
+    inputs,
+    mlp,
+    moves,
+    normed_mlp,
+    step,
+    structures,
+)
 from torch import nn
 
-from relfisher import RNGD, MetricOptions
+from relfisher import RNGD, MetricOptions, Preconditioner
 from relfisher.optim import HealthWarning
 from relfisher.responses import ReLUGaussian
 
@@ -120,3 +130,12 @@ def test_a_layer_that_the_model_has_got_since_is_found():
         found = moves(model, optimizer, inputs(seed))
     assert found["4.weight"].any()
     assert "metric" in optimizer.state[model[4].weight]
+
+
+@pytest.mark.parametrize("kind", [RNGD, Preconditioner])
+def test_a_model_on_the_meta_device_is_refused(kind):
+    """What `to_empty` puts in the place of its parameters would never move."""
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match=r"but 0\.weight is on the meta device: make the optimizer after"):
+        kind(model)

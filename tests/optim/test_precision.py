@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 from builders import KINDS, every_kind, inputs, mlp, normed_mlp, predicted, resumed, sentences, step
+from torch import nn
 
-from relfisher import RNGD, MetricOptions
+from relfisher import RNGD, AdamWOptions, MetricOptions
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -75,3 +76,29 @@ def test_autocast_keeps_a_float32_state_for_every_layer(dtype, without):
             optimizer.step()
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
     assert optimizer.health.failed_refreshes == optimizer.health.dropped_batches == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_low_precision_parameters_are_kept_in_float32(dtype):
+    """Gradients of 1e-3 squared, and the eps of AdamW, vanish in float16: its step is that of float32, rounded."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    torch.manual_seed(0)
+    model = Scaled().to(dtype)
+    optimizer = RNGD(model, fallback=AdamWOptions(lr=0.1))
+    expected = model.scale.detach().float().requires_grad_()
+    adamw = torch.optim.AdamW([expected], lr=0.1, weight_decay=0.0)
+    (model(torch.randn(5, 4, dtype=dtype)).sum() * 1e-3).backward()
+    expected.grad = model.scale.grad.float()
+    optimizer.step()
+    adamw.step()
+    assert torch.equal(model.scale.detach(), expected.detach().to(dtype))
+    assert optimizer.state[model.scale]["exp_avg_sq"].dtype == torch.float32
+    assert optimizer.health.skipped_steps == 0

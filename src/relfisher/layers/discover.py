@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -172,7 +173,14 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
 
     Raises:
         ValueError: if a lazy module has not been initialized yet.
+        TypeError: if a module is compiled by torch.jit.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be made of modules whose forward passes can be seen, but {name or 'it'} is compiled by "
+                "torch.jit: train the original, and compile it by torch.compile"
+            )
     names: dict[int, str] = {}
     owners: dict[int, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
@@ -214,6 +222,8 @@ def _reason(
     if not all(isinstance(parameter, nn.Parameter) for found in layers for parameter in found.parameters):
         return "the weight is computed from it"
     for parameter in parameters:
+        if parameter.numel() == 0:
+            return "a parameter of its module is empty"
         if not parameter.is_floating_point():
             return f"its dtype is {parameter.dtype}"
         tied = owners[id(parameter)]

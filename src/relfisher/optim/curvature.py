@@ -72,6 +72,12 @@ class Curvature:
                     f"{count} processes would each use a metric of their own samples, so that their weights diverge"
                 )
                 warnings.warn(message, HealthWarning, stacklevel=3)
+        empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if empty is not None:
+            raise ValueError(
+                f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer "
+                "after to_empty() and the initialization, which put other parameters into the model"
+            )
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)

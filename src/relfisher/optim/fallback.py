@@ -26,8 +26,8 @@ class Fallback:
     @classmethod
     def create(cls, parameter: Tensor) -> dict[str, Tensor]:
         """Return the initial state of a parameter."""
-        kept = cls.declares(tuple(parameter.shape))
-        return {key: each.zeros(parameter.dtype, parameter.device) for key, each in kept.items()}
+        kept, dtype = cls.declares(tuple(parameter.shape)), _precise(parameter)
+        return {key: each.zeros(dtype, parameter.device) for key, each in kept.items()}
 
     @classmethod
     def step(
@@ -46,16 +46,19 @@ class Fallback:
             group: the parameter group, which has `fallback_betas`, `fallback_eps` and `weight_decay`.
         """
         for parameter, state in zip(parameters, states, strict=True):
-            moment = state.get("exp_avg")
+            moment, dtype = state.get("exp_avg"), _precise(parameter)
             if moment is None:
                 state.update(cls.create(parameter))
-            elif (moment.device, moment.dtype) != (parameter.device, parameter.dtype):
+            elif (moment.device, moment.dtype) != (parameter.device, dtype):
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = state[key].to(parameter)
+                    state[key] = state[key].to(parameter.device, dtype)
+        # In half precision the second moment would underflow, and eps vanish.
+        precise = [parameter.to(_precise(parameter)) for parameter in parameters]
+        gradients = [_dense(parameter.grad).to(_precise(parameter)) for parameter in parameters]
         beta1, beta2 = group["fallback_betas"]
         adamw(
-            list(parameters),
-            [_dense(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            precise,
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -68,7 +71,16 @@ class Fallback:
             eps=group["fallback_eps"],
             maximize=False,
         )
+        for parameter, moved in zip(parameters, precise, strict=True):
+            if moved is not parameter:
+                parameter.copy_(moved)
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def _precise(parameter: Tensor) -> torch.dtype:
+    """Return the dtype in which a parameter is stepped: float32 for a lower precision."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _dense(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None  # the caller steps on what has a gradient
     return gradient.to_dense() if gradient.is_sparse else gradient

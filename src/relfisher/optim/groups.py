@@ -59,11 +59,12 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     mixed = all(halves.values())
     found = []
     for kind, half in halves.items():
-        if half:
+        if half or (kind == METRIC and not params):  # a group without parameters stays one, as in torch
             options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             if kind == ADAMW and mixed:
                 options.pop("lr", None)
-            found.append({**options, "params": half, "kind": kind})
+            unnamed: dict[str, Any] = {} if half else {"param_names": []}  # torch finds names in the parameters alone
+            found.append({**options, **unnamed, "params": half, "kind": kind})
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -258,6 +259,11 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if not all(map(math.isfinite, rates)):
+            self._curvature.observer.drop()
+            self.health.skipped(self._iteration, f"the learning rates {rates} are not finite")
+            return loss
         if not all_finite(unchecked_gradients(self._curvature, self.param_groups, self._rule)):
             self._curvature.observer.drop()
             self.health.skipped(self._iteration, "a gradient is not finite")
