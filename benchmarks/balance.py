@@ -1,9 +1,9 @@
-"""Who has a bound in the trust region: the whole step, or each layer its own (as the rule has it).
+"""Compare trust regions for the whole step and for each layer (the rule's choice).
 
     python benchmarks/balance.py
 
 prints the mean mini-batch loss of each epoch on the paper's network and on a small BERT; the table is in
-docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs have the same initial weights and
+docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs use the same initial weights and
 batches.
 """
 
@@ -26,7 +26,7 @@ from synthetic import topics
 
 
 class OneFactor(TrustRegion):
-    """All layers are shortened by one factor."""
+    """A trust region that shortens all layers by one factor."""
 
     def steps(self, moves):
         """Return the steps."""
@@ -37,7 +37,7 @@ class OneFactor(TrustRegion):
 
 
 def squared_length(move, step):
-    """Return that of a step in the damped metric."""
+    """Return the squared length of a step in the damped metric."""
     return step.scale**2 * float(torch.sum(step.direction * move.gradient))
 
 
@@ -51,7 +51,7 @@ def paper(activation):
 
 
 def bert():
-    """Return a small BERT, what gives its logits, and sequences of two classes."""
+    """Return a small BERT, the function from it to logits, and sequences of two classes."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,

@@ -1,9 +1,9 @@
-"""One option of the trust region at a time, away from its default: what it does to training cost, validation and time.
+"""Change one option of the trust region at a time, and compare training cost, validation accuracy and time.
 
     python benchmarks/defaults.py --data fashion-mnist --epochs 5
 
-prints a Markdown table for docs/decisions/defaults.md. Every run has the same initial weights and batches; a row of
-Adam at its best learning rate of three stands beside them.
+prints a Markdown table for docs/decisions/defaults.md. Every run has the same initial weights and batches. For
+comparison, one row shows Adam at the best of three learning rates.
 """
 
 import argparse
@@ -41,7 +41,7 @@ VARIATIONS = [
 
 
 def label(options):
-    """Return what is not the default among options, in words."""
+    """Describe the options that differ from the defaults."""
     shown = dict(options)
     if "step_rule" in shown:
         shown["trust_region"] = shown.pop("step_rule").bound
@@ -53,7 +53,7 @@ def label(options):
 
 
 def train(make, data, activation, batch, epochs):
-    """Return the full training cost, the best validation accuracy and the seconds an epoch of one run."""
+    """Return the full training cost, the best validation accuracy and the seconds per epoch of one run."""
     generator = torch.Generator().manual_seed(0)
     model = paper_network("none", generator, activation)
     optimizer = make(model)
@@ -94,7 +94,7 @@ def main():
         )
         for options in VARIATIONS
     ]
-    print(f"Full training cost after {options.epochs} epochs / best validation accuracy / seconds an epoch\n")
+    print(f"Full training cost after {options.epochs} epochs / best validation accuracy / seconds per epoch\n")
     print(f"| {' | '.join(['', *chosen])} |\n|---|{'---|' * len(chosen)}")
     for label, make in adam + rngd:
         cells = []

@@ -1,9 +1,9 @@
-"""How often the metric is refreshed while it is young: steps of the deep autoencoder to its loss.
+"""Compare refresh schedules for the first iterations: steps of the deep autoencoder to its target loss.
 
     python benchmarks/early.py --data fashion-mnist
 
-prints, for each choice of `warmup_refreshes` and each seed, the steps until the mean of ten losses is at 225, and the
-losses after 10, 20 and 30 steps. The table is in docs/decisions/defaults.md. It needs the extra `experiments`.
+prints, for each choice of `warmup_refreshes` and each seed, the steps until the mean of ten losses reaches 225, and
+the losses after 10, 20 and 30 steps. The table is in docs/decisions/defaults.md. It needs the extra `experiments`.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/logistic.py --out results/logistic
 
-Each solver gets the loosest tolerance of a grid with which the largest entry of the gradient, evaluated here for all of
-them, is below the target; the fastest of three such fits counts, with its processor time, which other programs on the
-machine disturb less than the clock. A fit that takes longer than the limit, or misses the target, stays in the table.
+Each solver uses the loosest tolerance of a grid with which the largest entry of the gradient, computed here for all
+solvers, is below the target. The fastest of three such fits is reported, by processor time, which depends less on
+other programs than wall-clock time. Fits that exceed the time limit or miss the target stay in the table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Model = LogisticRegression | Reference
 
 
 def tasks(only: list[str]) -> list[tuple[str, NDArray[np.float64], NDArray[np.int64], float, float]]:
-    """Return name, samples, labels, C and target of each race."""
+    """Return the name, samples, labels, C and target of each race."""
     data = load("fashion-mnist")
     x = torch.cat([data.train_images, data.validation_images]).double().numpy()
     y = torch.cat([data.train_labels, data.validation_labels]).numpy()
@@ -58,7 +58,7 @@ def model(solver: str, C: float, tolerance: float) -> Model:
 
 
 def reached(fitted: Model, x: NDArray[np.float64], y: NDArray[np.int64], C: float) -> tuple[float, float]:
-    """Return the largest entry of the gradient, and the objective, at a fit's weights."""
+    """Return the largest entry of the gradient, and the objective, at the weights of a fit."""
     classes, labels = np.unique(y, return_inverse=True)
     objective = LogisticObjective(
         torch.from_numpy(x), torch.from_numpy(labels), classes=len(classes), penalty=1 / (C * len(x)), bias=True
@@ -72,7 +72,7 @@ def reached(fitted: Model, x: NDArray[np.float64], y: NDArray[np.int64], C: floa
 def race(
     solver: str, x: NDArray[np.float64], y: NDArray[np.int64], C: float, target: float, limit: float
 ) -> tuple[float, float, int, float, float]:
-    """Return seconds, processor seconds, steps, gradient and objective of a solver's best fit."""
+    """Return the seconds, processor seconds, steps, gradient and objective of a solver's best fit."""
     for factor in FACTORS:
         clock, processor = time.perf_counter(), time.process_time()
         fitted = model(solver, C, factor * target).fit(x, y)
@@ -98,7 +98,7 @@ def markdown(lines: list[tuple[object, ...]]) -> str:
 
 
 def main() -> None:
-    """Run the races and write the table after each."""
+    """Run the races and update the table after each."""
     parser = argparse.ArgumentParser(description="Race logistic regression solvers.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", action="append", default=[], help="name of a race")

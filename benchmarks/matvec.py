@@ -1,7 +1,8 @@
-"""Time of `metric @ v` beside the two matrix products over the samples that it is made of.
+"""Measure the time of `metric @ v` relative to the two matrix products that it consists of.
 
 The metric of a layer acts on V [out, in + 1] as (F (X V'))' X / n. The plain products are X V' and R' X alone, with the
-same X and without the bias, so that the ratio holds all that the operator adds: the bias, F, the mean and Python.
+same X and without the bias, so that the ratio covers everything that the operator adds: the bias, F, the mean and
+Python.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RESPONSES = {
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """Return how long one call takes."""
+    """Return the time of one call."""
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)
@@ -44,7 +45,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def measure(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return the times of each function, taken in turns, so that a busy machine slows all of them alike."""
+    """Return the times of each function, measured in alternation, so that other load slows all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(REPEATS + 5):
         for name, function in functions.items():

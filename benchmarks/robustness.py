@@ -1,10 +1,11 @@
-"""Extreme options and batches: does any run end with weights that are not finite, and how many learn?
+"""Try extreme options and batches: do any runs end with non-finite weights, and how many learn?
 
     python benchmarks/robustness.py --out results/robustness/table.md
 
 trains the paper's network with ReLU, tanh and sigmoid units and a small convolutional network on the embedded digits,
-with every step rule, learning rates from 1e-3 to 10, damping from 1e-5 to 1, batches from 8 to 1024, with and without
-momentum. A row of the table is all runs of a rule on a network. The exit status is 1 if weights were lost.
+with every step rule, learning rates from 1e-3 to 10, damping from 1e-5 to 1, and batches from 8 to 1024, with and
+without momentum. Each row of the table covers all runs of a rule on a network. The exit status is 1 if any weights
+became non-finite.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def convolutional():
 
 
 def build(name):
-    """Return the network of a name."""
+    """Return the network with the given name."""
     if name == "convolutions":
         torch.manual_seed(0)
         return convolutional()
@@ -60,7 +61,7 @@ def build(name):
 
 
 def run(rule, name, iterations, options):
-    """Return whether all weights are finite after a run, whether its loss fell, and how many steps were left out."""
+    """Return whether all weights are finite after a run, whether its loss fell, and the number of skipped steps."""
     rate, damping, batch, momentum = options
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

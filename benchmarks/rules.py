@@ -1,10 +1,10 @@
-"""Normalised and spectral steps, and Adam's, on language models and on a classifier of sequences.
+"""Compare normalized and spectral steps and Adam on language models and a sequence classifier.
 
     python benchmarks/rules.py
 
-prints the mean loss of the last iterations before each eighth of a run: of the transformer of `relfisher bench race`,
-of a small GPT-2 that learns to count, and of a small BERT that tells two topics apart. The table is in
-docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs of a task have the same initial
+prints the mean loss of the last iterations before each eighth of a run: for the transformer of `relfisher bench race`,
+a small GPT-2 that learns to count, and a small BERT that distinguishes two topics. The table is in
+docs/decisions/defaults.md. It needs the extras `experiments` and `clients`. All runs of a task use the same initial
 weights and batches.
 """
 
@@ -35,7 +35,7 @@ OPTIMIZERS = {
 
 
 def transformer():
-    """Return the model, what draws its loss, and the number of iterations."""
+    """Return the model, a function that draws its loss, and the number of iterations."""
     workload = WORKLOADS["transformer"]
     model = workload.build(0)
     drawn = batches(samples("text", ""), workload.batch_size, torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def transformer():
 
 
 def counting():
-    """Return the same of a GPT-2 of two layers, width 32."""
+    """Return the same for a GPT-2 with two layers of width 32."""
     torch.manual_seed(0)
     model, tokens, rows = gpt2(), progressions(2000), torch.Generator().manual_seed(0)
 
@@ -55,7 +55,7 @@ def counting():
 
 
 def classifying():
-    """Return the same of a BERT of two layers, width 32."""
+    """Return the same for a BERT with two layers of width 32."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 16}
     model = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
@@ -80,12 +80,12 @@ def course(model, draw, iterations, make):
 
 
 def compare(description, tasks, optimizers):
-    """Train what is asked for on the command line, and print the rows.
+    """Train the combinations selected on the command line, and print the rows.
 
     Args:
-        description: what the command does.
-        tasks: what makes a model, what draws its loss and the number of iterations, by name.
-        optimizers: given the name of a task, what makes an optimizer, by name.
+        description: the description of the command.
+        tasks: functions by name; each returns a model, a function that draws its loss, and the number of iterations.
+        optimizers: maps the name of a task to functions by name, which create an optimizer.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(tasks))

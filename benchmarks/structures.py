@@ -1,9 +1,9 @@
-"""What each structure learns on the paper's network under the trust region, with everything else at its default.
+"""Compare structures on the paper's network under the trust region, with all other options at their defaults.
 
     python benchmarks/structures.py --data mnist5k --epochs 10
 
-prints a Markdown table for docs/decisions/structures.md; `--workloads` and `--without` leave rows out. Every run has
-the same initial weights and batches.
+prints a Markdown table for docs/decisions/structures.md; `--workloads` and `--without` omit rows. Every run has the
+same initial weights and batches.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from relfisher.studies.data import load
 
 
 def softmax_head(model):
-    """Return the default everywhere but at the head, which has the information of a softmax."""
+    """Return the default for all layers but the head, which uses the information of a softmax."""
     return {last(model): KroneckerFactors(Categorical())}
 
 

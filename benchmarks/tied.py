@@ -1,9 +1,10 @@
-"""A head that has the weight of an embedding: in its own metric, or by AdamW.
+"""Compare two optimizers for a head that is tied to an embedding: its own metric, or AdamW.
 
     python benchmarks/tied.py
 
-prints rows as `rules.py` does, of its small GPT-2, and of its transformer with the head tied to the characters and that
-weight as GPT-2 begins. The table is in docs/decisions/defaults.md. It needs the extras `experiments` and `clients`.
+prints rows in the format of `rules.py`: for its small GPT-2, and for its transformer with the head tied to the
+characters and the weight initialized as in GPT-2. The table is in docs/decisions/defaults.md. It needs the extras
+`experiments` and `clients`.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ HEADS = {"GPT-2": "lm_head", "tied transformer": "head"}
 
 
 def optimizers(task):
-    """Return what makes an optimizer for the model of a task, by name."""
+    """Return functions by name that create an optimizer for the model of a task."""
     head = HEADS[task]
     by_adamw = {
         f"AdamW, lr {rate:g}": partial(
@@ -30,7 +31,7 @@ def optimizers(task):
 
 
 def tied():
-    """Return the transformer with one weight for its characters and its head."""
+    """Return the transformer with a single weight for its characters and its head."""
     model, draw, _ = transformer()
     torch.nn.init.normal_(model.character.weight, std=0.02, generator=torch.Generator().manual_seed(0))
     model.head.weight = model.character.weight

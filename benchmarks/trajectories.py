@@ -1,8 +1,8 @@
-"""The steps that `RNGD(model)` takes without options, bit by bit, against those that were recorded.
+"""Compare the steps of `RNGD(model)` with its defaults, bit by bit, with recorded ones.
 
 `python benchmarks/trajectories.py` compares 300 steps on four models with `results/trajectories`; a refactoring must
-leave every bit as it is. Bits differ from one processor and build of torch to the next: on another machine, record the
-older commit first with `--record` and another `--out`, then compare.
+not change any bit. Bits depend on the processor and the build of torch: on another machine, first record the older
+commit with `--record` and another `--out`, then compare.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 class Looped(nn.Module):
-    """A model whose forward pass is its loss, so that the whole of it is seen."""
+    """A model whose forward pass returns the loss, so that all of it is observed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def sequences(generator: torch.Generator, count: int, length: int) -> Tensor:
 
 
 def trajectory(name: str, steps: int = STEPS) -> dict[str, object]:
-    """Return the losses of a run, as hexadecimal numbers, and a hash of the weights at its end."""
+    """Return the losses of a run, as hexadecimal numbers, and a hash of its final weights."""
     torch.manual_seed(0)
     model = Looped(MODELS[name]())
     optimizer = RNGD(model)
@@ -144,8 +144,8 @@ def trajectory(name: str, steps: int = STEPS) -> dict[str, object]:
 def main() -> int:
     """Record or compare all trajectories; return 0 if all agree."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", action="store_true", help="write what is found")
-    parser.add_argument("--out", type=Path, default=Path("results/trajectories"), help="where records are")
+    parser.add_argument("--record", action="store_true", help="write the results as records")
+    parser.add_argument("--out", type=Path, default=Path("results/trajectories"), help="directory of the records")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = {

@@ -1,4 +1,4 @@
-"""Named kinds, of the library and of the user's own."""
+"""Registration of named classes, both built-in and user-defined."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def add_named(what: str, kind: Kind, base: type, named: dict[str, Kind], reserved: Collection[str]) -> Kind:
-    """Add a kind under its name.
+    """Register a class under its name.
 
     Args:
-        what: the kind, in words.
+        what: the description of the class in messages.
         kind: a subclass of `base` with a `name`.
-        base: what it derives from.
-        named: the kinds so far, to which it is added.
-        reserved: names that stand for something else.
+        base: the required base class.
+        named: the registered classes by name; updated in place.
+        reserved: names that have another meaning.
 
     Returns:
-        The kind.
+        The class, unchanged.
 
     Raises:
-        TypeError: if it is no such subclass.
+        TypeError: if `kind` is not such a subclass.
         ValueError: if its name is taken.
     """
     if not (isinstance(kind, type) and issubclass(kind, base) and isinstance(getattr(kind, "name", None), str)):

@@ -45,7 +45,7 @@ def net():
 def taken(optimizer):
     """Return the bytes of the state, but for the few numbers of a layer that stay on the host."""
     pairs = [pair for state in optimizer.state.values() for pair in state.items()]
-    host = "ema_weight", "trainable", "is_head", "log_norm_stats"
+    host = "ema_weight", "updates", "trainable", "is_head", "log_norm_stats"
     return sum(value.numel() * value.element_size() for key, value in pairs if key not in host)
 
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from builders import mlp
+from builders import mlp, train
 from torch import nn
 
-from relfisher import RNGD
+from relfisher import RNGD, MetricOptions, TrustRegion
 
 STEPS, INTERVAL, DECAY, EPSILON = 300, 100, 0.995, 1e-4
 
@@ -86,3 +86,17 @@ def test_agrees_with_the_plain_algorithm(activation, function, information):
         found = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
         assert float((found - matrix.detach()).norm() / matrix.detach().norm()) < 1e-9
     assert sum(costs[-30:]) < 0.95 * sum(costs[:30])  # the runs compared are runs that learn
+
+
+def test_a_loaded_metric_of_another_structure_is_refused():
+    """An average that starts at the identity holds something from its first update on."""
+    model = mlp()
+    optimizer = RNGD.as_published(model)
+    train(model, optimizer, 2)
+    options = MetricOptions(structure="diagonal", bias_correction=False, stagger=False, stats_interval=1)
+    other = RNGD(model, step_rule=TrustRegion(None), metric=options)
+    train(model, other, 1)
+    with pytest.raises(ValueError, match="the loaded metric of '0' has the shapes .*, but the structure 'diagonal'"):
+        other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="the layer '0' has no statistics yet"):
+        RNGD.as_published(mlp()).metric("0")

@@ -80,7 +80,15 @@ def test_wide_outputs_of_kronecker_factors_take_it_too():
     inputs, outputs = (decaying(generator, (), d, 2, 0.1) for d in (5, 16))
     structure = KroneckerFactors(rank=2)
     state = state_of(structure, inputs, 16, "inverse", output=outputs)
-    assert set(state) == {"metric", "inverse", "output", "output_inverse", "output_inverse_scale", "ema_weight"}
+    assert set(state) == {
+        "metric",
+        "inverse",
+        "output",
+        "output_inverse",
+        "output_inverse_scale",
+        "ema_weight",
+        "updates",
+    }
     for _ in range(6):
         structure.refresh(state, Inversion(0.01))
     gradient = torch.randn(16, 5, generator=generator, dtype=torch.float64)

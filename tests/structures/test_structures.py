@@ -255,7 +255,7 @@ def test_numbers_are_those_of_the_state(kind):
     structure, _ = STRUCTURES[kind]
     for shape in [(2, 3), (4, 2, 3)]:
         state = state_of(structure, shape)
-        assert structure.numbers(shape) + 1 == sum(tensor.numel() for tensor in state.values())
+        assert structure.numbers(shape) + 2 == sum(tensor.numel() for tensor in state.values())
 
 
 def test_kronecker_factors_have_one_source_of_what_the_outputs_say():

@@ -1,4 +1,4 @@
-"""The command line. Errors are one line that names the argument; torch is imported only once it is needed."""
+"""The command line. Errors are one line that names the argument; torch is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ for name in PURPOSES:
 
 
 def main() -> int:
-    """Run the command that the process was started with.
+    """Run the command of this process.
 
     Returns:
         The exit status: 0, 1 if a worker process was lost, 2 for a wrong argument, 130 after Ctrl-C.

@@ -1,4 +1,4 @@
-"""What several commands take as arguments, and the error for a wrong one."""
+"""Arguments that several commands share, and the error for an invalid one."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["ArgumentError", "check_writable", "loaded", "selected"]
 
 
 class ArgumentError(typer.BadParameter):
-    """A wrong argument; the message is one line for the user."""
+    """An invalid argument; the message is one line for the user."""
 
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(message, param_hint=argument)
 
 
 def selected(chosen: str | None, known: Iterable[str], option: str = "--methods") -> tuple[str, ...]:
-    """Return the names that a comma-separated argument gives, in any case, as they are spelled in the list of all.
+    """Return the names in a comma-separated argument, in any case, with the spelling of the known names.
 
     Args:
-        chosen: The argument; None stands for all names.
-        known: All names.
-        option: What the argument is called.
+        chosen: the argument; None for all names.
+        known: all names.
+        option: the name of the argument.
 
     Returns:
         The names, each once.
 
     Raises:
-        ArgumentError: A name is not in the list.
+        ArgumentError: if a name is not known.
     """
     if chosen is None:
         return tuple(known)
@@ -50,16 +50,16 @@ def selected(chosen: str | None, known: Iterable[str], option: str = "--methods"
 
 
 def loaded(source: str) -> Dataset:
-    """Load the data set that `--data` names.
+    """Load the data set given by `--data`.
 
     Args:
-        source: The argument.
+        source: the argument.
 
     Returns:
         The data set.
 
     Raises:
-        ArgumentError: It is not there, or damaged.
+        ArgumentError: if the data set is missing or damaged.
     """
     from relfisher.studies.data import DataError, load
 
@@ -70,13 +70,13 @@ def loaded(source: str) -> Dataset:
 
 
 def check_writable(out: Path) -> None:
-    """Make the output directory, and check that files can be written to it.
+    """Create the output directory, and check that it is writable.
 
     Args:
-        out: The argument `--out`.
+        out: the argument `--out`.
 
     Raises:
-        ArgumentError: They cannot.
+        ArgumentError: if it cannot be created or written to.
     """
     try:
         for directory in (out, out / "runs"):

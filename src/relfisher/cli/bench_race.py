@@ -22,12 +22,12 @@ def bench_race(
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method's chosen configuration.")] = 3,
-    budget: Annotated[float | None, typer.Option(min=0, help="Training seconds a run.")] = None,
-    tuning: Annotated[float | None, typer.Option(min=0, help="Seconds a tuning run; a sixth by default.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Training seconds per run.")] = None,
+    tuning: Annotated[float | None, typer.Option(min=0, help="Seconds per tuning run; a sixth by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; all cores by default.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one disturbs the seconds.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs; more than one distorts the times.")] = 1,
 ) -> None:
-    """Race optimizers to a training loss, every method tuned as long."""
+    """Race optimizers to a training loss, all with equal tuning time."""
     from relfisher.studies.race import RACES, available, carry_out_run, plan
     from relfisher.studies.race_report import report
     from relfisher.studies.runs import Record

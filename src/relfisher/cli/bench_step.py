@@ -1,4 +1,4 @@
-"""`relfisher bench step`: what an iteration costs."""
+"""`relfisher bench step`: the cost of an iteration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def bench_step(
     workloads: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Means of 200 iterations for each method.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="What a method may use on a workload.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=0, help="Time limit of a method on a workload.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
-    growth: Annotated[bool, typer.Option(help="Follow the cost to a width and a batch of 4096, too.")] = True,
-    peak: Annotated[bool, typer.Option(help="Measure peak memory, too, in a process a method.")] = True,
+    growth: Annotated[bool, typer.Option(help="Also measure growth up to a width and a batch of 4096.")] = True,
+    peak: Annotated[bool, typer.Option(help="Also measure peak memory, in a process per method.")] = True,
 ) -> None:
-    """Measure what a training iteration costs with each optimizer, in time and memory."""
+    """Measure the cost of a training iteration with each optimizer, in time and memory."""
     import torch
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`relfisher data fetch`: the one command that downloads."""
+"""`relfisher data fetch`: the only command that downloads."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ __all__ = ["plan"]
 
 
 def plan(
-    model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Called without arguments, it returns a model.")],
+    model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="A function that returns a model.")],
     inputs: Annotated[
         str | None,
         typer.Option(
@@ -33,13 +33,13 @@ def plan(
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Of what the model returns, a scalar: tells a softmax head."),
+        typer.Option(metavar="MODULE:FUNCTION", help="Maps the output to a scalar, to identify a softmax head."),
     ] = None,
     structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
-    mebibytes: Annotated[int, typer.Option(min=1, help="What auto may keep of one layer, in MiB.")] = 256,
-    samples: Annotated[int, typer.Option(min=0, help="What goes into statistics at most; 0 for all samples.")] = 256,
+    mebibytes: Annotated[int, typer.Option(min=1, help="Memory limit of auto for one layer, in MiB.")] = 256,
+    samples: Annotated[int, typer.Option(min=0, help="Maximum samples in the statistics; 0 for all.")] = 256,
 ) -> None:
-    """Print what RNGD will keep and compute for each layer of a model, and what other structures would."""
+    """Print what RNGD will keep and compute for each layer of a model, and the costs of other structures."""
     network, batch = _made(model)
     score = None if loss is None else _imported("--loss", loss)
     from relfisher.optim.assignment import check_rules
@@ -63,7 +63,7 @@ def plan(
 
 
 def _made(spec: str) -> tuple[nn.Module, Any]:
-    """Return the model that a factory makes, and its inputs or None."""
+    """Return a factory's model and its inputs, or None."""
     factory = _imported("--model", spec)
     try:
         made = factory()
@@ -80,7 +80,7 @@ def _made(spec: str) -> tuple[nn.Module, Any]:
 
 
 def _imported(option: str, spec: str) -> Callable[..., Any]:
-    """Return what is given as MODULE:NAME; modules of the working directory count."""
+    """Import an object given as MODULE:NAME; the working directory is searched as well."""
     module, _, name = spec.partition(":")
     if not module or not name:
         raise ArgumentError(option, f"{spec!r} is not of the form MODULE:NAME")
@@ -103,7 +103,7 @@ def _named(error: Exception) -> str:
 
 
 def _batch(text: str) -> Tensor:
-    """Return a batch of a shape, of floats or of whole numbers below a limit."""
+    """Return a batch of the given shape, of floats or of whole numbers below a limit."""
     import torch
 
     shape, colon, limit = text.lower().partition(":")
@@ -114,5 +114,5 @@ def _batch(text: str) -> Tensor:
     sizes = tuple(map(int, parts))
     if not colon:
         return torch.randn(sizes)
-    # From N - 1, the first that an embedding of fewer rows lacks, down to 0 and around.
+    # From N - 1, which an embedding with fewer rows lacks, down to 0 and around.
     return torch.arange(-1, -1 - math.prod(sizes), -1).remainder(int(limit)).view(sizes)

@@ -39,7 +39,7 @@ def reproduce_mlp(
     dataset = loaded(data)
     check_writable(out)
     study = plan(dataset, methods=names, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
-    # Layers this narrow gain nothing from a second thread, and worker processes have one each too.
+    # Layers this narrow gain nothing from a second thread, and worker processes have one each as well.
     torch.set_num_threads(1)
     outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
     leave(report(outcome, dataset), out, jobs)

@@ -15,13 +15,15 @@ __all__ = ["reproduce_neuron"]
 
 
 def reproduce_neuron(
-    out: Annotated[Path, typer.Option(help="Results go here; what is already finished there is kept.")],
+    out: Annotated[Path, typer.Option(help="Results go here; batches already finished there are kept.")],
     data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
     pair: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="Two classes; again for more. 3,5 and 4,9 by default.")
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Two classes; repeatable. For digits, 3,5 and 4,9 by default."),
     ] = None,
     size: Annotated[
-        list[str] | None, typer.Option(metavar="N|all", help="Images of both classes; again for more. 2 by default.")
+        list[str] | None,
+        typer.Option(metavar="N|all", help="Images in total; repeatable. A subset and all by default."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Initial weights, and subsets, for each configuration.")] = 10,

@@ -1,4 +1,4 @@
-"""How a command carries out a study that can be interrupted, and shows what it found."""
+"""Run a study that can be interrupted, and show its results."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ INTERRUPTED_STATUS = 130
 
 
 def carried_out(study: S, work: Work[C, R], decode: Callable[..., R], out: Path, jobs: int = 1) -> Outcome[S, C, R]:
-    """Carry out a study, with its progress on the terminal and the warnings of its cells after it.
+    """Run a study, with its progress on the terminal, followed by the warnings of its cells.
 
     Args:
-        study: What is compared.
-        work: Carries out one cell.
-        decode: Makes a result of the arrays in its file.
-        out: The output directory.
-        jobs: The number of worker processes.
+        study: the study.
+        work: runs one cell.
+        decode: reconstructs a result from the arrays in its file.
+        out: the output directory.
+        jobs: the number of worker processes.
 
     Returns:
         All results.
@@ -58,12 +58,12 @@ def carried_out(study: S, work: Work[C, R], decode: Callable[..., R], out: Path,
 
 
 def leave(report: Report, out: Path, jobs: int = 1) -> None:
-    """Write a report, and show it at the terminal.
+    """Write a report and show it on the terminal.
 
     Args:
-        report: What was found.
-        out: The output directory.
-        jobs: The number of worker processes.
+        report: the report.
+        out: the output directory.
+        jobs: the number of worker processes.
     """
     from rich.console import Console
 
@@ -79,7 +79,7 @@ def leave(report: Report, out: Path, jobs: int = 1) -> None:
 
 @contextmanager
 def _resumable(store: Store[R]) -> Iterator[None]:
-    """Say how to go on after an interruption, and at the end which files were damaged."""
+    """Explain how to resume after an interruption and, at the end, list damaged files."""
     from relfisher.studies.executor import WorkerError
 
     try:
@@ -92,4 +92,4 @@ def _resumable(store: Store[R]) -> Iterator[None]:
         print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
         raise typer.Exit(WORKER_STATUS) from error
     for path in store.damaged:
-        print(f"relfisher: {path} was unreadable, its run was done again", file=sys.stderr)
+        print(f"relfisher: {path} was unreadable, its run was repeated", file=sys.stderr)

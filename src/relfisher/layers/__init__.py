@@ -1,4 +1,4 @@
-"""Between torch modules and metrics: which parameters form a layer, and what the samples of its calls are."""
+"""The layers between torch modules and metrics: which parameters form a layer, and what its samples are."""
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer

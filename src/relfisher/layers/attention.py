@@ -1,4 +1,4 @@
-"""Attention: the projections of queries, keys and values and that of the heads' outputs are linear layers."""
+"""Attention: the query, key, value and output projections as linear layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ROLES = ("query", "key", "value")
 
 
 def _of_role(role: int, width: int, tensor: Tensor) -> Tensor:
-    """Return what belongs to queries, keys or values, of a bias that all three are kept in."""
+    """Return the query, key or value part of a bias that packs all three."""
     return tensor.narrow(0, role * width, width).unsqueeze(-1)
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Return [3 * out, in] as [3, out, in]."""
+    """Reshape [3 * out, in] to [3, out, in]."""
     return torch.unflatten(tensor, 0, (3, -1))
 
 
@@ -37,10 +37,10 @@ def _packed_column(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class InputProjectionLayer(Layer):
-    """The projections of queries, keys and values: three groups if they are packed, else a layer for each role.
+    """The query, key and value projections: three groups if they are packed, otherwise one layer per role.
 
     Args:
-        roles: 0, 1 and 2 for queries, keys and values.
+        roles: the projections in this layer: 0 for queries, 1 for keys, 2 for values.
     """
 
     roles: tuple[int, ...] = (0, 1, 2)
@@ -50,7 +50,7 @@ class InputProjectionLayer(Layer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return one layer for packed projections, and three for separate ones."""
+        """Return one layer for packed projections, or three for separate ones."""
         width, ones = module.embed_dim, int(module.in_proj_bias is not None)
         if module.in_proj_weight is not None:
             parts = (Part("in_proj_weight", _packed), Part("in_proj_bias", _packed_column))[: 1 + ones]
@@ -68,7 +68,7 @@ class InputProjectionLayer(Layer):
         return super().output(output[0])
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return inputs; what is projected is not seen, and not needed for a linear response."""
+        """Return the inputs. The pre-activations are not visible, and a linear response does not need them."""
         given = {**dict(zip(_ROLES, call.args, strict=False)), **call.kwargs}
         inputs = [
             sampling.real(_batched(self.module, given[_ROLES[role]].detach(), sampling))[0] for role in self.roles
@@ -82,7 +82,7 @@ class InputProjectionLayer(Layer):
 
 
 def _batched(module: Any, tensor: Tensor, sampling: Sampling) -> Tensor:
-    """Return sequences [batch, length, in], or a single one as it is."""
+    """Return sequences as [batch, length, in]; a single sequence is unchanged."""
     if module.batch_first or tensor.ndim != 3:
         return tensor
     sampling.turn(*tensor.shape[:2])
@@ -90,9 +90,9 @@ def _batched(module: Any, tensor: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _stretched(rows: Tensor, count: int, chosen: Tensor | None) -> Tensor:
-    """Return so many rows, or those of them at the chosen places, with the same mean of squares.
+    """Return rows repeated to the given count, or the chosen ones of these, with the same mean square.
 
-    Fewer keys than queries count for more each: all groups are averages over as many samples.
+    If there are fewer keys than queries, each key gets more weight, so that all groups average over as many samples.
     """
     if len(rows) == count:
         return rows if chosen is None else rows[chosen]
@@ -100,17 +100,17 @@ def _stretched(rows: Tensor, count: int, chosen: Tensor | None) -> Tensor:
     if len(rows) == 0:
         return rows.new_zeros(len(places), rows.shape[-1])
     sources = places * len(rows) // count
-    # A row stands at all places from the first one whose source it is to that of the next row.
+    # A row fills the places from the first one that it is the source of up to the first one of the next row.
     firsts = (torch.arange(len(rows) + 1, device=rows.device) * count + len(rows) - 1) // len(rows)
     weights = count / (len(rows) * firsts.diff()[sources].to(rows.dtype))
     return rows[sources] * weights.sqrt().unsqueeze(-1)
 
 
 class OutputProjectionLayer(Layer):
-    """The projection of what the heads attended to.
+    """The output projection, applied to the attended values.
 
-    Its input is inside the module's functional call, so that attention runs once more, with the identity in its place
-    and the same random numbers, when statistics are due.
+    The input of the projection is hidden inside the module's functional call. When statistics are due, attention is
+    therefore run again with the identity as the projection and with the same random numbers.
     """
 
     kinds: ClassVar[Kinds] = (nn.MultiheadAttention,)
@@ -130,7 +130,7 @@ class OutputProjectionLayer(Layer):
 
     @torch.no_grad()
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return what the heads attended to, and outputs."""
+        """Return the attended values and the outputs."""
         module = self.module
         given = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
         given.apply_defaults()

@@ -1,4 +1,4 @@
-"""Convolutions: the linear layer on their patches; samples run over images and positions."""
+"""Convolutions: linear layers applied to patches. Samples run over images and positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ConvLayer", "TransposedConvLayer"]
 
 
 def _grouped(groups: int, tensor: Tensor) -> Tensor:
-    """Return [g * out, ...] as [g, out, ...], or as it is for one group."""
+    """Reshape [g * out, ...] to [g, out, ...]; return it unchanged for one group."""
     return tensor if groups == 1 else torch.unflatten(tensor, 0, (groups, -1))
 
 
@@ -28,12 +28,12 @@ def _grouped_column(groups: int, tensor: Tensor) -> Tensor:
 
 
 def _transposed(groups: int, tensor: Tensor) -> Tensor:
-    """Return the weight [g * in, out, k...] of a transposed convolution as [g, out, in, k...]."""
+    """Reshape the weight [g * in, out, k...] of a transposed convolution to [g, out, in, k...]."""
     return _grouped(groups, tensor).transpose(int(groups > 1), int(groups > 1) + 1)
 
 
 class ConvLayer(Layer):
-    """A convolution of 1 to 3 dimensions, with its stride, padding, dilation and groups."""
+    """A convolution in 1 to 3 dimensions, with stride, padding, dilation and groups."""
 
     kinds: ClassVar[Kinds] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -52,7 +52,7 @@ class ConvLayer(Layer):
         return cls(name, module, parts, shape if module.groups == 1 else (module.groups, *shape))
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return patches and outputs; a mask covers whole images, or output positions."""
+        """Return the patches and the outputs. A mask may cover whole images or output positions."""
         dimensions = len(self.kernel)
         x, z = call.input(), self.pre_activation(call)
         if x.ndim == dimensions + 1:  # without a batch dimension
@@ -80,17 +80,17 @@ class ConvLayer(Layer):
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel's size in each dimension."""
+        """The kernel size in each dimension."""
         size: tuple[int, ...] = self.module.kernel_size
         return size
 
     @property
     def patch(self) -> int:
-        """The number of inputs of one unit at one position."""
+        """The number of inputs of a unit at one position."""
         return self.d - (len(self.parts) - 1)
 
     def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Return the patches [b, in, *positions, *kernel] of images [b, in, *size], as views if possible."""
+        """Extract the patches [b, in, *positions, *kernel] of images [b, in, *size], as views if possible."""
         module = self.module
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -104,7 +104,7 @@ class ConvLayer(Layer):
 
 
 class TransposedConvLayer(ConvLayer):
-    """A transposed convolution: a convolution with the flipped kernel, over inputs with zeros between them."""
+    """A transposed convolution: a convolution with the flipped kernel over inputs that are spread out with zeros."""
 
     kinds: ClassVar[Kinds] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -115,7 +115,7 @@ class TransposedConvLayer(ConvLayer):
         return [cls._of(name, module, partial(_transposed, groups), weight.shape[1], weight[:, 0].numel() // groups)]
 
     def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Return what each output position sees, with the kernel's axes flipped back to the weight's order."""
+        """Extract the patch of each output position, with the kernel's axes flipped back to the weight's order."""
         module = self.module
         spread = x.new_zeros(*x.shape[:2], *(step * (size - 1) + 1 for step, size in self._along(x)))
         every: Any = (..., *(slice(None, None, step) for step in module.stride))

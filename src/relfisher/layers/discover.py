@@ -1,4 +1,4 @@
-"""Which parameters of a model have a metric of their own, and why the others have none."""
+"""Find which parameters of a model have a metric of their own, and why the others have none."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ _KINDS: list[type[Layer]] = [
     RecurrentLayer,
 ]
 
-#: Kinds that users registered, the newest first: they take precedence.
+#: Kinds that users registered, newest first; they take precedence.
 _REGISTERED: list[type[Layer]] = []
 
 Extra = Sequence[type[Layer]]
 
 
 def register_layer(kind: type[Layer]) -> type[Layer]:
-    """Give the modules of a layer kind's `kinds` a metric everywhere, before the kinds that the library has.
+    """Register a kind of layer for all optimizers, ahead of the built-in kinds.
 
-    It may be used as a decorator. `MetricOptions(layers=[kind])` does the same for one optimizer alone.
+    It can be used as a decorator. `MetricOptions(layers=[kind])` does the same for a single optimizer.
 
     Args:
         kind: a subclass of `Layer`.
 
     Returns:
-        The kind.
+        The kind, unchanged.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if `kind` is not a subclass of `Layer` that names its modules.
     """
     check_kinds([kind])
     if kind not in _REGISTERED:
@@ -71,25 +71,23 @@ def register_layer(kind: type[Layer]) -> type[Layer]:
 
 
 def check_kinds(kinds: Iterable[object]) -> None:
-    """Raise TypeError unless all are subclasses of `Layer` that name the modules they are for."""
+    """Raise TypeError unless all are subclasses of `Layer` that name their modules in `kinds`."""
     for kind in kinds:
         if not (isinstance(kind, type) and issubclass(kind, Layer) and getattr(kind, "kinds", None)):
-            raise TypeError(
-                f"a layer kind must be a subclass of Layer that names the modules of its `kinds`, got {kind!r}"
-            )
+            raise TypeError(f"a layer kind must be a subclass of Layer that names its modules in `kinds`, got {kind!r}")
 
 
-#: What decides how a module computes; one that overrides any of them does something of its own.
+#: The methods that define how a module computes; a class that overrides one of them is not supported.
 _METHODS = ("forward", "_conv_forward")
 
 
 @dataclass
 class Discovery:
-    """What has a metric in a model.
+    """The layers of a model.
 
     Attributes:
         layers: in the order of their modules.
-        refused: the names of all other parameters, and why they have none.
+        refused: the names of all other parameters, with the reason why they have no metric.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -97,14 +95,14 @@ class Discovery:
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """Return the name of a module or parameter of a model without what wrappers put in front.
+    """Strip the prefixes that wrappers add to the name of a module or parameter.
 
     Args:
-        model: what may be compiled or made parallel.
-        name: as `named_modules()` and `named_parameters()` of it have it.
+        model: the model, possibly compiled or wrapped for parallel training.
+        name: a name from its `named_modules()` or `named_parameters()`.
 
     Returns:
-        The name in the model that was wrapped.
+        The name in the wrapped model.
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         name = "" if name == "module" else name.removeprefix("module.")
@@ -112,15 +110,15 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
-    """Return the layers of one module; none if it is of no known kind or has a forward pass of its own.
+    """Return the layers of one module; none if its kind is unknown or its forward pass was changed.
 
     Args:
         name: the module's dotted name.
         module: any module.
-        extra: kinds that take precedence over all others.
+        extra: additional kinds, which take precedence over all others.
 
     Returns:
-        New layers. An instance of a subclass counts if it computes in the same way as the class it derives from.
+        New layers. Instances of a subclass are supported if they compute in the same way as their base class.
     """
     if _is_transformers_conv1d(module):
         return TransposedLinearLayer.found_in(name, module)
@@ -141,14 +139,14 @@ def _found(name: str, module: nn.Module, kinds: Extra) -> list[Layer]:
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is Hugging Face's Conv1D, a linear layer with weight [in, out], or derives from it."""
+    """Return whether a module is Hugging Face's Conv1D, a linear layer with weight [in, out], or a subclass of it."""
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
-    """Return what a module does otherwise than the class that it derives from, or None."""
-    # Accelerate replaces `forward` by one that moves or casts, and keeps the other beside it.
+    """Describe how a module departs from its base class, or return None if it does not."""
+    # Accelerate replaces `forward` with a wrapper that moves or casts tensors, and keeps the original beside it.
     wrapped = "_original_forward" in vars(module) or "_hf_hook" in vars(module)
     for method in _METHODS:
         if hasattr(base, method) and getattr(type(module), method) is not getattr(base, method):
@@ -159,22 +157,22 @@ def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
 
 
 def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
-    """Return the layers of a model.
+    """Find the layers of a model.
 
-    A module counts if all of its parameters are real parameters of this module alone: one that is tied to another
-    module, or computed by a parametrization, answers to more than this module's samples. A linear layer that scores
-    the tokens which embeddings look up in its weight counts nevertheless, by its own samples: what the embeddings say
-    of a token's row, its frequency, is left out.
+    A module has a layer if all of its parameters are actual parameters of this module alone. A parameter that is tied
+    to another module, or computed by a parametrization, depends on more than this module's samples. There is one
+    exception: a linear layer whose weight is also an embedding table. Its metric covers its own samples, and the
+    embedding's share, the token frequencies, is ignored.
 
     Args:
         model: any module.
-        extra: kinds of layers that take precedence over all others.
+        extra: additional kinds of layers, which take precedence over all others.
 
     Returns:
-        Layers and reasons: together they cover every parameter.
+        The layers and the reasons, which together cover every parameter.
 
     Raises:
-        ValueError: if a lazy module has not seen its input yet.
+        ValueError: if a lazy module has not been initialized yet.
         TypeError: if a module is compiled by torch.jit.
     """
     for name, module in model.named_modules():
@@ -189,7 +187,7 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         for key, parameter in module.named_parameters(recurse=False):
             name = plain_name(model, f"{prefix}.{key}" if prefix else key)
             if isinstance(parameter, UninitializedParameter):
-                raise ValueError(f"model must be initialised, but {name} has no shape yet: run a forward pass first")
+                raise ValueError(f"model must be initialized, but {name} has no shape yet: run a forward pass first")
             names.setdefault(id(parameter), name)
             owners.setdefault(id(parameter), {})[name] = module
     found = Discovery()
@@ -214,7 +212,7 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
 def _reason(
     module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, dict[str, nn.Module]], extra: Extra
 ) -> str | None:
-    """Return why a module has no layer, or None if it has, or holds others that may."""
+    """Return why a module has no layer; None if it has one, or contains modules that may."""
     if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "a parametrization computes the weight from it"
     layers = layers_of("", module, extra)
@@ -235,11 +233,11 @@ def _reason(
 
 
 def _is_the_layer(module: nn.Module, owners: Iterable[nn.Module]) -> bool:
-    """Return whether a parameter with several owners is that of this linear layer, since others only look tokens up.
+    """Return whether this linear layer may keep a shared parameter, since the other owners only look tokens up in it.
 
-    What an embedding makes of the rows that it looks up, such as a multiple of them, is not asked. A module that has
-    the layer inside and names its parameter once more, as that of BERT's head does its bias, makes no use of it; where
-    it does, the first forward pass tells.
+    What an embedding does with the rows that it looks up, such as scaling them, is not checked. A module that contains
+    the layer and registers its parameter again, as BERT's head does with the bias, is assumed not to use it. If it
+    does, the first forward pass shows it.
     """
     return isinstance(module, nn.Linear) and all(
         owner is module or _looks_up(owner) or (module in owner.modules() and not layers_of("", owner))

@@ -1,4 +1,4 @@
-"""Embeddings: linear layers with one-hot inputs, so that the metric is the diagonal of token frequencies."""
+"""Embeddings: linear layers with one-hot inputs, whose metric is the diagonal of token frequencies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["EmbeddingBagLayer", "EmbeddingLayer"]
 
 
 class EmbeddingLayer(Layer):
-    """An embedding: G = I (x) diag(frequencies), exactly; positions that hold `padding_idx` are left out."""
+    """An embedding: G = I (x) diag(frequencies), exactly. Positions that hold `padding_idx` are ignored."""
 
     kinds: ClassVar[Kinds] = (nn.Embedding,)
     structures = ("diagonal", "shared")
@@ -22,14 +22,14 @@ class EmbeddingLayer(Layer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return the weight as one layer; none with a norm that the forward pass enforces."""
+        """Return the weight as one layer; none with `max_norm` or `scale_grad_by_freq`."""
         if module.max_norm is not None or module.scale_grad_by_freq:
             return []
         tokens, out = module.weight.shape
         return [cls(name, module, (Part("weight", torch.t),), (out, tokens))]
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return sparse one-hot inputs, and outputs."""
+        """Return the sparse one-hot inputs and the outputs."""
         tokens, z = call.input().reshape(-1), self.pre_activation(call).reshape(-1, self.out)
         keep = sampling.kept(call.input().shape)
         if keep is not None:
@@ -40,16 +40,16 @@ class EmbeddingLayer(Layer):
         return Rows(self._sparse(torch.arange(len(tokens), device=tokens.device), tokens, len(tokens)), z)
 
     def _sparse(self, rows: Tensor, tokens: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
-        """Return the inputs [n, tokens] with a weight, or 1, at each (row, token)."""
+        """Return sparse inputs [n, tokens] with the given weights, or 1, at each (row, token)."""
         values = torch.ones(len(tokens), device=tokens.device) if weights is None else weights
         return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
 
 
 class EmbeddingBagLayer(EmbeddingLayer):
-    """A bag of embeddings: each bag is a sample, and its input counts the tokens.
+    """A bag of embeddings: each bag is a sample, and its input holds the token counts.
 
-    The diagonal leaves out which tokens occur together; the shared block does not.
-    Bags of the mode "max" have none: they are not linear in their inputs.
+    The diagonal ignores which tokens occur together; the shared block does not.
+    Bags with mode "max" have no layer, since they are not linear in their inputs.
     """
 
     kinds: ClassVar[Kinds] = (nn.EmbeddingBag,)
@@ -60,7 +60,7 @@ class EmbeddingBagLayer(EmbeddingLayer):
         return [] if module.mode == "max" else super().found_in(name, module)
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return sparse counts (or sums of weights, or means), and outputs; a mask covers whole bags."""
+        """Return the sparse counts (or sums of weights, or means) and the outputs. A mask covers whole bags."""
         names = ("input", "offsets", "per_sample_weights")
         given: dict[str, Any] = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         tokens, weights = given["input"], given.get("per_sample_weights")

@@ -1,4 +1,4 @@
-"""Linear and bilinear layers: one matrix [out, in + 1], bias last."""
+"""Linear and bilinear layers: one matrix [out, in + 1], with the bias last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["BilinearLayer", "LinearLayer", "TransposedLinearLayer", "column", "w
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor itself: a weight that has the layer's shape already."""
+    """Return the tensor unchanged, for a weight that already has the layer's shape."""
     return tensor
 
 
@@ -26,18 +26,18 @@ def column(tensor: Tensor) -> Tensor:
 
 
 def with_bias(module: Any, weight: Part) -> tuple[Part, ...]:
-    """Return the part of a module's weight, and that of its bias [out] if it has one."""
+    """Return the part of a module's weight and, if it has a bias [out], the part of the bias."""
     return (weight,) if module.bias is None else (weight, Part("bias", column))
 
 
 class LinearLayer(Layer):
-    """A linear layer; sequences and positions are samples."""
+    """A linear layer. Positions of a sequence are samples."""
 
     kinds: ClassVar[Kinds] = (nn.Linear,)
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return the weight and bias as one layer; none for the one inside attention, which is never called."""
+        """Return the weight and bias as one layer; none for the projection inside attention, which is never called."""
         if isinstance(module, NonDynamicallyQuantizableLinear):
             return []
         parts = with_bias(module, Part("weight", whole))
@@ -45,13 +45,13 @@ class LinearLayer(Layer):
         return [cls(name, module, parts, (out, inputs + len(parts) - 1))]
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return inputs and outputs."""
+        """Return the inputs and the outputs."""
         x, z = sampling.rows(call.input(), self.pre_activation(call))
         return Rows(augment(x, len(self.parts) - 1), z)
 
 
 class TransposedLinearLayer(LinearLayer):
-    """A linear layer whose weight is [in, out], as in the GPT-2 of Hugging Face's transformers."""
+    """A linear layer with weight [in, out], as in GPT-2 from Hugging Face's transformers."""
 
     kinds: ClassVar[Kinds] = ()
 
@@ -75,7 +75,7 @@ class BilinearLayer(Layer):
         return [cls(name, module, parts, (out, first * second + len(parts) - 1))]
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return products of inputs, and outputs."""
+        """Return the products of the inputs, and the outputs."""
         first, second, z = sampling.rows(call.input(0, "input1"), call.input(1, "input2"), self.pre_activation(call))
         products = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
         return Rows(augment(products, len(self.parts) - 1), z)

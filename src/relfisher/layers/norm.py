@@ -1,6 +1,6 @@
-"""Affine parameters of a channel: a block of 2 x 2 (scale, shift) or 1 x 1 a channel.
+"""Affine parameters of channels: a 2 x 2 block (scale, shift) or a 1 x 1 block per channel.
 
-The normalized input of a channel and 1 are the inputs of one unit, so that a channel is a group with one unit.
+A unit's inputs are the normalized channel and 1, so that each channel is a group with one unit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = [
 
 
 def channels(tensor: Tensor) -> Tensor:
-    """Return a parameter of any shape as [channels, 1, 1]: a group with one unit and one input each."""
+    """Reshape a parameter of any shape to [channels, 1, 1]: groups with one unit and one input each."""
     return tensor.reshape(-1, 1, 1)
 
 
 class _Affine(Layer):
-    """A scale, a shift, or both, for each channel of what the module normalizes."""
+    """A scale, a shift, or both, for each normalized channel."""
 
     structures = ("shared", "neuron", "diagonal")
 
@@ -42,54 +42,54 @@ class _Affine(Layer):
         return [cls(name, module, parts, (getattr(module, kept[0]).numel(), 1, len(parts)))] if parts else []
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return what the module multiplies by its scale, [*n, channels]."""
+        """Return the values that the module multiplies by its scale, [*n, channels]."""
         raise NotImplementedError
 
     def ordered(self, z: Tensor) -> Tensor:
-        """Return the module's output with the channels last, flattened where there are several axes of them."""
+        """Return the module's output with the channels last; several channel axes are flattened into one."""
         return z.movedim(1, -1)
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return normalized inputs and outputs."""
+        """Return the normalized inputs and the outputs."""
         x, z = sampling.rows(self.normalized(call.input()), self.ordered(self.pre_activation(call)))
         inputs = x.T.unsqueeze(2)
         return Rows(augment(inputs, len(self.parts) - 1), z.T.unsqueeze(2))
 
 
 class LayerNormLayer(_Affine):
-    """The affine of LayerNorm or RMSNorm."""
+    """The affine parameters of LayerNorm or RMSNorm."""
 
     kinds: ClassVar[Kinds] = (nn.LayerNorm, nn.RMSNorm)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return the input over its own statistics."""
+        """Normalize the input by its own statistics."""
         module = self.module
         normalize = functional.rms_norm if isinstance(module, nn.RMSNorm) else functional.layer_norm
         return self.ordered(normalize(x, module.normalized_shape, eps=module.eps))
 
     def ordered(self, z: Tensor) -> Tensor:
-        """Return the output with the normalized axes as one."""
+        """Return the output with the normalized axes flattened into one."""
         return z.flatten(z.ndim - len(self.module.normalized_shape))
 
 
 class GroupNormLayer(_Affine):
-    """The affine of GroupNorm."""
+    """The affine parameters of GroupNorm."""
 
     kinds: ClassVar[Kinds] = (nn.GroupNorm,)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return the input over its groups' statistics."""
+        """Normalize the input by the statistics of its groups."""
         module = self.module
         return self.ordered(functional.group_norm(x, module.num_groups, eps=module.eps))
 
 
 class BatchNormLayer(_Affine):
-    """The affine of BatchNorm, with the statistics that the call used."""
+    """The affine parameters of BatchNorm, with the statistics that the call used."""
 
     kinds: ClassVar[Kinds] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return the input over the batch's statistics, or over the running ones in evaluation mode."""
+        """Normalize the input by the batch statistics, or by the running statistics in evaluation mode."""
         module = self.module
         if module.training or module.running_mean is None:
             return self.ordered(functional.batch_norm(x, None, None, training=True, eps=module.eps))
@@ -97,12 +97,12 @@ class BatchNormLayer(_Affine):
 
 
 class InstanceNormLayer(BatchNormLayer):
-    """The affine of InstanceNorm, of batches or of one sample."""
+    """The affine parameters of InstanceNorm, for a batch or a single sample."""
 
     kinds: ClassVar[Kinds] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return the input over each sample's statistics, or over the running ones in evaluation mode."""
+        """Normalize the input by each sample's statistics, or by the running statistics in evaluation mode."""
         module = self.module
         if module.training or module.running_mean is None:
             return self.ordered(functional.instance_norm(self._batched(x), eps=module.eps))
@@ -117,16 +117,16 @@ class InstanceNormLayer(BatchNormLayer):
 
 
 class PReLULayer(_Affine):
-    """The slopes of PReLU below 0: z = max(0, x) + a min(0, x), so that the input of a slope is min(0, x)."""
+    """The negative slopes of PReLU: z = max(0, x) + a min(0, x), so that the input of a slope is min(0, x)."""
 
     kinds: ClassVar[Kinds] = (nn.PReLU,)
     followed = False
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return the inputs below 0, one column a slope."""
+        """Return the negative parts of the inputs, with one column per slope."""
         return self.ordered(x.clamp(max=0))
 
     def ordered(self, z: Tensor) -> Tensor:
-        """Return the values with one column a slope."""
+        """Return the values with one column per slope."""
         slopes = math.prod(self.shape[:1])
         return z.unsqueeze(-1) if slopes == 1 else z.movedim(1, -1)

@@ -1,7 +1,7 @@
-"""Recurrent layers: input weights and recurrent weights are linear layers whose units are gates, shared over time.
+"""Recurrent layers: input and recurrent weights as linear layers whose units are gates, shared over time.
 
-Each layer and direction has two layers here, of which the other is the reference: the input weights with x~ = (x_t, 1)
-and the recurrent weights with x~ = (h_(t-1), 1). Samples run over sequences and time.
+Each layer and direction of the module gives two layers: the input weights with x~ = (x_t, 1) and the recurrent weights
+with x~ = (h_(t-1), 1). For each, the other is part of the reference. Samples run over sequences and time steps.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _UNITS: dict[str, tuple[UnitResponse, ...]] = {
 
 @dataclass(frozen=True)
 class Gates(UnitResponse):
-    """Units of several kinds, as many of each, one kind after another along the last axis of z.
+    """Units of several kinds, equally many of each, one kind after another along the last axis of z.
 
     Args:
         units: the kinds.
-        reset: True if z holds the gates (r, z, n) of a GRU and the parameters are its recurrent weights: the new
-            state's pre-activation takes these only times r, so that its information, with r as given, is nu r^2.
+        reset: True if z holds the gates (r, z, n) of a GRU and the parameters are its recurrent weights. In the
+            pre-activation of the new state these are multiplied by r, so that the information, for given r, is nu r^2.
     """
 
     units: tuple[UnitResponse, ...]
@@ -54,7 +54,7 @@ class Gates(UnitResponse):
         return torch.cat([unit.slope(part) for unit, part in self._parts(z)], dim=-1)
 
     def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return what each gate says about the pre-activation, or about the recurrent part of it."""
+        """Return each gate's information about its pre-activation, or about the recurrent part of it."""
         parts = [unit.information(part) for unit, part in self._parts(z)]
         if self.reset:
             parts[-1] = parts[-1] * torch.sigmoid(z.chunk(len(self.units), dim=-1)[0]).square()
@@ -67,11 +67,11 @@ class Gates(UnitResponse):
         return torch.cat([unit.log_prob(part, response) for (unit, part), response in pairs], dim=-1)
 
     def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
-        """Draw the gates' responses."""
+        """Draw a response of each gate."""
         return torch.cat([unit.sample(part, generator) for unit, part in self._parts(z)], dim=-1)
 
     def outcomes(self, out: int) -> None:
-        """Return None: they differ from gate to gate."""
+        """Return None: the outcomes differ between gates."""
         return
 
     def _parts(self, z: Tensor) -> list[tuple[UnitResponse, Tensor]]:
@@ -80,7 +80,7 @@ class Gates(UnitResponse):
 
 @dataclass(frozen=True)
 class _Sequences:
-    """The inputs [length, batch, in] and outputs of one layer, both directions side by side, and its initial states."""
+    """The inputs [length, batch, in], outputs (both directions side by side) and initial states of one layer."""
 
     inputs: Tensor
     outputs: Tensor
@@ -89,13 +89,13 @@ class _Sequences:
 
 @dataclass(frozen=True, eq=False)
 class RecurrentLayer(Layer):
-    """The input weights or the recurrent weights of one layer and direction of RNN, LSTM or GRU.
+    """The input weights or the recurrent weights of one layer and direction of an RNN, LSTM or GRU.
 
-    The states of lower layers are inside the module's call, so these layers run again, with the same random numbers for
-    the dropout between them, when statistics are due.
+    The states of lower layers are hidden inside the module's call. When statistics are due, these layers are therefore
+    run again, with the same random numbers for the dropout between them.
 
     Args:
-        place: of the layer, counted from 0.
+        place: the index of the layer, counted from 0.
         reverse: True for the backward direction.
         recurrent: True for the recurrent weights, False for the input weights.
     """
@@ -110,7 +110,7 @@ class RecurrentLayer(Layer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return two layers for each layer and direction; none with projections, which have weights of a third kind."""
+        """Return two layers for each layer and direction; none with projections, which have a third kind of weight."""
         if module.proj_size:
             return []
         found: list[Layer] = []
@@ -137,7 +137,7 @@ class RecurrentLayer(Layer):
 
     @torch.no_grad()
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return inputs or the states before, and the gates' pre-activations; packed sequences have no padding."""
+        """Return the inputs or previous states, and the gates' pre-activations. Packed sequences have no padding."""
         if "layers" not in call.shared:
             call.shared["layers"], call.shared["lengths"] = self._run(call)
         sequences: _Sequences = call.shared["layers"][self.place]
@@ -158,7 +158,7 @@ class RecurrentLayer(Layer):
         return Rows(augment(x, len(self.parts) - 1), z)
 
     def _before(self, sequences: _Sequences, lengths: Tensor | None) -> Tensor:
-        """Return the state before each step, [length, batch, hidden], in this layer's direction."""
+        """Return the previous state of each step, [length, batch, hidden], in this layer's direction."""
         size, start = self.module.hidden_size, sequences.initial[int(self.reverse)].unsqueeze(0)
         outputs = sequences.outputs[..., size * self.reverse : size * (self.reverse + 1)]
         if not self.reverse:
@@ -183,13 +183,13 @@ class RecurrentLayer(Layer):
         return torch.cat([gates, new], dim=-1)
 
     def _weights(self, layer: int) -> list[list[nn.Parameter]]:
-        """Return the weights of a layer, a list a direction."""
+        """Return the weights of a layer, one list per direction."""
         directions = 1 + self.module.bidirectional
         weights: list[list[nn.Parameter]] = self.module.all_weights
         return weights[layer * directions : (layer + 1) * directions]
 
     def _run(self, call: Call) -> tuple[list[_Sequences], Tensor | None]:
-        """Run the layers one by one, and return what each one saw and said, and the lengths of packed sequences."""
+        """Run the layers one by one. Return the inputs and outputs of each, and the lengths of packed sequences."""
         module, sequence, states = self.module, call.argument(0, "input"), call.argument(1, "hx")
         packed = sequence if isinstance(sequence, PackedSequence) else None
         lengths = None
@@ -227,7 +227,7 @@ class RecurrentLayer(Layer):
         return [state.detach().to(inputs.dtype).reshape(shape) for state in given]
 
     def _one(self, current: Tensor, initial: list[Tensor], layer: int, packed: PackedSequence | None) -> Tensor:
-        """Run one layer on sequences, or on the data of packed ones."""
+        """Run one layer on padded sequences, or on the data of packed ones."""
         module = self.module
         run = getattr(torch._VF, module.mode.lower())
         weights = [weight.detach() for direction in self._weights(layer) for weight in direction]

@@ -1,4 +1,4 @@
-"""Samples of layers: which rows of a call count, and an even sample of those that a layer sees within one step."""
+"""Samples of layers: select the rows of a call that count, and sample evenly from the rows of one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["Held", "Reservoir", "Rows", "Sampling"]
 
-#: Its multiples modulo 1 are spread evenly.
+#: Its multiples modulo 1 are evenly distributed.
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -26,22 +26,22 @@ class Rows(NamedTuple):
 
 @dataclass
 class Sampling:
-    """Which samples of a call go into its statistics.
+    """Select the samples of a call that go into its statistics.
 
-    The samples that a layer sees within one step are numbered, and number i has the priority i * golden ratio modulo 1.
-    Of N of them those with a priority below `limit` / N are taken: about `limit`, spread evenly, and some of those that
-    would have been taken of fewer.
+    The samples of a layer within one step are numbered, and sample i has the priority i * golden ratio modulo 1. Of N
+    samples, those with a priority below `limit` / N are taken: about `limit` of them, evenly spread, and a subset of
+    those that would be taken if N were smaller.
 
     Args:
-        limit: at most about so many of all samples of the step; None for all.
-        mask: True for those that count; it applies to all tensors whose shape begins with its own, such as
+        limit: the approximate maximum number of samples per step; None for all.
+        mask: True for samples that count. It applies to all tensors whose shape begins with the mask's shape, such as
             [batch, length] for [batch, length, in].
-        start: how many samples the layer saw before this call.
+        start: the number of samples of the layer before this call.
 
     Attributes:
-        count: how many samples the call has, taken or not; None if there is no limit to them.
+        count: the number of samples of the call, taken or not; None if there is no limit.
         masked: whether the mask fitted any samples.
-        unmasked: the shape of samples that a mask was meant for, but did not fit.
+        unmasked: the shape of samples that the mask was meant for but did not fit.
     """
 
     limit: int | None = None
@@ -52,35 +52,35 @@ class Sampling:
     unmasked: tuple[int, ...] | None = field(default=None, init=False)
 
     def rows(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
-        """Return tensors [*, k...] that share their leading shape as rows [n, k...], those that count and are taken.
+        """Return tensors [*, k...] of the same leading shape as rows [n, k...], only those that count and are taken.
 
         Args:
-            tensors: one or more.
-            trailing: how many axes at the end belong to one sample.
+            tensors: one or more tensors.
+            trailing: the number of trailing axes that belong to one sample.
 
         Returns:
-            As many tensors, in their own dtypes.
+            One tensor per argument, in its own dtype.
         """
         return self.taken(*self.real(*tensors, trailing=trailing))
 
     def taken(self, *flat: Tensor) -> list[Tensor]:
-        """Return those of as many rows [n, k...] that are taken."""
+        """Select the taken rows from tensors [n, k...] of equally many rows."""
         chosen = self.chosen(flat[0].shape[0], flat[0].device)
         return list(flat) if chosen is None else [tensor[chosen] for tensor in flat]
 
     def real(self, *tensors: Tensor, trailing: int = 1) -> list[Tensor]:
-        """Return tensors [*, k...] that share their leading shape as rows [n, k...], all that count."""
+        """Return tensors [*, k...] of the same leading shape as rows [n, k...], only those that count."""
         keep = self.kept(tensors[0].shape[: tensors[0].ndim - trailing])
         flat = [tensor.reshape(-1, *tensor.shape[tensor.ndim - trailing :]) for tensor in tensors]
         return flat if keep is None else [tensor[keep] for tensor in flat]
 
     def turn(self, length: int, batch: int) -> None:
-        """Make a mask [length, batch] one of [batch, length]; one that could be either is the latter."""
+        """Transpose a mask [length, batch] to [batch, length]; a mask that could be either is taken as the latter."""
         if self.mask is not None and length != batch and tuple(self.mask.shape) == (length, batch):
             self.mask = self.mask.T
 
     def kept(self, leading: Sequence[int]) -> Tensor | None:
-        """Return for each sample of a leading shape whether it counts, [n]; None if the mask does not apply."""
+        """Return a flag [n] for each sample of a leading shape: whether it counts. Return None if no mask applies."""
         mask = self.mask
         if mask is None:
             return None
@@ -92,7 +92,7 @@ class Sampling:
         return mask.reshape(*mask.shape, *(1 for _ in leading[mask.ndim :])).expand(*leading).reshape(-1)
 
     def chosen(self, samples: int, device: torch.device) -> Tensor | None:
-        """Return the places of the samples that are taken, of so many that count; None for all of them."""
+        """Return the indices of the taken samples among those that count; None for all of them."""
         if self.limit is None:
             return None
         self.count = samples
@@ -105,10 +105,10 @@ class Held:
     """Rows of one call that are held until the end of the step.
 
     Args:
-        rows: those that were taken.
-        start: how many samples the layer saw before the call.
-        count: how many the call had.
-        share: the priority below which they were taken.
+        rows: the taken rows.
+        start: the number of samples of the layer before the call.
+        count: the number of samples of the call.
+        share: the priority below which rows were taken.
     """
 
     rows: Rows
@@ -117,7 +117,7 @@ class Held:
     share: float
 
     def thin(self, share: float) -> None:
-        """Keep what has a priority below a smaller one."""
+        """Drop the rows whose priority is not below a smaller threshold."""
         if share < self.share:
             places = _places(self.start, self.count, self.share, share, self.rows.x.device)
             self.rows = Rows(self.rows.x.index_select(-2, places), self.rows.z.index_select(-2, places))
@@ -125,13 +125,13 @@ class Held:
 
 
 class Reservoir:
-    """An even sample of the rows that one layer saw in calls whose gradients have flowed back since the last step.
+    """An even sample of the rows of one layer, from the calls of this step whose gradients have flowed back.
 
     Args:
-        limit: about so many.
+        limit: the approximate size of the sample.
 
     Attributes:
-        seen: how many samples those calls had.
+        seen: the number of samples of those calls.
     """
 
     def __init__(self, limit: int) -> None:
@@ -141,10 +141,10 @@ class Reservoir:
         self._share = 1.0
 
     def add(self, held: Held) -> None:
-        """Add what was held of a call."""
+        """Add the rows that were held for a call."""
         self.seen += held.count
         self._held.append(held)
-        # What was taken sparsely, next to calls that never flowed back, must not count for less than the rest.
+        # Calls that never flowed back make sampling sparser; the rows of one sample must all have the same weight.
         self._share = min(self._share, held.share, self._limit / max(self.seen, 1))
         if len(self._held) > 1 and sum(each.rows.z.shape[-2] for each in self._held) > 2 * self._limit:
             self._thin()
@@ -164,9 +164,9 @@ class Reservoir:
 
 
 def _is_for(mask: Tensor, leading: Sequence[int]) -> bool:
-    """Return whether samples of this leading shape look as if a mask that does not fit was meant for them, too.
+    """Return whether samples of this leading shape look as if a mask that does not fit was meant for them.
 
-    What has fewer axes was pooled, unless it has as many samples; what all sequences share has an axis of size 1.
+    Samples with fewer axes were pooled, unless there are equally many; an axis of size 1 is shared by all sequences.
     """
     if len(leading) < mask.ndim:
         return math.prod(leading) == mask.numel()
@@ -175,7 +175,7 @@ def _is_for(mask: Tensor, leading: Sequence[int]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _places(start: int, count: int, before: float, share: float, device: torch.device) -> Tensor:
-    """Return which of so many samples have a priority below `share`: their places among those below `before`."""
+    """Return the places of rows with a priority below `share`, among those with a priority below `before`."""
     numbers = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
     priorities = (numbers * _GOLDEN).frac()
     return (priorities[priorities < before] < share).nonzero().squeeze(1).to(device)

@@ -1,4 +1,4 @@
-"""What running a model tells: the roles of its layers, and the statistics of their samples."""
+"""Observation of a running model: the roles of its layers, and the statistics of their samples."""
 
 from relfisher.observe.activations import Responses, check_responses, register_activation, response_of
 from relfisher.observe.module import module_metric, observe, survey

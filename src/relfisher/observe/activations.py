@@ -1,4 +1,4 @@
-"""From an activation, as called, to the response of the units that it follows; open to activations of your own."""
+"""Map activations, as they are called, to responses of the units before them; extensible with new activations."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ __all__ = [
     "response_of_module",
 ]
 
-#: An activation: a class of modules, or a function of torch.
+#: An activation: a module class, or a function of torch.
 Activation = type[nn.Module] | Callable[..., Any]
 
-#: The response of the units that an activation follows, or a function from the module to it.
+#: The response of the units before an activation, or a function from the module to the response.
 Made = UnitResponse | Callable[[nn.Module], UnitResponse]
 
 #: Responses by activation, as in `RNGD(responses={nn.ReLU: SmoothReLUGaussian(1.0)})`.
 Responses = Mapping[Activation, Made]
 
-# Element-wise and differentiable, with a Gaussian response: nu = f'(z)^2 / sigma^2.
+# Element-wise and differentiable activations with a Gaussian response: nu = f'(z)^2 / sigma^2.
 _GENERIC = frozenset(
     "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid log_sigmoid mish relu6 rrelu selu silu softplus "
     "softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
 )
 
-#: Functions after which the pre-activation is still there, in another shape or in part.
+#: Functions that pass the pre-activation on, reshaped or in part.
 RESHAPING = frozenset(
     "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze permute transpose t movedim swapaxes "
     "contiguous clone chunk split tensor_split unbind select narrow getitem mt to type float double half bfloat16 cpu "
     "cuda".split()
 )
 
-#: Functions that join, normalize, pool or score pre-activations: no activation follows after them.
+#: Functions that join, normalize, pool or score pre-activations: they are not activations.
 JOINING = frozenset(
     "add sub mul matmul bmm baddbmm linear bilinear conv1d conv2d conv3d scaled_dot_product_attention softmax "
     "log_softmax cross_entropy nll_loss mse_loss binary_cross_entropy_with_logits layer_norm rms_norm batch_norm "
@@ -66,7 +66,7 @@ JOINING = frozenset(
     "pack_padded_sequence".split()
 )
 
-# Modules that only call the function of this name, so that the module and the function are one activation.
+# Modules that only call the function of this name; module and function count as the same activation.
 _FUNCTIONS: dict[type[nn.Module], str] = {
     nn.CELU: "celu",
     nn.ELU: "elu",
@@ -95,24 +95,24 @@ _REGISTERED: dict[Activation, Made] = {}
 
 
 def register_activation(activation: Activation, response: Made) -> None:
-    """Say what the units that an activation follows respond, everywhere.
+    """Register the response of the units before an activation, for all optimizers.
 
-    `RNGD(responses={activation: response})` does the same for one optimizer alone, and takes precedence.
+    `RNGD(responses={activation: response})` does the same for a single optimizer, and takes precedence.
 
     Args:
-        activation: a class of modules of your own, which then count as one activation whatever they compute inside; or
-            an activation of torch, as a module or a function, which stands for both.
+        activation: a module class of your own, which then counts as one activation whatever it computes inside; or an
+            activation of torch, as a module or a function. Either form covers both.
         response: a `UnitResponse`, or a function from the module to one.
 
     Raises:
-        TypeError: if the activation is a Python function, whose calls cannot be seen, or the response is none.
+        TypeError: if the activation is a Python function, whose calls cannot be observed, or the response is invalid.
     """
     check_responses({activation: response})
     _REGISTERED[activation] = response
 
 
 def check_responses(responses: object) -> None:
-    """Raise TypeError unless this maps activations to responses."""
+    """Raise TypeError unless the argument maps activations to responses."""
     if not isinstance(responses, Mapping):
         raise TypeError(f"responses must map activations to responses, got {responses!r}")
     for activation, made in responses.items():
@@ -120,7 +120,7 @@ def check_responses(responses: object) -> None:
         if not is_module and not (callable(activation) and _is_of_torch(activation)):
             raise TypeError(
                 f"an activation must be a class of modules or a function of torch, got {activation!r}: calls of other "
-                "functions cannot be seen; put it into a module"
+                "functions cannot be observed; wrap it in a module"
             )
         if isinstance(made, type) or not (isinstance(made, UnitResponse) or callable(made)):
             raise TypeError(f"the response of {activation!r} must be a UnitResponse, or make one of it; got {made!r}")
@@ -129,13 +129,13 @@ def check_responses(responses: object) -> None:
 def response_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], responses: Responses | None = None
 ) -> UnitResponse | None:
-    """Return the response of units whose pre-activation is the first argument of this call.
+    """Return the response of the units whose pre-activation is the first argument of a call.
 
     Args:
-        function: what was called, such as `torch.nn.functional.relu` or `torch.Tensor.tanh_`.
+        function: the function that was called, such as `torch.nn.functional.relu` or `torch.Tensor.tanh_`.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        responses: of activations, before those that are registered and known.
+        responses: responses by activation, which take precedence over registered and built-in ones.
 
     Returns:
         The response, or None if the function is not a known activation.
@@ -162,7 +162,7 @@ def response_of(
 
 
 def response_of_module(module: nn.Module, responses: Responses) -> UnitResponse | None:
-    """Return the response of units that a module of the user's own follows; None if it counts as no activation."""
+    """Return the response of the units before a user-defined module; None if the module is not an activation."""
     for activation, made in {**_REGISTERED, **responses}.items():
         if isinstance(activation, type) and activation not in _FUNCTIONS and isinstance(module, activation):
             return made if isinstance(made, UnitResponse) else made(module)
@@ -170,14 +170,14 @@ def response_of_module(module: nn.Module, responses: Responses) -> UnitResponse 
 
 
 def canonical_name(function: Callable[..., Any]) -> str:
-    """Return a function's name without the marks of its in-place and operator forms."""
+    """Return a function's name without the underscores and prefixes of its in-place and operator forms."""
     name = getattr(function, "__name__", repr(function))
     stripped = name.strip("_")
     return stripped[1:] if name.startswith(("__r", "__i")) and stripped[1:] in JOINING else stripped
 
 
 def _function_name(activation: Activation) -> str | None:
-    """Return the canonical name of the function that an activation of torch is; None for a module of the user's."""
+    """Return the canonical function name of an activation of torch; None for a user-defined module."""
     return _FUNCTIONS.get(activation) if isinstance(activation, type) else canonical_name(activation)
 
 
@@ -187,7 +187,7 @@ def _is_of_torch(function: Callable[..., Any]) -> bool:
 
 
 def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments other than its input, by name, without `inplace`."""
+    """Return a call's arguments by name, without its input and `inplace`."""
     named = dict(kwargs)
     try:
         named = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
@@ -201,7 +201,7 @@ _BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",),
 
 @dataclass(frozen=True)
 class _Partial:
-    """An activation with its options, free of `inplace`, so that it can be differentiated; equal if all is equal."""
+    """An activation with its options but without `inplace`, so that it is differentiable. Compares by value."""
 
     function: Callable[..., Any]
     options: tuple[tuple[str, Any], ...]

@@ -1,4 +1,4 @@
-"""Hooks that stay with their module: a copy of the model, or a pickled one, is not watched."""
+"""Hooks that stay with their module: copies and pickles of the model are not observed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Hook"]
 
 
 class Hook:
-    """A hook that stays with its module: a copy of the model, or a pickled one, is not watched."""
+    """A hook that stays with its module: copies and pickles of the model are not observed."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
 
-    @_disable_dynamo  # what a hook gathers is no part of a compiled graph
+    @_disable_dynamo  # the data that a hook collects are not part of a compiled graph
     def __call__(self, *args: Any) -> None:
-        """Call what the hook is for."""
+        """Call the wrapped function."""
         self._call(*args)
 
     def __deepcopy__(self, memo: object) -> _NoHook:
@@ -29,7 +29,7 @@ class Hook:
 
 
 class _NoHook:
-    """What a copied hook becomes."""
+    """The replacement for a copied hook."""
 
     def __call__(self, *args: object) -> None:
         """Do nothing."""

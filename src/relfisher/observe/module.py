@@ -1,4 +1,4 @@
-"""The metric of a layer inside a model: its inputs and its response are found by running the model."""
+"""The metric of a layer inside a model: run the model to find the layer's inputs and response."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ __all__ = ["module_metric", "observe", "survey"]
 def module_metric(model: nn.Module, name: str, inputs: Any, response: Response | None = None) -> Metric:
     """Return the relative Fisher information metric of a layer inside a model. Equations (22), (23), (25).
 
-    The model runs once, in evaluation mode, and is left as it was. The reference theta_f is everything but the layer's
-    own parameters.
+    The model runs once, in evaluation mode, and is left unchanged. The reference theta_f consists of all parameters but
+    the layer's own.
 
     Args:
         model: the model.
         name: the module's dotted name, as in `model.named_modules()`, or the name of one of its layers, such as
             "attention.out_proj".
-        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
-        response: what the layer's units say; None for the response of the activation that follows, or a linear one
-            where none is recognised.
+        inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
+        response: the response of the layer's units; None for the response of the activation that follows, or a linear
+            response if no activation is recognized.
 
     Returns:
-        A metric of the layer's parameters [out, d], bias last, or [groups, out, d] where groups of units have inputs of
-        their own (grouped convolutions, the channels of a normalisation). Positions and repeated calls are samples.
+        A metric of the layer's parameters [out, d], bias last, or [groups, out, d] if groups of units have different
+        inputs (grouped convolutions, the channels of a normalization). Positions and repeated calls count as samples.
 
     Raises:
-        ValueError: if there is no such layer, or the forward pass did not reach it.
-        TypeError: if the module has no metric of its own.
+        ValueError: if there is no such layer, or the forward pass does not reach it.
+        TypeError: if the module has no metric.
     """
     layer = _named(model, name)
     seen = observe(model, {name: layer}, inputs).get(name)
@@ -55,11 +55,11 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
 
 
 def _named(model: nn.Module, name: str) -> Layer:
-    """Return the one layer with this name, its own or its module's.
+    """Return the layer with this name, which may be its own name or its module's.
 
     Raises:
-        ValueError: if there is no module with this name, or it has several layers.
-        TypeError: if the module has none.
+        ValueError: if there is no module of this name, or it has several layers.
+        TypeError: if the module has no layer.
     """
     modules = dict(model.named_modules())
     parent = modules.get(name.rpartition(".")[0])
@@ -81,18 +81,18 @@ def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[
     """Run a model in evaluation mode and return the samples and responses of some of its layers.
 
     Args:
-        model: the model, left as it was.
-        layers: of the model, by name.
-        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
+        model: the model; it is left unchanged.
+        layers: layers of the model, by name.
+        inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
 
     Returns:
-        For each layer that was reached its samples and response, in the order in which they were reached.
+        The samples and the response of each layer that was reached, in the order of the forward pass.
     """
     seen: dict[Layer, list[Rows]] = {}
 
     def see(layer: Layer, call: Call) -> None:
         rows = layer.rows(call, Sampling())
-        # Both may be overwritten by what works in place, later in the forward pass.
+        # Later in-place operations may overwrite both.
         seen.setdefault(layer, []).append(Rows(rows.x.clone(), rows.z.clone()))
 
     roles = _run(model, layers, inputs, see)
@@ -113,17 +113,17 @@ def survey(
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
 ) -> tuple[dict[Layer, Role], dict[Layer, int]]:
-    """Run a model in evaluation mode and return what its layers are to each other, and the samples of each.
+    """Run a model in evaluation mode and return the roles of its layers and their sample counts.
 
     Args:
-        model: the model, left as it was.
-        layers: of the model.
-        inputs: what the model is called with: a tensor, a tuple of arguments, or keyword arguments.
-        loss: of what the model returns; it tells how the output layers are scored.
-        responses: of activations.
+        model: the model; it is left unchanged.
+        layers: layers of the model.
+        inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
+        loss: maps the model's output to a scalar; its gradients show how the output layers are scored.
+        responses: responses by activation.
 
     Returns:
-        The roles of layers that were reached or refused, and for each that was reached the number of its samples.
+        The roles of the layers that were reached or refused, and the number of samples of each layer that was reached.
     """
     named = {layer.name: layer for layer in layers}
     samples: dict[Layer, int] = {}
@@ -144,7 +144,7 @@ def _run(
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
 ) -> dict[Layer, Role]:
-    """Run a model, show each call of a layer, and return the roles of the layers that were reached or refused."""
+    """Run a model, pass on each call of a layer, and return the roles of the layers that were reached or refused."""
     arguments = list(inputs.values()) if isinstance(inputs, Mapping) else list(_tuple(inputs))
     trace = Trace(layers.values(), model, inputs=arguments, responses=responses)
     reached: dict[Layer, Tensor] = {}

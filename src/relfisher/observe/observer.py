@@ -1,7 +1,7 @@
-"""Forward hooks that watch the layers of a model: their roles once, and their samples on the steps that need them.
+"""Forward hooks on the layers of a model: determine each layer's role once, and collect samples on the due steps.
 
-A forward pass counts once its gradients have flowed back, and only then: not one without gradients, for evaluation, or
-left without a backward pass, and not the second one of activation checkpointing.
+A forward pass counts only after its gradients have flowed back. Passes without gradients, for evaluation, passes
+without a backward pass, and the recomputation of activation checkpointing are ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["MaskWarning", "Observer", "ResponseWarning", "TiedWarning"]
 
 
 class ResponseWarning(UserWarning):
-    """The activation that follows a layer is not known, so that the layer has the linear response."""
+    """The activation after a layer is not known, so that the layer has the linear response."""
 
 
 class TiedWarning(UserWarning):
@@ -42,23 +42,23 @@ class MaskWarning(UserWarning):
 
 
 class Observer:
-    """Watches the layers of a model; it knows nothing of what is done with what it sees.
+    """Observes the layers of a model, independently of how the observations are used.
 
-    The first forward pass of the whole model tells each layer's role; that of a layer first reached later is told by
-    the pass that follows. How an output layer is scored is told by the gradients that flow back to it. Until then a
-    layer's samples are held as they are.
+    The first forward pass of the whole model determines each layer's role. If a layer is first reached later, the pass
+    after that determines its role. The gradients of an output layer show how it is scored; until its role is known, its
+    samples are held as rows.
 
     Args:
-        model: the module whose forward pass tells the roles.
-        responses: of activations.
-        limit: about so many samples of a layer and step go into its statistics at most; None for all.
+        model: the module whose forward pass determines the roles.
+        responses: responses by activation.
+        limit: the approximate maximum number of samples per layer and step in the statistics; None for all.
 
     Attributes:
-        roles: of the layers whose role is known, in the order in which they first ran.
-        due: the modules whose statistics are due in the next passes; new ones are.
+        roles: the roles of layers, as far as they are known, in the order in which the layers first ran.
+        due: the modules whose statistics are due in the next passes; new modules are due.
         uninitialized: layers without statistics so far, which are always due.
-        readings: what statistics are made with; layers without an entry are held as rows.
-        heads: what is known of output layers from an earlier run, before their gradients tell it.
+        readings: the structure and response for the statistics of each layer; other layers are held as rows.
+        heads: whether output layers are heads, from an earlier run; used before their gradients show it.
     """
 
     def __init__(self, model: nn.Module, responses: Responses, limit: int | None = None) -> None:
@@ -70,17 +70,17 @@ class Observer:
         self._responses = responses
         self._limit = limit
         self._mask: Tensor | None = None
-        self._masking: list[bool] = []  # for each call inside `masked`, whether it had an effect
-        self._unmasked: set[Layer] = set()  # of which it was said that a mask did not fit
+        self._masking: list[bool] = []  # for each call inside `masked`, whether the mask was applied
+        self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._samplers: dict[Layer, Sampler] = {}
-        self._active: dict[Layer, Sampler] = {}  # those that hold or count something since the last step
-        self._new: dict[Layer, Role] = {}  # roles that nobody asked for yet
-        self._missed: set[Layer] = set()  # not reached by the last pass that was watched
-        self._outputs: dict[Layer, Role] = {}  # roles that lack what gradients are to tell: how the outputs are scored
+        self._active: dict[Layer, Sampler] = {}  # samplers with held or counted samples since the last step
+        self._new: dict[Layer, Role] = {}  # roles that `resolve` has not returned yet
+        self._missed: set[Layer] = set()  # layers that the last traced pass did not reach
+        self._outputs: dict[Layer, Role] = {}  # output layers whose gradients have yet to show how they are scored
         self._inside = False
         self._trace: Trace | None = None
-        self._ran: dict[Layer, None] = {}  # in the pass that is watched, in order
+        self._ran: dict[Layer, None] = {}  # layers in the traced pass, in order
         self._unresolved: list[Batch] = []
         self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._handles: list[RemovableHandle] = [
@@ -89,11 +89,11 @@ class Observer:
         ]
 
     def twin(self, model: nn.Module, memo: dict[int, Any]) -> Observer:
-        """Return an observer of a copy of the model that knows what this one does.
+        """Return an observer of a copy of the model, with the same knowledge.
 
         Args:
             model: the copy.
-            memo: of the `deepcopy` that made it.
+            memo: the memo of the `deepcopy` that copies the model.
         """
         twin = Observer(model, self._responses, self._limit)
         twin.add(copy.deepcopy(list(self._samplers), memo))
@@ -102,13 +102,13 @@ class Observer:
         return twin
 
     def add(self, layers: Sequence[Layer]) -> None:
-        """Watch these layers, too."""
+        """Observe additional layers."""
         for layer in layers:
             module = layer.module
             if module not in self._layers:
                 self._layers[module] = []
                 self.due.add(module)
-                # Ahead of the hook that ends the watch, where the model itself is the layer.
+                # Before the hook that ends the trace, in case the model itself is the layer.
                 seer = Hook(self._seer(module))
                 self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
             if layer.random and not any(other.random for other in self._layers[module]):
@@ -118,7 +118,7 @@ class Observer:
             self._samplers[layer] = Streamed(layer) if streams else Reserved(layer, self._limit or 0)
 
     def resolve(self) -> dict[Layer, Role]:
-        """Return the roles since the last call; layers that ran outside the model's own forward pass get theirs now."""
+        """Return new roles since the last call, also for layers that ran outside the model's own forward pass."""
         if self._unresolved:
             batches, self._unresolved = self._unresolved[::-1], []  # gradients flow from the last layer to the first
             layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer not in self.roles))
@@ -133,7 +133,7 @@ class Observer:
         return new
 
     def take(self) -> dict[Layer, Rows | Statistics]:
-        """Return the samples since the last call, or their statistics where these are smaller, and start anew."""
+        """Return the samples since the last call, as rows or as statistics, and start again."""
         taken = {
             layer: content
             for layer, sampler in self._active.items()
@@ -148,23 +148,23 @@ class Observer:
         return bool(self._unresolved) or any(sampler.counted for sampler in self._active.values())
 
     def drop(self) -> None:
-        """Forget the samples whose gradients have flowed back since the last step."""
+        """Discard the samples whose gradients have flowed back since the last step."""
         self._unresolved.clear()
         for sampler in self._active.values():
             sampler.clear()
         self._active.clear()
 
     def explains(self, layer: Layer) -> bool:
-        """Return whether it is known why a layer has no metric yet: it is refused, or its gradients were all 0."""
+        """Return whether the reason for a missing metric is known: the layer is refused, or its gradients were 0."""
         role = self.roles.get(layer)
         return layer in self._outputs or (role is not None and role.refused is not None)
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
-        """Leave positions out of the statistics in forward passes inside this context.
+        """Exclude positions from the statistics of forward passes inside this context.
 
         Args:
-            mask: True for what counts.
+            mask: True for positions that count.
 
         Yields:
             Nothing.
@@ -186,7 +186,7 @@ class Observer:
             warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", MaskWarning, stacklevel=4)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._stop_watching()
@@ -194,14 +194,14 @@ class Observer:
         self.drop()
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the state of the random numbers before a call that needs them again."""
+        """Save the generator states before a call whose random numbers will be replayed."""
         if self._wanted(module) and torch.is_grad_enabled():
             device = next(module.parameters()).device
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
             self._random_states[module] = torch.get_rng_state(), cuda
 
     def _wanted(self, module: nn.Module) -> bool:
-        """Return whether a call of this module has anything to tell."""
+        """Return whether a call of this module is needed for statistics or roles."""
         return any(self._is_due(layer) or layer not in self.roles for layer in self._layers[module])
 
     def _is_due(self, layer: Layer) -> bool:
@@ -224,7 +224,7 @@ class Observer:
     def _see(self, layer: Layer, call: Call, z: Tensor) -> None:
         traced = layer in self.roles or layer in self._outputs
         if not traced and self._inside and self._trace is None:
-            self._missed.discard(layer)  # the next pass is watched
+            self._missed.discard(layer)  # trace the next pass
             return
         sampler, due = self._samplers[layer], self._is_due(layer)
         sampling = sampler.sampling(self._mask)
@@ -240,7 +240,7 @@ class Observer:
         z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
 
     def _note_mask(self, layer: Layer, mask: Tensor, sampling: Sampling) -> None:
-        """Note whether a mask was applied, and say so once of a layer for which it was meant, but did not fit."""
+        """Note whether a mask was applied; warn once per layer if the mask was meant for it but did not fit."""
         self._masking.append(sampling.masked)
         if sampling.unmasked is not None and layer not in self._unmasked:
             self._unmasked.add(layer)
@@ -248,13 +248,13 @@ class Observer:
             warnings.warn(f"{message}{list(sampling.unmasked)}: all of them count", MaskWarning, stacklevel=2)
 
     def _count(self, batch: Batch, gradient: Tensor) -> None:
-        """Count a batch whose gradients have flowed back, once."""
+        """Count a batch after its gradients have flowed back, once."""
         layer = batch.layer
         if layer not in self._samplers:
-            return  # refused since
+            return  # the layer has been refused since
         if layer in self._outputs and bool(torch.isfinite(gradient).all()):
             if not bool(gradient.any()):
-                return  # it tells nothing
+                return  # not informative
             self._resolve_head(layer, is_softmax_gradient(gradient))
         if layer in self.roles:
             self._active[layer] = self._samplers[layer]
@@ -290,7 +290,7 @@ class Observer:
             self._missed = self._unknown()
 
     def _unknown(self) -> set[Layer]:
-        """Return the layers that are trained, but have no role yet."""
+        """Return the trained layers whose role is not known yet."""
         return {
             layer
             for layer in self._samplers
@@ -305,7 +305,7 @@ class Observer:
         return trace
 
     def _refuse(self, trace: Trace) -> None:
-        """Let the layers go that have no metric after all, and say so."""
+        """Drop the layers that cannot have a metric after all, and warn."""
         refused = roles_of(trace, trace.misused)
         for layer in refused:
             self._layers[layer.module].remove(layer)
@@ -318,7 +318,7 @@ class Observer:
             warnings.warn(f"no metric for some layers: {named}", TiedWarning, stacklevel=2)
 
     def _conclude(self, layers: Sequence[Layer], trace: Trace) -> None:
-        """Fix the roles of layers that ran, and say which activations are not known."""
+        """Fix the roles of the layers that ran, and warn about unknown activations."""
         for layer, role in roles_of(trace, layers).items():
             if needs_gradient(trace, layer, role):
                 self._outputs[layer] = role
@@ -336,7 +336,7 @@ class Observer:
 
 
 def _counts(layer: Layer, z: Tensor) -> bool:
-    """Return whether gradients can flow back through this output, outside torch.func's transforms."""
+    """Return whether gradients can flow back through this output, outside of torch.func transforms."""
     if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(z)

@@ -1,4 +1,4 @@
-"""What running a model reveals of a layer: the activation that follows, the layer that takes its units, its scoring."""
+"""The role of a layer in the model: the activation after it, the layer that takes its units, and its scoring."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from relfisher.responses import UnitResponse
 
 __all__ = ["Role", "is_softmax_gradient", "needs_gradient", "roles_of"]
 
-# What rounding may make of the sum of a row of gradients, in half precision and in others: a share of the largest row.
+# Tolerances for rounding in the sum of a row of gradients, relative to the largest row: in half and other precision.
 _HALF, _FULL = 0.05, 1e-3
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a layer is to the layers and functions around it.
+    """The role of a layer among the layers and functions around it.
 
     Args:
-        response: of its units.
-        following: the linear layer that takes its activated units and is the only one to do so; None without such.
-        is_head: whether its outputs are the logits of a softmax; None as long as that is not known.
-        reads_input: whether it reads the model's raw inputs: no parameter comes before it.
-        refused: why it has no metric after all; None if nothing speaks against one.
+        response: the response of its units.
+        following: the linear layer that takes its activated units, if nothing else does; otherwise None.
+        is_head: whether its outputs are the logits of a softmax; None if that is not known yet.
+        reads_input: whether it reads the model's raw inputs, that is, no parameter comes before it.
+        refused: the reason why it cannot have a metric after all; None if it can.
     """
 
     response: UnitResponse
@@ -41,11 +41,11 @@ def roles_of(trace: Trace, layers: Iterable[Layer]) -> dict[Layer, Role]:
     """Return the roles of layers in a forward pass.
 
     Args:
-        trace: of the pass; it saw the outputs of the layers.
-        layers: that ran in it, or were refused by it.
+        trace: the trace of the pass, which saw the outputs of the layers.
+        layers: layers that ran in the pass, or that it refused.
 
     Returns:
-        A role a layer.
+        One role per layer.
     """
     return {layer: _role(trace, layer) for layer in layers}
 
@@ -64,7 +64,7 @@ def _role(trace: Trace, layer: Layer) -> Role:
 
 
 def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:
-    """Return whether only the gradients of a layer's outputs can tell how they are scored: outside the model."""
+    """Return whether a layer is scored outside the model, so that only its gradients show how."""
     unknown = role.refused is None and role.is_head is None and layer.out > 1
     return unknown and isinstance(layer, LinearLayer) and trace.is_output(layer)
 
@@ -72,8 +72,8 @@ def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:
 def is_softmax_gradient(gradient: Tensor) -> bool:
     """Return whether a loss depends on outputs through their softmax alone, given its gradient [*, out].
 
-    Such a loss stays as it is when all outputs of a sample grow alike, so that the gradient of each sample sums to 0;
-    that of a squared error does not.
+    Such a loss does not change if the same number is added to all outputs of a sample, so that the gradient of each
+    sample sums to 0. The gradient of a squared error does not.
     """
     rows = gradient.detach().to(torch.float64)
     tolerance = _HALF if gradient.dtype in (torch.float16, torch.bfloat16) else _FULL

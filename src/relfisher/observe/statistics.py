@@ -1,7 +1,7 @@
-"""Samples in, statistics out, in one of two forms: all rows as they stream by, or an even sample of a limited number.
+"""Collection of a layer's statistics in one of two forms: all rows as a stream, or an even sample of limited size.
 
-Samples of a call count once its gradients have flowed back. Either form holds them until then, and gives what a layer
-saw within one step as rows, or as statistics where these are smaller.
+The samples of a call count after its gradients have flowed back; until then they are held. A sample of limited size is
+returned as rows. A stream is returned as statistics, unless it is a single call whose rows take less memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Batch", "Reading", "Reserved", "Sampler", "Streamed"]
 
 
 class Reading(NamedTuple):
-    """What statistics are made with: the structure of a layer and the response of its units."""
+    """The ingredients of a layer's statistics: its structure and the response of its units."""
 
     structure: Structure
     response: UnitResponse
@@ -33,7 +33,7 @@ class Reading(NamedTuple):
             return self.structure.batch_statistics(self._read(layer, rows))
 
     def average_in(self, layer: Layer, batch: Rows | Statistics, state: State, decay: float) -> bool:
-        """Add samples, or their statistics, to the moving average of a state; return whether they are finite."""
+        """Add samples or their statistics to a moving average; return whether they are finite."""
         if isinstance(batch, Statistics):
             return self.structure.ema_update(state, batch, decay)
         with torch.no_grad(), torch.autocast(batch.x.device.type, enabled=False):
@@ -47,10 +47,10 @@ class Batch:
     """The samples of one call of a layer, held until its gradients flow back.
 
     Attributes:
-        layer: whose call it was.
-        sampling: which of the samples were taken.
-        due: whether they are for the statistics; else they only tell that the layer ran.
-        content: rows, statistics once those are made, or None.
+        layer: the layer that was called.
+        sampling: the selection of samples.
+        due: whether the samples are for the statistics; otherwise they only show that the layer ran.
+        content: rows, their statistics once computed, or None.
     """
 
     def __init__(self, layer: Layer, sampling: Sampling, content: Rows | Statistics | None, *, due: bool) -> None:
@@ -61,7 +61,7 @@ class Batch:
 
 
 class Sampler(ABC):
-    """What one layer saw within a step.
+    """Collects the samples of one layer within a step.
 
     Args:
         layer: the layer.
@@ -72,17 +72,17 @@ class Sampler(ABC):
 
     @abstractmethod
     def sampling(self, mask: Tensor | None) -> Sampling:
-        """Return which samples of the next call go into the statistics."""
+        """Return the selection of samples for the next call."""
 
     @abstractmethod
     def hold(self, rows: Rows, sampling: Sampling, reading: Reading | None, *, due: bool) -> Batch:
         """Hold the samples of a call until its gradients flow back.
 
         Args:
-            rows: of the call; they may share memory with it.
-            sampling: by which they were taken.
-            reading: what statistics are made with, if that is known already.
-            due: whether they are for the statistics.
+            rows: the rows of the call; they may share memory with it.
+            sampling: the selection that produced them.
+            reading: the structure and response, if they are known already.
+            due: whether the samples are for the statistics.
 
         Returns:
             The batch.
@@ -94,11 +94,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def result(self, reading: Reading) -> Rows | Statistics | None:
-        """Return what was counted, or None if that is nothing."""
+        """Return the counted samples; None if there are none."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget what was held and counted."""
+        """Discard held and counted samples."""
 
     @property
     @abstractmethod
@@ -107,18 +107,18 @@ class Sampler(ABC):
 
 
 class Streamed(Sampler):
-    """All rows: statistics are made at each call, unless its rows take less memory than they would."""
+    """Uses all rows: computes statistics at each call, unless the rows take less memory."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._counted: list[Rows | Statistics] = []
 
     def sampling(self, mask: Tensor | None) -> Sampling:
-        """Return that all samples are taken."""
+        """Return a selection of all samples."""
         return Sampling(None, mask)
 
     def hold(self, rows: Rows, sampling: Sampling, reading: Reading | None, *, due: bool) -> Batch:
-        """Hold the statistics, or a copy of few rows."""
+        """Hold the statistics, or a copy of the rows if there are few."""
         if not due or rows.z.shape[-2] == 0:
             return Batch(self.layer, sampling, None, due=due)
         if reading is None or _is_light(rows):
@@ -132,7 +132,7 @@ class Streamed(Sampler):
             self._counted.append(content)
 
     def result(self, reading: Reading) -> Rows | Statistics | None:
-        """Return the rows of a single small call, else the sum of all statistics."""
+        """Return the rows of a single small call, or else the sum of all statistics."""
         if len(self._counted) == 1 and isinstance(self._counted[0], Rows) and _is_light(self._counted[0]):
             return self._counted[0]
         total: Statistics | None = None
@@ -142,7 +142,7 @@ class Streamed(Sampler):
         return total
 
     def clear(self) -> None:
-        """Forget what was counted; what is held counts when its gradients flow back."""
+        """Discard counted samples; held samples still count once their gradients flow back."""
         self._counted.clear()
 
     @property
@@ -152,26 +152,26 @@ class Streamed(Sampler):
 
 
 class Reserved(Sampler):
-    """An even sample of a limited number of rows, of all that the layer saw within the step.
+    """Keeps an even sample of limited size from all rows of the layer within the step.
 
     Args:
         layer: the layer.
-        limit: about so many rows.
+        limit: the approximate number of rows.
     """
 
     def __init__(self, layer: Layer, limit: int) -> None:
         super().__init__(layer)
         self._limit = limit
         self._reservoir: Reservoir | None = None
-        self._waiting: weakref.WeakSet[Batch] = weakref.WeakSet()  # for gradients, if those ever flow back
+        self._waiting: weakref.WeakSet[Batch] = weakref.WeakSet()  # batches whose gradients may still flow back
 
     def sampling(self, mask: Tensor | None) -> Sampling:
-        """Return a sample whose numbers go on from all samples of the step so far, held ones included."""
+        """Return a selection whose numbering continues after all samples of the step so far, held ones included."""
         seen = 0 if self._reservoir is None else self._reservoir.seen
         return Sampling(self._limit, mask, seen + sum(batch.sampling.count or 0 for batch in self._waiting))
 
     def hold(self, rows: Rows, sampling: Sampling, reading: Reading | None, *, due: bool) -> Batch:
-        """Hold a copy of the rows that were taken."""
+        """Hold a copy of the taken rows."""
         batch = Batch(self.layer, sampling, self.layer.copied(rows) if due else None, due=due)
         if due:
             self._waiting.add(batch)
@@ -190,11 +190,11 @@ class Reserved(Sampler):
         self._reservoir.add(Held(rows, start, count, share))
 
     def result(self, reading: Reading) -> Rows | Statistics | None:
-        """Return the rows that were sampled."""
+        """Return the sampled rows."""
         return None if self._reservoir is None else self._reservoir.rows()
 
     def clear(self) -> None:
-        """Forget what was held and counted."""
+        """Discard held and counted samples."""
         self._reservoir = None
         self._waiting.clear()
 
@@ -205,5 +205,5 @@ class Reserved(Sampler):
 
 
 def _is_light(rows: Rows) -> bool:
-    """Return whether so few samples take less memory than their statistics."""
+    """Return whether the rows take less memory than their statistics."""
     return not rows.x.is_sparse and rows.x.shape[-2] < rows.x.shape[-1]

@@ -1,4 +1,4 @@
-"""What feeds what: which activation follows a layer, and which layer follows that, seen once while the model runs."""
+"""Trace the data flow of one forward pass: which activation follows a layer, and which layer follows that."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from relfisher.responses import LinearGaussian, UnitResponse
 __all__ = ["Trace"]
 
 
-# Reads of an attribute, and what leaves the graph: they take a pre-activation nowhere.
+# Attribute reads, and functions that leave the graph: they do not consume a pre-activation.
 _LOOKS = frozenset(["get", "detach"])
 
-# After these, units are still along the last axis, if it is as long as before; dropout leaves their mean as it was.
+# These keep units along the last axis, if its length is unchanged; dropout preserves their mean.
 _CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
 
 
 class _Consumer(NamedTuple):
-    """A function that took a pre-activation: its name, the response that it makes, whether it is a softmax of it."""
+    """A function that took a pre-activation: its name, its response, and whether it is a softmax over the units."""
 
     name: str
     response: UnitResponse | None
@@ -41,22 +41,23 @@ class _Consumer(NamedTuple):
 
 
 class Trace(TorchFunctionMode):
-    """While active, notes which functions take the pre-activations that it was shown.
+    """Records which functions take the registered pre-activations, while active.
 
-    `show(layer, z)` registers a layer's output. The layer's response is then the one activation that takes z; it is
-    linear if z also goes elsewhere, if nothing takes it (the model's output), or if the function is not known.
+    `show(layer, z)` registers a layer's output. If a single activation is all that takes z, it determines the layer's
+    response. The response is linear if z also goes elsewhere, if nothing takes it (the model's output), or if the
+    function is not known.
 
     Args:
-        layers: whose weights are watched, too.
-        root: the model; its modules that count as activations are found in it.
-        running: True if the model is being called already.
-        inputs: what the model is called with.
-        responses: of activations.
+        layers: layers whose weights are traced as well.
+        root: the model; it is searched for modules that count as activations.
+        running: True if the model's forward pass has already begun.
+        inputs: the model's inputs.
+        responses: responses by activation.
 
     Attributes:
-        misused: layers whose parameters met data outside the calls of their module, as those of an embedding that also
-            scores the outputs in a function; and the function that took them. Tokens may be looked up in the weight of
-            a linear layer; see `discover`.
+        misused: layers whose parameters were used with data outside the calls of their module, mapped to the name of
+            the function, such as an embedding that also scores the outputs. Looking tokens up in the weight of a
+            linear layer is allowed; see `discover`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Trace(TorchFunctionMode):
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._running: list[nn.Module] = [root] if running and root is not None else []
         self._handles: list[RemovableHandle] = []
-        # Parameters, and tensors made of them alone.
+        # Parameters, and tensors computed from parameters alone.
         self._weights: dict[int, tuple[Layer, Tensor]] = {}
         for layer in layers:
             self._layers.setdefault(layer.module, []).append(layer)
@@ -85,20 +86,20 @@ class Trace(TorchFunctionMode):
             response = response_of_module(module, self._responses)
             if response is not None and module not in self._layers:
                 self._activations[module] = response
-        self._inside: list[nn.Module] = []  # activations of the user's own that are being called
-        # Outputs of calls that go on, their versions, and how many consumers there were before them.
+        self._inside: list[nn.Module] = []  # user-defined activations that are being called
+        # Outputs of unfinished calls, their versions, and their numbers of consumers before.
         self._shown_calls: dict[Layer, tuple[Tensor, int, int]] = {}
         self._shown: dict[int, tuple[Layer, Tensor]] = {}
         self._consumers: dict[Layer, list[_Consumer]] = {}
         self._activated: dict[int, tuple[Layer, Tensor]] = {}
-        # The layer of each linear function that took a layer's activated units, None for any other function.
+        # The linear layer of each function that took a layer's activated units; None for any other function.
         self._followers: dict[Layer, list[Layer | None]] = {}
-        # The model's inputs, and what was made of them without parameters.
+        # The model's inputs, and tensors computed from them without parameters.
         self._raw: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(inputs)}
         self._reading: set[Layer] = set()
 
     def __enter__(self) -> Trace:
-        """Start to watch."""
+        """Start tracing."""
         for module in self._layers:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -111,13 +112,13 @@ class Trace(TorchFunctionMode):
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Stop watching."""
+        """Stop tracing."""
         super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
         while self._handles:
             self._handles.pop().remove()
 
     def _find_weights(self, module: nn.Module) -> None:
-        """Note the tensors that now stand on a module as its layers' parameters."""
+        """Register the current tensors of a module as its layers' parameters."""
         for layer in self._layers[module]:
             self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
 
@@ -158,17 +159,17 @@ class Trace(TorchFunctionMode):
                 self._activated[id(output)] = (layer, output)
 
     def _replace(self, layer: Layer, z: Tensor, version: int, consumers: int, final: Tensor) -> None:
-        """Go on with what other hooks made of an output: the same values, maybe in another tensor, or others."""
+        """Continue with the output after other hooks: the same values, maybe in another tensor, or different ones."""
         if z._version != version:
-            return  # they changed it in place, which was seen
+            return  # changed in place, which the trace has seen
         if final is z or (z.shape == final.shape and torch.equal(z.detach(), final.detach())):
-            del self._consumers[layer][consumers:]  # what hooks look at goes nowhere
+            del self._consumers[layer][consumers:]  # uses inside hooks do not count
             self._note(layer, final)
         elif id(final) not in self._shown:
             self._consumers[layer].append(_Consumer("a forward hook", None, softmax=False))
 
     def show(self, layer: Layer, z: Tensor) -> None:
-        """Watch what becomes of a layer's output."""
+        """Register a layer's output."""
         self._shown_calls[layer] = z, z._version, len(self._consumers.get(layer, ()))
         self._note(layer, z)
 
@@ -176,7 +177,7 @@ class Trace(TorchFunctionMode):
         self._shown[id(z)] = (layer, z)
         self._consumers.setdefault(layer, [])
 
-    @_disable_dynamo  # one pass of a compiled model is watched as it is
+    @_disable_dynamo  # dynamo must not compile the tracing
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -200,10 +201,10 @@ class Trace(TorchFunctionMode):
             for place, (layer, z) in taken.items():
                 in_place = z._version != versions[place]
                 if result is z and not in_place:
-                    continue  # a cast to what it was already
+                    continue  # a cast to the dtype that it already has
                 response = response_of(func, args, kwargs, self._responses) if args and args[0] is z else None
                 self._consumers[layer].append(_Consumer(name, response, _is_softmax(name, z, args, kwargs)))
-                if in_place:  # an activation stands where there was a pre-activation
+                if in_place:  # the pre-activation was overwritten by the activation
                     del self._shown[place]
                 if response is not None:
                     self._activated[id(result)] = (layer, result)
@@ -212,9 +213,9 @@ class Trace(TorchFunctionMode):
         return result
 
     def _note_weights(self, name: str, kwargs: Mapping[str, Any], tensors: Sequence[Tensor], result: Any) -> None:
-        """Note which parameters a function took outside the calls of their own module.
+        """Record which parameters a function took outside the calls of their own module.
 
-        What takes parameters alone, as a penalty on their size does, says nothing of their samples.
+        A function of parameters alone, such as a penalty on their size, is harmless.
         """
         taken = [self._weights[id(each)][0] for each in tensors if id(each) in self._weights and each.requires_grad]
         outside = [layer for layer in taken if layer.module not in self._running]
@@ -232,7 +233,7 @@ class Trace(TorchFunctionMode):
             self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
 
     def _note_raw(self, tensors: Sequence[Tensor], result: Any) -> None:
-        """Note what is made of the model's inputs, and of numbers, without parameters."""
+        """Record tensors that are computed from the model's inputs and constants, without parameters."""
         raw = [id(each) in self._raw for each in tensors]
         constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
         if any(raw) and all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
@@ -240,7 +241,7 @@ class Trace(TorchFunctionMode):
             self._raw.update({id(each): each for each in parts})
 
     def _follow(self, layer: Layer, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
-        """Note what takes the activated units of a layer."""
+        """Record the function that takes the activated units of a layer."""
         if name in _CARRYING and isinstance(result, Tensor) and result.shape[-1:] == activated.shape[-1:]:
             self._activated[id(result)] = (layer, result)
         else:
@@ -250,38 +251,38 @@ class Trace(TorchFunctionMode):
             self._followers.setdefault(layer, []).append(follower if is_linear else None)
 
     def response(self, layer: Layer) -> UnitResponse:
-        """Return the response of a layer that was shown."""
+        """Return the response of a registered layer."""
         found = {consumer.response for consumer in self._consumers.get(layer, [])}
         only = found.pop() if len(found) == 1 else None
         return LinearGaussian() if only is None else only
 
     def unresolved(self, layer: Layer) -> list[str]:
-        """Return the functions that took a layer's output and are neither activations nor known to join or score."""
+        """Return the functions that took a layer's output and are neither activations nor listed in `JOINING`."""
         consumers = self._consumers.get(layer, [])
         return sorted({each.name for each in consumers if not each.response and each.name not in JOINING})
 
     def following(self, layer: Layer) -> Layer | None:
-        """Return the linear layer that takes a layer's activated units, if it is the only one to do so."""
+        """Return the linear layer that takes a layer's activated units, if nothing else does."""
         if len({consumer.response for consumer in self._consumers.get(layer, [])}) != 1:
             return None
         followers = set(self._followers.get(layer, []))
         return followers.pop() if len(followers) == 1 else None
 
     def is_output(self, layer: Layer) -> bool:
-        """Return whether nothing took a layer's output."""
+        """Return whether no function took a layer's output."""
         return self._consumers.get(layer) == []
 
     def is_softmax(self, layer: Layer) -> bool:
-        """Return whether a layer's outputs went into softmax functions over its units, and nowhere else."""
+        """Return whether a layer's outputs went into a softmax over its units, and nowhere else."""
         consumers = self._consumers.get(layer, [])
         return bool(consumers) and all(consumer.softmax for consumer in consumers)
 
     def reads_input(self, layer: Layer) -> bool:
-        """Return whether a layer took the model's inputs, or what was made of them without parameters."""
+        """Return whether a layer read the model's inputs, or tensors computed from them without parameters."""
         return layer in self._reading
 
     def forget(self) -> None:
-        """Let the tensors go."""
+        """Release the tensors."""
         self._shown.clear()
         self._activated.clear()
         self._weights.clear()
@@ -290,7 +291,7 @@ class Trace(TorchFunctionMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the values, and one level inside lists and tuples."""
+    """Yield the tensors among the values, including those inside lists and tuples, one level deep."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -299,7 +300,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call is a softmax over the last axis of z, or scores such a one."""
+    """Return whether a call is a softmax over the last axis of z, or a cross-entropy that contains one."""
     axes = z.dim()
     if not args or args[0] is not z:
         return False
@@ -310,5 +311,5 @@ def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _looks_up(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a function looks tokens up, and changes neither the weight nor the gradient in doing so."""
+    """Return whether a function is a plain embedding lookup that changes neither the weight nor the gradient."""
     return name == "embedding" and kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")

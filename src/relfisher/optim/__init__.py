@@ -1,4 +1,4 @@
-"""Optimizers in the relative metric."""
+"""Optimizers that use the relative metric."""
 
 from relfisher.optim.assignment import assign, register_structure
 from relfisher.optim.health import Health, HealthWarning

@@ -1,4 +1,4 @@
-"""Which layer keeps which structure: from a layer, its role and a rule. Nothing is written here."""
+"""Choose a structure for each layer from the layer, its role and a rule. This module changes no state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 #: The name of a structure, or a structure.
 Rule = str | Structure
 
-#: The rule that leaves a layer to AdamW.
+#: The rule that trains a layer with AdamW.
 FALLBACK = "fallback"
 
 _NAMED: dict[str, type[Structure]] = {
@@ -35,33 +35,33 @@ _NAMED: dict[str, type[Structure]] = {
 _BUILT_IN = frozenset(_NAMED)
 _OTHERS = ("auto", "published", FALLBACK)
 
-# Exact blocks pay on saturating units, as long as their refresh is not dear.
+# Exact blocks pay off on saturating units as long as their refresh is cheap enough.
 _EXACT_SHARE = 4
 
-# Of inverses of wide blocks that "auto" takes: with it the paper's network learns as with full inverses.
+# The rank of wide inverses with "auto"; the paper's network learns as well with it as with full inverses.
 _RANK = 64
 
 
 def register_structure(kind: type[Structure]) -> type[Structure]:
-    """Let a structure of your own be chosen by its name everywhere; it may be used as a decorator.
+    """Register a structure under its name, for all optimizers; it can be used as a decorator.
 
-    `MetricOptions(structure=kind())`, or by layer, does the same for one optimizer alone.
+    `MetricOptions(structure=kind())`, possibly by layer, does the same for a single optimizer.
 
     Args:
-        kind: a subclass of `Structure` with a `name`, which is made without arguments.
+        kind: a subclass of `Structure` with a `name`, whose constructor needs no arguments.
 
     Returns:
-        The structure.
+        The structure, unchanged.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if `kind` is not such a subclass.
         ValueError: if its name is taken.
     """
     return add_named("structure", kind, Structure, _NAMED, _OTHERS)
 
 
 def check_rules(rules: object, layers: Sequence[Layer] | None = None) -> None:
-    """Raise ValueError unless these are rules, and, given the layers of a model, each key names some of them."""
+    """Raise ValueError unless these are valid rules and, if a model's layers are given, each key matches a layer."""
     if isinstance(rules, Mapping):
         for rule in rules.values():
             check_rules(rule)
@@ -77,14 +77,14 @@ def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
 
     Args:
         layer: the layer.
-        rules: one rule for all, or rules by layer, as in `MetricOptions`. The name of one structure for all stands for
-            the diagonal in embeddings, where others take tokens^2 numbers.
+        rules: one rule for all layers, or rules by layer, as in `MetricOptions`. If the name of one structure is given
+            for all, embeddings use the diagonal instead, since other structures take tokens^2 numbers there.
 
     Returns:
-        The rule; "auto" if none names the layer.
+        The rule; "auto" if no rule matches the layer.
 
     Raises:
-        ValueError: if the layer cannot keep such a structure.
+        ValueError: if the layer does not support the structure.
     """
     if isinstance(rules, str) and rules not in {"auto", FALLBACK} and layer.structures[0] == Diagonal.name:
         return Diagonal.name
@@ -100,23 +100,24 @@ def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
 def assign(layers: Mapping[Layer, Role], rules: Mapping[Layer, Rule], budget: int) -> dict[Layer, Structure]:
     """Choose a structure for each layer.
 
-    Rules are "neuron", "shared", "diagonal", or "kronecker": that of a softmax at the head, equation (25), or through
-    the linear layer that takes the units, equation (26), if there is one, else of the units' own response; "published"
-    for exact neuron blocks on hidden layers and the shared block on the first and last (section 5.2); and "auto". That
-    takes exact blocks if they cost no more than others (the channels of a normalization); the Kronecker factors of (25)
-    and (26) if that of the outputs is no larger than that of the inputs, and both fit into the budget; exact blocks if
-    the units saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; else the shared block if it
-    fits, else the diagonal. Its shared blocks and Kronecker factors of 512 or more are inverted along 64 leading
-    eigenvectors; `SharedBlock(rank)` and `KroneckerFactors(rank=rank)` take any rank, and the names stand for full
-    inverses. A built-in structure that a layer cannot keep gives way to the first one that it can.
+    Rules are the names "neuron", "shared", "diagonal" and "kronecker", "published" and "auto". The output factor of
+    "kronecker" is that of a softmax at the head, equation (25); or that of the next linear layer, equation (26), if it
+    alone takes the units; or else that of the units' own response. "published" uses exact neuron blocks for hidden
+    layers and the shared block for the first and the last layer (section 5.2). "auto" uses the first of these that
+    applies: exact blocks for layers with one unit per group (the channels of a normalization); the Kronecker factors
+    of (25) or (26) if the output factor is no larger than the input factor and both fit into the budget; exact blocks
+    if the units saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; the shared block if it fits;
+    the diagonal. With "auto", shared blocks and Kronecker factors of width 512 or more are inverted along 64 leading
+    eigenvectors. The names stand for full inverses; `SharedBlock(rank)` and `KroneckerFactors(rank=rank)` take any
+    rank. If a layer does not support a built-in structure, it uses its first supported one.
 
     Args:
         layers: the roles of layers, in the order of the forward pass.
-        rules: a rule a layer.
+        rules: one rule per layer.
         budget: bytes for the metric and the inverse of one layer.
 
     Returns:
-        One structure a layer.
+        One structure per layer.
     """
     ends = (0, len(layers) - 1)
     return {
@@ -160,22 +161,22 @@ def _automatic(layer: Layer, role: Role, budget: int) -> Structure:
 
 
 def _seen_factors(role: Role, rank: int | None) -> KroneckerFactors | None:
-    """Return Kronecker factors with what the forward pass showed of the outputs, or None if that was nothing."""
+    """Return Kronecker factors whose output factor the forward pass determines, or None if it does not."""
     if role.is_head:
         return KroneckerFactors(Categorical(), rank=rank)
     return None if role.following is None else KroneckerFactors(through=role.following.module, rank=rank)
 
 
 def candidates(layer: Layer, role: Role) -> list[Structure]:
-    """Return the structures that a layer can keep."""
+    """Return the structures that a layer supports."""
     return [_named(name, role) for name in layer.structures]
 
 
 def state_bytes(layer: Layer, structure: Structure) -> int:
-    """Return the bytes of a layer's metric and inverse."""
+    """Return the memory of a layer's metric and inverse in bytes."""
     return structure.numbers(layer.shape) * number_bytes(layer)
 
 
 def number_bytes(layer: Layer) -> int:
-    """Return the bytes of a number in a layer's state."""
+    """Return the size of one scalar in a layer's state in bytes."""
     return layer.dtype.itemsize

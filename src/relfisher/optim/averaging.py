@@ -1,9 +1,9 @@
 """Schedule-free averaging of iterates, which replaces a learning-rate schedule. Defazio et al. 2024.
 
-The iterate z takes the steps, x is the running average of all z, and the model's weights, at which gradients are
-taken, are y = (1 - share) z + share x.
+The iterate z takes the steps, x is the weighted average of all z, and the model's weights, where gradients are taken,
+are y = (1 - share) z + share x.
 
-Only `lead` is kept: z - x times the sum of the weights in the average so far, so that it needs no rescaling. If the
+Only `lead` is stored: z - x times the sum of the weights in the average so far, which needs no rescaling. If the
 model's weights are changed from outside, x and z move with them.
 """
 
@@ -18,12 +18,12 @@ from relfisher.structures import Kept
 
 __all__ = ["Averaging", "growing"]
 
-# The first iterates are far from where the later ones are: up to this many iterations weights grow.
+# The first iterates are far from the later ones: weights grow during this many iterations.
 _YOUNG = 500
 
 
 def growing(iteration: int) -> float:
-    """Return the weight in an average of an iteration, counted from 0; 1 from the 500th on."""
+    """Return the weight of an iteration, counted from 0, in an average; it grows to 1 during the first 500."""
     return min(1.0, (iteration + 1) / _YOUNG) ** 2
 
 
@@ -31,9 +31,9 @@ class Averaging(NamedTuple):
     """One iteration of the average.
 
     Args:
-        share: of the average in the model's weights, in [0, 1).
+        share: the share of the average in the model's weights, in [0, 1).
         before: the sum of the weights of all iterates so far.
-        weight: of the iterate after this step.
+        weight: the weight of the iterate after this step.
     """
 
     share: float
@@ -42,16 +42,16 @@ class Averaging(NamedTuple):
 
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the lead of z over x, of a layer of the shape [*g, out, d]."""
+        """Return the lead of z over x for a layer of the shape [*g, out, d]."""
         return {"lead": Kept(shape)}
 
     def change(self, direction: Tensor, scale: float, lead: Tensor) -> Tensor:
-        """Return how the model's weights change when z moves by `-scale * direction`.
+        """Return the change of the model's weights when z moves by `-scale * direction`.
 
         Args:
-            direction: of the step.
-            scale: what it is multiplied by, and subtracted.
-            lead: of z before the step; updated in place.
+            direction: the direction of the step.
+            scale: the factor of the direction, which is subtracted.
+            lead: the lead of z before the step; updated in place.
         """
         lead.add_(direction, alpha=-scale * self.before)
         if self.before == 0:

@@ -1,4 +1,4 @@
-"""The binding of layers to parameter groups: the group of each layer, and which of its parts are trained here."""
+"""The binding of layers to parameter groups: each layer's group, and the parts of it that are trained."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Binding"]
 
 
 class Binding:
-    """The layers of a model in the groups of an optimizer.
+    """The assignment of a model's layers to the groups of an optimizer.
 
     Args:
         model: the model.
-        options: of the metric.
+        options: the metric options.
 
     Attributes:
         known: all layers of the model.
-        rules: by which each layer chooses its structure.
-        place: of each layer's group, for the layers that have one.
+        rules: the rules by which layers choose their structures.
+        place: the index of each layer's group, for layers that have one.
     """
 
     def __init__(self, model: nn.Module, options: MetricOptions) -> None:
@@ -36,19 +36,19 @@ class Binding:
         options.check(self.known)
 
     def halves(self, group: Any, model: nn.Module | None, *, again: bool) -> list[dict[str, Any]]:
-        """Return a new group as one of parameters with a metric and one of others, either of which may be left out.
+        """Split a new group into one with metrics and one without, either of which may be missing.
 
         Args:
             group: "params", with or without names, and any options.
-            model: what is trained, if it is still there.
-            again: True looks for layers that the model has got since.
+            model: the trained model, if it still exists.
+            again: True searches for layers that were added to the model since.
 
         Returns:
             The groups, with named parameters.
 
         Raises:
-            ValueError: if its structure is none, or cannot be kept.
-            TypeError: if it is no group of tensors.
+            ValueError: if its structure is invalid, or not supported by a layer.
+            TypeError: if it is not a group of tensors.
         """
         names = {} if model is None else names_of(model)
         if model is not None and again:
@@ -67,13 +67,13 @@ class Binding:
         return split(group, {id(p) for layer in ruled for p in layer.parameters}, names)
 
     def settle(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Layer], dict[Layer, frozenset[str]]]:
-        """Place layers in groups.
+        """Assign layers to groups.
 
         Args:
             groups: all groups.
 
         Returns:
-            The layers that are placed for the first time, and for each layer the parts that are not owned.
+            The newly assigned layers, and the parts of each layer that are not owned by this optimizer.
         """
         before, found = self.place, _homes(self.known, groups)
         self.place = {layer: found.get(layer, place) for layer, place in before.items()} | found
@@ -81,19 +81,19 @@ class Binding:
         return new, {layer: _not_owned(layer, groups) for layer in self.place}
 
     def covered(self) -> set[Tensor]:
-        """Return the parameters of the layers that are placed."""
+        """Return the parameters of all assigned layers."""
         return {parameter for layer in self.place for parameter in layer.parameters}
 
 
 def _homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict[Layer, int]:
-    """Return the place of the group that each layer belongs to; layers of which no part has a metric here are left out.
+    """Return the index of each layer's group; layers without a part in a group with metrics are omitted.
 
     Args:
-        layers: in the order of the model.
+        layers: layers in the order of the model.
         groups: all groups.
 
     Returns:
-        For each layer the group of its weight, or of another part if that alone is given, in the order of the groups.
+        The group of each layer's weight, or of another part if the weight is not given, in the order of the groups.
     """
     pending, found = list(layers), {}
     for index, group in enumerate(groups):
@@ -109,7 +109,7 @@ def _homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Return the attributes of a layer's parts that are in no group."""
+    """Return the attributes of the layer's parts that are in no group."""
     given = {id(parameter) for group in groups for parameter in group["params"]}
     pairs = zip(layer.parts, layer.parameters, strict=True)
     return frozenset(part.attribute for part, parameter in pairs if id(parameter) not in given)

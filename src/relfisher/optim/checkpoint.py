@@ -1,4 +1,4 @@
-"""Saving, loading and copying: a state is checked by name and shape before anything is changed."""
+"""Saving, loading and copying. Names and shapes are checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def check(
     """Raise ValueError unless a state can be loaded into an optimizer.
 
     Args:
-        groups: of the optimizer.
-        state_dict: what is to be loaded.
-        declared: what is kept with each parameter.
+        groups: the groups of the optimizer.
+        state_dict: the state to load.
+        declared: the declared tensors of each parameter.
 
     Raises:
-        ValueError: with what is missing, or what differs.
+        ValueError: if anything is missing or different; the message says what.
     """
     _check_groups(groups, state_dict)
     saved = state_dict["param_groups"]
@@ -36,12 +36,12 @@ def restore(
     state_dict: Mapping[str, Any],
     declared: Mapping[Tensor, Mapping[str, Kept]],
 ) -> None:
-    """Put what was saved in its own dtypes: torch casts a state to the dtype of its parameter, which the metric lacks.
+    """Restore the saved dtypes: torch casts a state to the dtype of its parameter, but metrics have their own dtype.
 
     Args:
-        states: of the optimizer, by parameter.
-        state_dict: what is loaded.
-        declared: what is kept with each parameter, in the order of the groups.
+        states: the optimizer's states, by parameter.
+        state_dict: the loaded state.
+        declared: the declared tensors of each parameter, in the order of the groups.
     """
     places = [place for group in state_dict["param_groups"] for place in group["params"]]
     for place, (parameter, kept) in zip(places, declared.items(), strict=True):
@@ -50,12 +50,12 @@ def restore(
 
 
 def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> dict[str, Any]:
-    """Return a copy of what was saved of a parameter, on its device; what the host reads stays on the host.
+    """Return a copy of a parameter's saved state on its device; tensors for the host stay on the host.
 
     Args:
-        saved: the tensors, in the dtypes that they keep.
+        saved: the saved tensors, in their own dtypes.
         like: the parameter.
-        kept: what is declared of it.
+        kept: the declared tensors of the parameter.
     """
     hosted = {key for key, each in kept.items() if each.on_host}
     return {
@@ -65,14 +65,14 @@ def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> d
 
 
 def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
-    """Raise ValueError unless a state is that of an RNGD optimizer.
+    """Raise ValueError unless a state is from an RNGD optimizer.
 
     Args:
         mine: the groups of an optimizer.
-        state_dict: what is to be loaded into it.
+        state_dict: the state to load.
 
     Raises:
-        ValueError: with what is missing.
+        ValueError: if anything is missing; the message says what.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
@@ -86,11 +86,11 @@ def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None
 
 
 def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless two lists of groups are of parameters of the same names; those without names may be any.
+    """Raise ValueError unless two lists of groups have the same parameter names; groups without names match any.
 
     Args:
         mine: the groups of an optimizer.
-        saved: the groups of a state that is to be loaded into it.
+        saved: the groups of the state to load.
 
     Raises:
         ValueError: with the names that are missing on either side.
@@ -100,10 +100,10 @@ def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str,
     if give and have != give:
         missing, unknown = [name for name in have if name not in give], [name for name in give if name not in have]
         raise ValueError(
-            "state_dict is of other parameters than these: "
+            "state_dict does not match the parameters: "
             + (f"it lacks {', '.join(missing)}; " if missing else "")
-            + (f"it has {', '.join(unknown)} besides; " if unknown else "")
-            + ("" if missing or unknown else "the same ones in another order or in other groups; ")
+            + (f"it has {', '.join(unknown)} in addition; " if unknown else "")
+            + ("" if missing or unknown else "the order or the groups differ; ")
             + "load it into an optimizer of the same model"
         )
 
@@ -114,16 +114,16 @@ def _check_shapes(
     states: Mapping[int, Mapping[str, Any]],
     wanted: Mapping[Tensor, Mapping[str, Kept]],
 ) -> None:
-    """Raise ValueError unless what a state keeps of each parameter has the declared shape.
+    """Raise ValueError unless the saved state of each parameter has the declared shapes.
 
     Args:
         mine: the groups of an optimizer.
-        saved: the groups of a state that is to be loaded into it.
-        states: the state of each parameter by its place in the saved groups.
-        wanted: what is kept with each parameter.
+        saved: the groups of the state to load.
+        states: the state of each parameter, by its index in the saved groups.
+        wanted: the declared tensors of each parameter.
 
     Raises:
-        ValueError: with the name of the first parameter where a tensor has another shape.
+        ValueError: with the name of the first parameter that has a tensor of another shape.
     """
     have = [pair for group in mine for pair in zip(group["param_names"], group["params"], strict=True)]
     places = [place for group in saved for place in group["params"]]
@@ -132,6 +132,6 @@ def _check_shapes(
             tensor = states.get(place, {}).get(key)
             if tensor is not None and tuple(tensor.shape) != kept.shape:
                 raise ValueError(
-                    f"state_dict is of other parameters than these: the {key} of {name!r} has the shape "
-                    f"{list(tensor.shape)}, but here it would have {list(kept.shape)}"
+                    f"state_dict does not match the parameters: the {key} of {name!r} has the shape "
+                    f"{list(tensor.shape)}, but this optimizer needs {list(kept.shape)}"
                 )

@@ -1,4 +1,4 @@
-"""The running records of a model's layers: roles, structures and metrics. Nothing else writes them."""
+"""The records of a model's layers: roles, structures and running metrics. No other module writes them."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ __all__ = ["Curvature", "Owner"]
 
 @runtime_checkable
 class Owner(Protocol):
-    """Whoever keeps tensors of a layer in its state, and declares them."""
+    """An object that declares tensors in the state of a layer."""
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return what is kept of a layer of the shape [*g, out, d], by its key."""
+        """Return the tensors for a layer of the shape [*g, out, d], by key."""
 
 
 class Curvature:
     """The metrics of some layers.
 
     Args:
-        model: the module whose forward passes tell the metrics.
-        health: where failures are counted.
-        options: how metrics are kept.
-        responses: of activations.
+        model: the module whose forward passes determine the metrics.
+        health: the counter of failures.
+        options: the metric options.
+        responses: responses by activation.
         root: True if the factors are roots of the inverse.
-        owners: of other tensors in the layers' states, that are there from the start, such as the step rule's.
-        optional: of tensors that may be there, such as the momentum.
-        fallback: whoever trains parameters without a metric, and keeps tensors in the same states.
+        owners: owners of further tensors in the layers' states that exist from the start, such as the step rule.
+        optional: owners of tensors that may exist, such as the momentum.
+        fallback: the optimizer of parameters without a metric, which stores its tensors in the same states.
 
     Attributes:
-        records: of the layers whose metrics are kept.
-        states: one state a parameter; a layer's is that of its weight, or of the first parameter that is owned. Whoever
-            saves and loads them may put another mapping here.
-        observer: what watches the layers.
+        records: the records of the layers with a metric.
+        states: one state per parameter; a layer's state is that of its weight, or else of its first owned parameter.
+            Code that saves and loads states may replace this mapping.
+        observer: the observer of the layers.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class Curvature:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             count = torch.distributed.get_world_size()
             if count > 1:
-                message = f"{count} processes would each keep a metric of their own samples, and so step apart"
+                message = (
+                    f"{count} processes would each use a metric of their own samples, so that their weights diverge"
+                )
                 warnings.warn(message, HealthWarning, stacklevel=3)
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
@@ -89,10 +91,10 @@ class Curvature:
         self.observer = Observer(model, responses, options.stats_samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
-        """Return the same for a copy of the model, with states that are still to be put there."""
+        """Return a copy for a copied model; the states must be set afterwards."""
         model = self.model()
         if model is None:
-            raise TypeError("the model is gone, so that what watches it cannot be copied")
+            raise TypeError("the model is gone, so that its observer cannot be copied")
         twin = copy.copy(self)
         twin_model = copy.deepcopy(model, memo)
         twin.model = weakref.ref(twin_model)
@@ -108,17 +110,17 @@ class Curvature:
     def add(
         self, layers: Iterable[Layer], rules: Mapping[Layer, Rule], not_owned: Mapping[Layer, frozenset[str]]
     ) -> None:
-        """Keep the metrics of these layers, too; those that are trained have their state from now on.
+        """Keep the metrics of additional layers; trainable layers get their state at once.
 
         Args:
-            layers: new ones.
-            rules: by which their structures are chosen.
-            not_owned: the parts of each that are not trained here, by attribute.
+            layers: new layers.
+            rules: the rules that choose their structures.
+            not_owned: the attributes of the parts of each layer that this optimizer does not train.
         """
         new = [layer for layer in layers if rules[layer] != FALLBACK]
         self.records.update({layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new})
         self.observer.add(new)
-        if self._options.bias_correction:  # else the average starts at the identity
+        if self._options.bias_correction:  # otherwise the average starts at the identity
             self.observer.uninitialized.update(new)
         for layer, structure in self._assigned({layer: Role(layer.own_response) for layer in new}).items():
             record = self.records[layer]
@@ -126,7 +128,7 @@ class Curvature:
                 self._create(record, structure)
 
     def disown(self, layer: Layer, not_owned: frozenset[str]) -> None:
-        """Say which parts of a layer are not trained here; the state goes to the first part that is."""
+        """Set the parts of a layer that this optimizer does not own, and move the state to the first owned part."""
         record = self.records[layer]
         before = record.key
         record.not_owned = not_owned
@@ -136,17 +138,17 @@ class Curvature:
             self.states[record.key].update(moved)
 
     def state(self, record: Record, structure: Structure) -> State:
-        """Return a layer's state: made anew if it is for another structure or dtype and holds no statistics yet.
+        """Return a layer's state; replace it if it has another structure or dtype but no statistics yet.
 
         Args:
-            record: of the layer.
-            structure: its own.
+            record: the record of the layer.
+            structure: its structure.
 
         Returns:
             The state, on the device of the layer's weight.
 
         Raises:
-            ValueError: if the state is that of another structure, and holds statistics.
+            ValueError: if the state belongs to another structure and has statistics.
         """
         layer, state = record.layer, self.states[record.key]
         metric: Tensor | None = state.get("metric")
@@ -173,7 +175,7 @@ class Curvature:
         return state
 
     def complete(self, layer: Layer, owners: Iterable[Owner]) -> None:
-        """Add what owners keep of a layer to its state, if it has one: a frozen layer has none, and gets none."""
+        """Add the owners' tensors to a layer's state, if it has one; frozen layers have no state."""
         state = self.states.get(self.records[layer].key, {})
         if "metric" in state:
             for owner in owners:
@@ -182,13 +184,13 @@ class Curvature:
                         state[key] = kept.zeros(layer.dtype, layer.weight.device)
 
     def metric(self, name: str) -> Metric:
-        """Return the running metric of a layer without damping.
+        """Return the running metric of a layer, without damping.
 
         Args:
-            name: of the layer.
+            name: the name of the layer.
 
         Returns:
-            The metric, of the layer's parameters [*groups, out, d].
+            The metric of the layer's parameters [*groups, out, d].
 
         Raises:
             ValueError: if there is no such layer, or it has no statistics yet.
@@ -198,16 +200,16 @@ class Curvature:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
             raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
         record = names[name]
-        if record.structure is None or float(self.state(record, record.structure)["ema_weight"]) == 0:
+        if record.structure is None or not self._holds_something(self.state(record, record.structure)):
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
         return record.structure.operator(self.state(record, record.structure), record.layer.shape)
 
     def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> None:
-        """Add new statistics to the averages, and refresh the inverses that are due or have none yet.
+        """Add new statistics to the moving averages, and refresh the inverses that are due or do not exist yet.
 
         Args:
-            iteration: counted from 0.
-            inversion: of each layer.
+            iteration: the iteration, counted from 0.
+            inversion: returns the inversion of a layer.
         """
         roles = self.observer.resolve()
         if roles:
@@ -234,9 +236,9 @@ class Curvature:
                 self._health.failed(iteration, layer.name)
 
     def recall(self) -> None:
-        """Learn from loaded states which layers have statistics, which were heads, and which parts were trained.
+        """Restore from loaded states which layers have statistics, which are heads, and which parts were trained.
 
-        The gradients that told of a head may have become too small since to tell it again.
+        The gradients that identified a head may have become too small to identify it again.
         """
         for layer, record in self.records.items():
             state = self.states[record.key]
@@ -250,8 +252,8 @@ class Curvature:
                 self.state(record, record.structure)
 
     def advance(self, iteration: int) -> None:
-        """Say which iteration is next."""
-        modules = dict.fromkeys(layer.module for layer in self.records)  # its layers share what a call computes
+        """Set the next iteration."""
+        modules = dict.fromkeys(layer.module for layer in self.records)  # the layers of a module share computations
         self.observer.due = {
             module
             for place, module in enumerate(modules)
@@ -259,7 +261,7 @@ class Curvature:
         }
 
     def declares(self, record: Record) -> dict[str, Kept]:
-        """Return everything that the state of a layer may hold, by key."""
+        """Return all tensors that the state of a layer may contain, by key."""
         kept = {"trainable": Kept((len(record.layer.parts),), on_host=True, dtype=torch.float32)}
         kept["is_head"] = Kept((), on_host=True, dtype=torch.float32)
         for owner in (*self._owners, *self._optional):
@@ -269,13 +271,13 @@ class Curvature:
         return kept
 
     def tell_without_metric(self, iteration: int) -> None:
-        """Say once of each layer that it has a gradient, but was never seen; at first, also which have none."""
+        """Warn once per layer that has a gradient but was never seen and, at iteration 0, about layers with neither."""
         unseen = [record for record in self.records.values() if record.structure is None]
         unseen = [record for record in unseen if not self.observer.explains(record.layer)]
         for record in unseen:
             if record.layer.weight.grad is not None and not record.told_without_metric:
                 record.told_without_metric = True
-                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it meanwhile"
+                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it for now"
                 warnings.warn(message, HealthWarning, stacklevel=6)
         idle = ", ".join(record.name for record in unseen if record.is_idle)
         if iteration == 0 and idle:
@@ -283,7 +285,7 @@ class Curvature:
             warnings.warn(message, HealthWarning, stacklevel=6)
 
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
-        """Give layers whose role is new their structures; those that were refused lose their state."""
+        """Assign structures to layers with new roles, and remove the states of refused layers."""
         for layer, role in roles.items():
             record = self.records[layer]
             record.role = role
@@ -305,7 +307,7 @@ class Curvature:
         return assign(roles, rules, self._options.structure_bytes)
 
     def _create(self, record: Record, structure: Structure) -> None:
-        """Give a layer a metric without statistics."""
+        """Create the state of a metric without statistics."""
         layer, identity, state = record.layer, not self._options.bias_correction, self.states[record.key]
         device = layer.weight.device
         state.update(structure.create(layer.shape, layer.dtype, device, identity=identity, root=self._root))
@@ -314,7 +316,7 @@ class Curvature:
         self.complete(layer, self._owners)
 
     def _beside(self, layer: Layer) -> set[str]:
-        """Return the keys in a layer's state that are not its structure's."""
+        """Return the keys in a layer's state that do not belong to its structure."""
         owners = (*self._owners, *self._optional)
         owned = (key for owner in owners for key in owner.declares(layer.shape))
         return {"trainable", "is_head", *owned, *self._fallback_keys(layer)}
@@ -323,11 +325,10 @@ class Curvature:
         return set() if self._fallback is None else set(self._fallback.declares(layer.shape))
 
     def _holds_something(self, state: State) -> bool:
-        empty = float(not self._options.bias_correction)
-        return "ema_weight" in state and float(state["ema_weight"]) > empty
+        return "updates" in state and float(state["updates"]) > 0
 
     def _fits(self, layer: Layer, structure: Structure, state: State) -> bool:
-        """Return whether a state is one of this structure, for the layer's shape and dtype."""
+        """Return whether a state fits the structure and the layer's shape and dtype."""
         wanted = structure.declares(layer.shape, root=self._root)
         return state.keys() - self._beside(layer) == wanted.keys() and all(
             state[key].shape == kept.shape and state[key].dtype == (kept.dtype or layer.dtype)

@@ -1,4 +1,4 @@
-"""AdamW for the parameters that have no metric of their own, so that nothing is left untrained."""
+"""AdamW for the parameters without a metric, so that every parameter is trained."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Fallback"]
 
 
 class Fallback:
-    """AdamW (Loshchilov & Hutter 2019), and what it keeps of a parameter."""
+    """AdamW (Loshchilov & Hutter 2019) and its state of a parameter."""
 
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the two moments of a parameter of this shape, and the number of its steps."""
+        """Return the two moments of a parameter of this shape, and its step count."""
         step = Kept((), on_host=True, dtype=torch.float32)
         return {"step": step, "exp_avg": Kept(shape), "exp_avg_sq": Kept(shape)}
 
     @classmethod
     def create(cls, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the state of a parameter that has not moved."""
+        """Return the initial state of a parameter."""
         kept, dtype = cls.declares(tuple(parameter.shape)), _precise(parameter)
         return {key: each.zeros(dtype, parameter.device) for key, each in kept.items()}
 
@@ -37,13 +37,13 @@ class Fallback:
         lr: float,
         group: Mapping[str, Any],
     ) -> None:
-        """Take one step on parameters that have a gradient.
+        """Take one step on the parameters, which have gradients.
 
         Args:
-            parameters: what to move, in place.
-            states: a state a parameter, filled at the first step, and moved to where the parameter is.
+            parameters: the parameters to update in place.
+            states: one state per parameter, filled at the first step and moved to the parameter's device.
             lr: the learning rate.
-            group: the parameter group, for `fallback_betas`, `fallback_eps` and `weight_decay`.
+            group: the parameter group, which has `fallback_betas`, `fallback_eps` and `weight_decay`.
         """
         for parameter, state in zip(parameters, states, strict=True):
             moment, dtype = state.get("exp_avg"), _precise(parameter)

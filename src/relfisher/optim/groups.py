@@ -1,4 +1,4 @@
-"""Parameter groups: their options, the names in them, and the halves with a metric and without."""
+"""Parameter groups: check their options, name their parameters, and split them by whether these have a metric."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRIC, ADAMW = "metric", "adamw"
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the options of a group are in their ranges."""
+    """Raise ValueError unless the options of a group are in range."""
     for name in ("lr", "fallback_lr", "fallback_eps"):
         value = group[name]
         check_positive(name, float(value) if isinstance(value, Tensor) else value)
@@ -31,24 +31,24 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Return the names of a model's parameters by their identity, without what wrappers put in front."""
+    """Return the names of a model's parameters by identity, without the prefixes of wrappers."""
     return {id(parameter): plain_name(model, name) for name, parameter in model.named_parameters()}
 
 
 def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return a group as one of parameters with a metric and one of others, either of which may be left out.
+    """Split a group into one with metrics and one without, either of which may be missing.
 
     Args:
-        group: with "params", with or without names, and any options.
-        with_metric: the identities of parameters that have a metric.
-        names: of parameters that come without.
+        group: the group: "params", with or without names, and any options.
+        with_metric: the identities of the parameters that have a metric.
+        names: names for parameters that are given without, by identity.
 
     Returns:
-        The groups, with named parameters. The one without a metric has `fallback_lr` for its learning rate, unless it
-        is all of a group that has a learning rate of its own.
+        The groups, with named parameters. The group without metrics uses `fallback_lr` as its learning rate, unless all
+        parameters of the given group are without a metric and it has its own learning rate.
 
     Raises:
-        TypeError: if what is given is no group.
+        TypeError: if the group is invalid.
     """
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
@@ -73,13 +73,13 @@ def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
 
     Args:
         params: a parameter, or an iterable of parameters with or without names.
-        names: of parameters that come without, by identity.
+        names: names for parameters that are given without, by identity.
 
     Returns:
         Pairs of a name and a parameter.
 
     Raises:
-        TypeError: if they have no order, or are no tensors.
+        TypeError: if the parameters are unordered or not tensors.
     """
     if isinstance(params, Tensor):
         params = [params]

@@ -1,4 +1,4 @@
-"""What went wrong in a run and was kept away from the weights: counted, and said."""
+"""Counts and warnings of failures; the weights are protected from them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Health", "HealthWarning", "all_finite"]
 
 
 class HealthWarning(UserWarning):
-    """Something not finite, singular or out of reach was kept away from the weights."""
+    """Warns of a non-finite value, a singular metric, an unreached layer or metrics that differ between processes."""
 
 
 @dataclass
 class Health:
-    """Counts since the optimizer was made. The first of a kind is said, and the 10th, the 100th, and so on.
+    """Failure counts since the optimizer was created. Warns at the first failure of a kind, the 10th, the 100th, etc.
 
     Attributes:
-        skipped_steps: steps left out since a gradient, or the step itself, was not finite.
-        failed_refreshes: refreshes of a layer that could not be factorised, so that the last good inverse stayed.
-        dropped_batches: batch metrics of a layer that were not finite, and were left out of the average.
+        skipped_steps: skipped steps, because a gradient or the step itself was not finite.
+        failed_refreshes: refreshes of a layer whose metric could not be factorized; the last good inverse stays in use.
+        dropped_batches: batch metrics of a layer that were not finite and were left out of the average.
     """
 
     skipped_steps: int = 0
@@ -35,12 +35,12 @@ class Health:
     _times: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     def skipped(self, iteration: int, reason: str) -> None:
-        """Count a step that was left out."""
+        """Count a skipped step."""
         self.skipped_steps += 1
         self._say(iteration, f"step skipped: {reason}")
 
     def failed(self, iteration: int, layer: str) -> None:
-        """Count a metric that could not be factorised."""
+        """Count a metric that could not be factorized."""
         self.failed_refreshes += 1
         self._say(iteration, f"the metric of {layer} could not be factorised; its last good inverse stays in use")
 

@@ -1,4 +1,4 @@
-"""Momentum of a layer's gradient, applied before the metric, so that the step rule sets the length of the step."""
+"""Momentum of a layer's gradient, applied before the metric, so that the step rule determines the step length."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["Momentum"]
 
 
 class Momentum:
-    """What is kept of a layer's gradients, and how it is added to a new one."""
+    """The momentum of a layer's gradients."""
 
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the momentum of a layer of the shape [*g, out, d]."""
+        """Return the momentum tensor of a layer of the shape [*g, out, d]."""
         return {"momentum": Kept(shape)}
 
     @staticmethod
     def added(gradient: Tensor, last: Tensor | None, share: float, *, nesterov: bool) -> tuple[Tensor, Tensor]:
-        """Return a gradient with its momentum, and the momentum that is kept if the step is taken.
+        """Return a gradient with momentum, and the new momentum, which is stored if the step is taken.
 
         Args:
-            gradient: new.
+            gradient: the new gradient.
             last: the momentum so far; None before the first step.
-            share: of it that is kept.
+            share: the share of the momentum that is kept.
             nesterov: True adds the momentum to the gradient once more (Nesterov 1983).
         """
         if not share:

@@ -1,4 +1,4 @@
-"""Options in groups: how metrics are kept, and how AdamW trains the parameters that have none."""
+"""Grouped options: how metrics are kept, and how AdamW trains the parameters without one."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from relfisher.validation import check_integer, check_interval, check_positive
 
 __all__ = ["AdamWOptions", "Damping", "Inversions", "MetricOptions"]
 
-#: A multiple of the metric's mean eigenvalue, an `Inversion`, or either by layer.
+#: A multiple of the metric's mean eigenvalue, an `Inversion`, or either of these by layer.
 Damping = float | Inversion | Mapping[str, float | Inversion]
 
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """How the metrics of a model's layers are kept; for `RNGD`, `Preconditioner`, `plan` and `coverage` alike.
+    """How the metrics of a model's layers are kept; the same for `RNGD`, `Preconditioner`, `plan` and `coverage`.
 
-    `structure` and `power` may be given by layer, as in `{"head": "kronecker", "encoder.*": "shared"}`: a key is the
-    name of a layer or its module, a pattern of names as in `fnmatch`, or the name of a class of modules; for `power`
-    also "first", for layers that read the model's raw inputs, or "head", for the logits of a softmax.
+    `structure` and `power` may be given by layer, as in `{"head": "kronecker", "encoder.*": "shared"}`. A key is the
+    name of a layer or its module, a name pattern as in `fnmatch`, or the name of a module class. For `power` it may
+    also be "first", for layers that read the model's raw inputs, or "head", for layers that output softmax logits.
 
     Args:
-        structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published", "fallback" (AdamW),
-            or the name of a registered structure; or a `Structure`. See `relfisher.optim.assign`. Embeddings keep the
+        structure: "auto", "neuron" (exact blocks), "shared", "kronecker", "diagonal", "published", "fallback" (AdamW)
+            or the name of a registered structure; or a `Structure`. See `relfisher.optim.assign`. Embeddings use the
             diagonal unless a rule by layer says otherwise.
-        structure_bytes: what the metric and the inverse of one layer may take where "auto" chooses.
-        power: of the inverse, in [0, 1]: 1 for the natural gradient, 0 for the gradient.
-        decay: the share of the moving average that is kept an iteration, in [0, 1).
-        stats_interval: iterations from one update of the metric to the next.
-        stats_samples: at most about so many samples (rows of a batch, positions of a sequence or an image) of a layer
-            go into the statistics of a step, evenly spread over all of its calls; None for all. Accumulated batches
-            give the sample of one large batch if a layer is called once a pass with samples first.
-        refresh_interval: iterations from one refresh of the inverse to the next.
-        warmup_refreshes: iterations at which the metric is updated and the inverse refreshed besides.
+        structure_bytes: the memory limit in bytes for the metric and the inverse of one layer, used by "auto".
+        power: the power of the inverse, in [0, 1]: 1 for the natural gradient, 0 for the gradient.
+        decay: the share of the moving average that is kept per iteration, in [0, 1).
+        stats_interval: the number of iterations between updates of the metric.
+        stats_samples: the approximate maximum number of samples (rows of a batch, positions of a sequence or an image)
+            per layer in the statistics of a step, evenly spread over all of its calls; None for all. Accumulated
+            batches give the same sample as one large batch if a layer is called once per pass with samples first.
+        refresh_interval: the number of iterations between refreshes of the inverse.
+        warmup_refreshes: additional iterations at which the metric is updated and the inverse refreshed.
         bias_correction: True starts the moving average empty and corrects its bias; False starts it at the identity.
-        stagger: True spreads the layers' updates and refreshes over the intervals, so that no step is slow; False does
-            them all at once.
-        layers: kinds of layers of your own, which take precedence over registered ones.
+        stagger: True spreads the layers' updates and refreshes over the intervals, so that no single step is slow;
+            False does them all at once.
+        layers: additional kinds of layers, which take precedence over registered ones.
 
     Raises:
-        ValueError: if an option lies outside what is allowed.
-        TypeError: if one is of another type.
+        ValueError: if an option is out of range.
+        TypeError: if an option has the wrong type.
     """
 
     structure: Rule | Mapping[str, Rule] = "auto"
@@ -74,7 +74,7 @@ class MetricOptions:
         check_kinds(self.layers)
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "warmup_refreshes", tuple(self.warmup_refreshes))
-        self.schedule  # noqa: B018  # it checks the intervals
+        self.schedule  # noqa: B018  # checks the intervals
 
     @property
     def schedule(self) -> Schedule:
@@ -87,7 +87,7 @@ class MetricOptions:
         return self.decay**self.stats_interval
 
     def check(self, layers: list[Layer]) -> None:
-        """Raise ValueError if an option by layer names no layer of a model."""
+        """Raise ValueError if a key of an option by layer matches no layer of a model."""
         check_rules(self.structure, layers)
         if isinstance(self.power, Mapping):
             check_keys("power", self.power, layers, ROLES)
@@ -103,8 +103,8 @@ class AdamWOptions:
         eps: added to the root of the second moment.
 
     Raises:
-        ValueError: if an option lies outside what is allowed.
-        TypeError: if one is of another type.
+        ValueError: if an option is out of range.
+        TypeError: if an option has the wrong type.
     """
 
     lr: float = 1e-3
@@ -118,7 +118,7 @@ class AdamWOptions:
 
 
 def check_betas(betas: object) -> None:
-    """Raise ValueError unless these are two decay rates."""
+    """Raise ValueError unless the argument is a pair of decay rates."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"fallback.betas must be two numbers, got {betas!r}")
     for beta in betas:
@@ -126,14 +126,14 @@ def check_betas(betas: object) -> None:
 
 
 class Inversions:
-    """The inversion of each layer, from what `damping` and `MetricOptions.power` say of it.
+    """The inversion of each layer, as given by `damping` and `MetricOptions.power`.
 
     Args:
-        damping: for all layers, or by layer.
-        power: likewise.
+        damping: the damping for all layers, or by layer.
+        power: the power for all layers, or by layer.
 
     Attributes:
-        default: the damping of layers that nothing names, in a group without its own.
+        default: the damping of layers that no key matches, in groups without their own.
     """
 
     def __init__(self, damping: Damping, power: float | Mapping[str, float]) -> None:
@@ -153,7 +153,7 @@ class Inversions:
         self.default = self._base.damping
 
     def check(self, layers: list[Layer]) -> None:
-        """Raise ValueError if `damping` names no layer of a model."""
+        """Raise ValueError if a key of `damping` matches no layer of a model."""
         check_keys("damping", self._by_layer, layers, ROLES)
 
     def of(self, layer: Layer, role: Role | None, damping: float) -> Inversion:
@@ -161,8 +161,8 @@ class Inversions:
 
         Args:
             layer: the layer.
-            role: its role, if that is known.
-            damping: of its group, for a layer that `damping` does not name.
+            role: its role, if known.
+            damping: the damping of its group, used if no key of `damping` matches the layer.
         """
         own = entry(self._by_layer, layer, role)
         found = (

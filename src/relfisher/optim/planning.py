@@ -1,4 +1,4 @@
-"""What a run will cost, before it costs anything; and which parameter is trained in which way."""
+"""Predict the cost of a run before it starts, and how each parameter will be trained."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "pl
 
 @dataclass(frozen=True)
 class Choice:
-    """A structure and what it costs for one layer.
+    """A structure and its cost for one layer.
 
     Attributes:
-        structure: its name.
-        bytes: of the metric and the inverse.
-        step: floating-point operations of a step.
-        refresh: those of a refresh of the inverse.
-        statistics: those of one batch's statistics.
+        structure: the name of the structure.
+        bytes: the memory of the metric and the inverse.
+        step: the floating-point operations of a step.
+        refresh: the floating-point operations of a refresh of the inverse.
+        statistics: the floating-point operations of one batch's statistics.
     """
 
     structure: str
@@ -42,7 +42,7 @@ class Choice:
 
     @classmethod
     def of(cls, layer: Layer, structure: Structure, samples: int) -> Choice:
-        """Return what a structure costs a layer with so many samples a batch."""
+        """Return the cost of a structure for a layer with the given number of samples per batch."""
         cost = structure.cost(layer.shape)
         return cls(
             structure.label(layer.shape), state_bytes(layer, structure), cost.step, cost.refresh, cost.sample * samples
@@ -51,16 +51,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A layer, the structure that it will keep, and what others would cost.
+    """A layer, its structure, and the costs of other structures.
 
     Attributes:
-        name: of the layer.
-        shape: [*groups, out, d] of its parameters.
-        response: what its units say.
-        samples: of one batch: samples and positions; 0 if these inputs do not reach it, so that it is kept as it is
-            until others do.
+        name: the name of the layer.
+        shape: the shape [*groups, out, d] of its parameters.
+        response: the response of its units.
+        samples: the number of samples per batch, positions included; 0 if the inputs do not reach the layer, so that
+            its structure is provisional.
         chosen: its structure.
-        others: the other structures that it could keep.
+        others: the other structures that it supports.
     """
 
     name: str
@@ -73,13 +73,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One `LayerPlan` a layer, and the bytes that the average and AdamW take; prints as a table.
+    """One `LayerPlan` per layer, and the memory of the average and of AdamW; prints as a table.
 
     Attributes:
-        layers: those with a metric, in the order of the forward pass, and after them those that it did not reach.
-        averaging_bytes: of the average of iterates, a number a parameter with a metric; `averaging=0` saves them, and
-            so do step rules that do not average by default.
-        fallback_bytes: of the two moments of all parameters without one.
+        layers: the layers with a metric, in the order of the forward pass, followed by those that it did not reach.
+        averaging_bytes: the memory of the average of iterates, one number per parameter with a metric. It is not needed
+            with `averaging=0`, nor by step rules that do not average by default.
+        fallback_bytes: the memory of the two moments of all parameters without a metric.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """What the optimizer's state will take with the default averaging, no momentum, and but for a few scalars."""
+        """The memory of the optimizer's state with default averaging and without momentum, except for a few scalars."""
         return sum(layer.chosen.bytes for layer in self.layers) + self.averaging_bytes + self.fallback_bytes
 
     def __str__(self) -> str:
@@ -122,28 +122,28 @@ class Plan:
 def plan(
     model: nn.Module,
     inputs: Any,
-    metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
+    metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
     **unknown: Any,
 ) -> Plan:
-    """Return what `RNGD(model, metric=metric, responses=responses)` will keep and compute.
+    """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses)`.
 
     Args:
-        model: the model; it runs once, in evaluation mode, and is left as it was.
-        inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments; one batch.
+        model: the model; it runs once, in evaluation mode, and is left unchanged.
+        inputs: one batch of the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
         metric: as for `RNGD`.
-        loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
-            known to be one, as it is to RNGD from the first gradients on.
+        loss: maps the model's output to a scalar. It is needed to identify a head whose softmax is outside the model,
+            as RNGD does from the first gradients.
         responses: as for `RNGD`.
-        **unknown: none; an option that has another name now is named in the error.
+        **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
-        A row a layer that has trained parameters.
+        One row per layer with trained parameters.
 
     Raises:
-        ValueError: if the structure names no layer.
-        TypeError: if an argument is of another type.
+        ValueError: if a key of `structure` matches no layer.
+        TypeError: if an argument has the wrong type, or is unknown.
     """
     reject("plan", unknown)
     found = _surveyed(model, inputs, metric, loss, responses)
@@ -176,13 +176,13 @@ class ParameterCoverage:
     """How one parameter is trained.
 
     Attributes:
-        name: of the parameter.
-        shape: its own.
+        name: the name of the parameter.
+        shape: its shape.
         by: "metric", "adamw" or "frozen".
-        subsystem: the layer whose metric it moves in, "" without.
-        response: what the layer's units say, "" without.
-        structure: how the metric is kept, "" without.
-        reason: why it has no metric, "" with.
+        subsystem: the name of its layer, or "".
+        response: the response of the layer's units, or "".
+        structure: the structure of the layer's metric, or "".
+        reason: the reason why it is not trained with a metric, or "".
     """
 
     name: str
@@ -196,7 +196,7 @@ class ParameterCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """One `ParameterCoverage` a parameter, in the order of the model; prints as a table."""
+    """One `ParameterCoverage` per parameter, in the order of the model; prints as a table."""
 
     parameters: tuple[ParameterCoverage, ...]
 
@@ -223,7 +223,7 @@ class Coverage:
 def coverage(
     model: nn.Module,
     inputs: Any,
-    metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
+    metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
     **unknown: Any,
@@ -231,20 +231,20 @@ def coverage(
     """Return how `RNGD(model, metric=metric, responses=responses)` will train each parameter.
 
     Args:
-        model: the model; it runs once, in evaluation mode, and is left as it was.
-        inputs: what it is called with: a tensor, a tuple of arguments, or keyword arguments.
+        model: the model; it runs once, in evaluation mode, and is left unchanged.
+        inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
         metric: as for `RNGD`.
-        loss: of what the model returns, a scalar. With it, a head that is scored by a softmax outside the model is
-            known to be one, as it is to RNGD from the first gradients on.
+        loss: maps the model's output to a scalar. It is needed to identify a head whose softmax is outside the model,
+            as RNGD does from the first gradients.
         responses: as for `RNGD`.
-        **unknown: none; an option that has another name now is named in the error.
+        **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
-        A row a parameter. One whose layer is not reached by these inputs is trained by AdamW until it is.
+        One row per parameter. If the inputs do not reach its layer, AdamW trains the parameter until they do.
 
     Raises:
-        ValueError: if the structure names no layer.
-        TypeError: if an argument is of another type.
+        ValueError: if a key of `structure` matches no layer.
+        TypeError: if an argument has the wrong type, or is unknown.
     """
     reject("coverage", unknown)
     found = _surveyed(model, inputs, metric, loss, responses)
@@ -256,7 +256,7 @@ def coverage(
         if not parameter.requires_grad:
             rows.append(ParameterCoverage(name, shape, "frozen"))
         elif layer is None:
-            reason = found.refused.get(name, "left to AdamW by the structure that was asked for")
+            reason = found.refused.get(name, "left to AdamW by the given structure")
             rows.append(ParameterCoverage(name, shape, "adamw", reason=reason))
         elif layer not in found.samples:
             rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
@@ -268,9 +268,9 @@ def coverage(
 
 
 class _Survey(NamedTuple):
-    """Structures and roles of trained layers, the samples of those that were reached, and why others were refused.
+    """Structures and roles of trained layers, sample counts of the layers that were reached, and reasons for refusals.
 
-    Layers are in the order of the forward pass; those that it did not reach come last.
+    Layers are in the order of the forward pass, followed by those that it did not reach.
     """
 
     structures: dict[Layer, Structure]
@@ -308,7 +308,7 @@ def _surveyed(
 
 
 def _size(value: float, unit: str, base: int = 1000) -> str:
-    """Return a number of bytes or operations in short form."""
+    """Format a number of bytes or operations in short form."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < base or prefix == "T":
             middle = "i" if prefix and base == 1024 else ""
@@ -318,7 +318,7 @@ def _size(value: float, unit: str, base: int = 1000) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Return rows of cells as lines of aligned columns."""
+    """Format rows of cells as lines with aligned columns."""
     cells = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The metric without a step of its own: gradients are rewritten before any optimizer of torch uses them."""
+"""The metric without a step rule: rewrite the gradients before any torch optimizer uses them."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ __all__ = ["Preconditioner"]
 
 
 class Preconditioner(Watching):
-    """Replaces the gradient M of each layer with a metric by (G + damping)^-1 M; other gradients stay as they are.
+    """Replaces the gradient M of each layer with a metric by (G + damping)^-1 M; other gradients are unchanged.
 
-    Call `step()` after the backward pass, and after gradients were unscaled and clipped if they are, before the step of
-    any optimizer. Samples count from one step to the next: if gradients flow back through the model that are not for
-    its own step, as those of the generator through a discriminator, call `zero_grad()` before those that are.
+    Call `step()` after the backward pass and after any unscaling and clipping of gradients, but before the step of the
+    optimizer. Samples are collected from one step to the next. If gradients that are not meant for this step flow back
+    through the model, such as those of a generator through a discriminator, call `zero_grad()` before the backward
+    passes that are.
 
     Args:
         model: as for `RNGD`.
         damping: as for `RNGD`.
-        metric: how metrics are kept.
+        metric: the metric options.
         responses: as for `RNGD`.
-        grafted: True gives each layer's new gradient the norm of the old one, so that the optimizer's learning rate
-            keeps its meaning.
-        **unknown: none; an option that has another name now is named in the error.
+        grafted: True rescales each layer's new gradient to the norm of the old one, so that the optimizer's learning
+            rate keeps its meaning.
+        **unknown: not allowed; the error for a renamed option says its new name.
 
     Raises:
-        ValueError: if an argument lies outside what is allowed.
-        TypeError: if `model` is not a module, or an argument is of another type.
+        ValueError: if an argument is out of range.
+        TypeError: if `model` is not a module, or an argument has the wrong type or is unknown.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Preconditioner(Watching):
         model: nn.Module,
         *,
         damping: Damping = 0.1,
-        metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
+        metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
         responses: Responses | None = None,
         grafted: bool = False,
         **unknown: Any,
@@ -77,7 +78,7 @@ class Preconditioner(Watching):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Rewrite the gradients in place; one that would not be finite stays as it is, and is counted in `health`."""
+        """Rewrite the gradients in place. A result that is not finite is discarded and counted in `health`."""
         self._curvature.update(
             self._iteration,
             lambda record: self._inversions.of(record.layer, record.role, self._inversions.default),
@@ -99,7 +100,7 @@ class Preconditioner(Watching):
         self._curvature.advance(self._iteration)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the model, and the samples whose gradients they are.
+        """Reset the model's gradients, and discard the samples that belong to them.
 
         Args:
             set_to_none: as in torch.
@@ -110,26 +111,26 @@ class Preconditioner(Watching):
         self._curvature.observer.drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metrics by the name of their layer, and the iteration."""
+        """Return the metrics by layer name, and the iteration."""
         records = self._curvature.records.values()
         layers = {record.name: dict(self._curvature.states[record.key]) for record in records}
         return {"iteration": self._iteration, "layers": layers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state and go on where it was saved.
+        """Load a saved state and continue from there.
 
         Args:
-            state_dict: what `state_dict()` returned, for the same layers.
+            state_dict: the result of `state_dict()`, for the same layers.
 
         Raises:
-            ValueError: if it is of other layers.
+            ValueError: if it belongs to other layers.
         """
         records = self._curvature.records.values()
         mine, saved = {record.name for record in records}, set(state_dict["layers"])
         if mine != saved:
             raise ValueError(
-                f"state_dict is of other layers than these: it lacks {sorted(mine - saved)} and has "
-                f"{sorted(saved - mine)} besides"
+                f"state_dict is of other layers: it lacks {sorted(mine - saved)} and has "
+                f"{sorted(saved - mine)} in addition"
             )
         self._iteration = int(state_dict["iteration"])
         for record in records:
@@ -140,7 +141,7 @@ class Preconditioner(Watching):
         self._curvature.advance(self._iteration)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preconditioner:
-        """Return the same for a copy of the model: the copy in the same `deepcopy`, where the model is in it."""
+        """Return a copy for a copied model; the model must be part of the same `deepcopy`."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         for key, value in vars(self).items():

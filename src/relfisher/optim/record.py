@@ -1,4 +1,4 @@
-"""The running record of one layer: its role and structure, and its parameters as one matrix."""
+"""The record of one layer: its role and structure, and its parameters as one matrix."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["LayerView", "Record"]
 
 
 class LayerView(NamedTuple):
-    """A layer as an optimizer sees it.
+    """A layer as the optimizer sees it.
 
     Attributes:
-        name: of the layer.
-        role: as the model's forward pass told it; None before the first one.
-        structure: how its metric is kept; None before that, and if it has none.
-        group: the place of its group in `param_groups`.
+        name: the name of the layer.
+        role: its role in the model's forward pass; None before the first pass.
+        structure: the structure of its metric; None before the role is known, or if the layer is refused.
+        group: the index of its group in `param_groups`.
     """
 
     name: str
@@ -33,19 +33,19 @@ class LayerView(NamedTuple):
 
 
 class Record:
-    """What an optimizer knows of one layer; `Curvature` alone writes it.
+    """The data of an optimizer about one layer; only `Curvature` writes it.
 
     Args:
         layer: the layer.
-        rule: by which its structure is chosen.
-        not_owned: the attributes of parts that this optimizer does not train.
+        rule: the rule that chooses its structure.
+        not_owned: the attributes of the parts that are not owned by this optimizer.
 
     Attributes:
-        role: as the model's forward pass told it; None before.
-        structure: how its metric is kept; None until the role is known, and if the layer is refused.
-        trainable_before: which parts were trained at the last update; None before the first one.
-        told_without_metric: whether it was said that it has a gradient, but was not seen.
-        metric_in_use: the tensor of a state that was found to fit the structure.
+        role: its role in the model's forward pass; None until it is known.
+        structure: the structure of its metric; None until the role is known, or if the layer is refused.
+        trainable_before: the parts that were trained at the last update; None before the first update.
+        told_without_metric: whether there was a warning that it has a gradient but was not seen.
+        metric_in_use: the metric tensor of the state that was last found to fit the structure.
     """
 
     def __init__(self, layer: Layer, rule: Rule, not_owned: frozenset[str]) -> None:
@@ -65,7 +65,7 @@ class Record:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the layer has no metric after all."""
+        """Whether the layer turned out to have no metric."""
         return self.role is not None and self.role.refused is not None
 
     @property
@@ -78,24 +78,24 @@ class Record:
 
     @property
     def key(self) -> Tensor:
-        """The parameter that the layer's state is kept with: one that is owned, since torch saves no others."""
+        """The parameter whose state is the layer's: one that is owned, since torch saves no others."""
         return next(iter(self.owned), self.layer.weight) if self.not_owned else self.layer.weight
 
     @property
     def is_idle(self) -> bool:
-        """Whether the layer is to be trained, but no part of it has a gradient."""
+        """Whether the layer is trainable, but none of its parts has a gradient."""
         free = [parameter for parameter in self.owned if parameter.requires_grad]
         return bool(free) and all(parameter.grad is None for parameter in free)
 
     def trainable(self) -> list[bool]:
-        """Return for each part whether it is trained."""
+        """Return, for each part, whether it is trained."""
         if not self.not_owned:
             return [parameter.requires_grad for parameter in self.layer.parameters]
         pairs = zip(self.layer.parts, self.layer.parameters, strict=True)
         return [parameter.requires_grad and part.attribute not in self.not_owned for part, parameter in pairs]
 
     def frozen(self) -> Tensor | None:
-        """Return True for the columns [d] that are not trained; None if there is no such column."""
+        """Return a mask [d] of the columns that are not trained; None if all are trained."""
         trainable = self.trainable()
         if all(trainable):
             return None
@@ -104,7 +104,7 @@ class Record:
         return stuck.repeat_interleave(torch.tensor(self.layer.widths, device=device))
 
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
-        """Return the loss gradient as one matrix, or None if no part has one; a part that is not owned counts as 0."""
+        """Return the loss gradient as one matrix, with 0 for parts not owned; None if no part has a gradient."""
         parameters = self.layer.parameters
         gradients = [parameter.grad for parameter in parameters]
         if self.not_owned:
@@ -116,18 +116,18 @@ class Record:
         return self.layer.join([torch.zeros_like(like) if each is None else _dense(each) for like, each in pairs])
 
     def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
-        """Add `scale * step` to the parts that have a gradient and are owned, in place."""
+        """Add `scale * step` in place to the owned parts that have a gradient."""
         for part, parameter, columns in self._moving(step):
             part.view(parameter).add_(columns, alpha=scale)
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
-        """Write a matrix over the gradients of the parts that have one and are owned."""
+        """Replace the gradients of the owned parts that have one by a matrix."""
         for part, parameter, columns in self._moving(gradient):
             parameter.grad = _dense(parameter.grad)
             part.view(parameter.grad).copy_(columns)
 
     def _moving(self, matrix: Tensor) -> list[tuple[Any, Any, Tensor]]:
-        """Return part, parameter and columns of a matrix for the parts that have a gradient and are owned."""
+        """Return part, parameter and matrix columns for the owned parts that have a gradient."""
         each = zip(self.layer.parts, self.layer.parameters, self.layer.split(matrix), strict=True)
         return [
             (part, parameter, columns)

@@ -1,4 +1,4 @@
-"""Options that have another name now: an old one raises an error that says the new one."""
+"""Renamed options: an old name raises an error that says the new one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NOW = {
 
 
 def reject(function: str, unknown: Mapping[str, object]) -> None:
-    """Raise TypeError if there are arguments that a function does not take.
+    """Raise TypeError if there are unknown arguments.
 
     Args:
-        function: its name.
-        unknown: the arguments.
+        function: the name of the function.
+        unknown: the unknown arguments.
 
     Raises:
-        TypeError: with the new name of one that has another name now.
+        TypeError: with the new name of an argument that was renamed.
     """
     for name in unknown:
         hint = f": write {_NOW[name]}" if name in _NOW else ""

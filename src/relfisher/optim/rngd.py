@@ -36,46 +36,46 @@ __all__ = ["RNGD"]
 
 
 class RNGD(Watching, torch.optim.Optimizer):
-    """Relative natural gradient descent on every layer that has a metric, AdamW on all other parameters.
+    """Relative natural gradient descent for all layers that have a metric, AdamW for all other parameters.
 
     A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
     information metric of the layer. By default each layer's step has a fixed length, 0.2 lr in its root mean square,
     and schedule-free averaging (Defazio et al. 2024) replaces a learning-rate schedule.
 
-    `relfisher.coverage` says which layers have a metric, which have none and why. Each group of parameters is kept as
-    two, one with a metric and one without. In the first, `lr`, `momentum`, `averaging`, `weight_decay`, `damping` and
-    `structure` hold; a layer belongs to the group of its weight, or of its bias if that alone is given. In the second,
-    AdamW runs with the group's `weight_decay`, `fallback_betas`, `fallback_eps` and `lr`, which is `fallback.lr` unless
-    a group of such parameters alone has its own. A scheduler that sets learning rates outright, as `OneCycleLR` does,
-    takes one value a group.
+    `relfisher.coverage` reports which layers have a metric, and why the others have none. Each parameter group is split
+    into one with metrics and one without. In the former, `lr`, `momentum`, `averaging`, `weight_decay`, `damping` and
+    `structure` apply; a layer belongs to the group of its weight, or of its bias if only that is given. In the latter,
+    AdamW runs with the group's `weight_decay`, `fallback_betas`, `fallback_eps` and `lr`. This `lr` is `fallback.lr`
+    unless a group consists of such parameters alone and has its own. A scheduler that sets learning rates to absolute
+    values, such as `OneCycleLR`, needs one value per resulting group.
 
     Args:
-        model: the module to train; its first training forward pass tells the responses of its layers.
-        lr: the learning rate; None for the step rule's own.
-        params: what to train, as for any optimizer of torch: parameters of the model, with or without names, or
-            groups of them with options of their own; None for all parameters of the model.
-        momentum: the share of the last step's momentum that is kept, in [0, 1). It is applied to the gradient, before
-            the metric, so that the step rule sets the length of the step that is taken.
-        averaging: the share of the average in the model's weights, in [0, 1); 0 for no average, and None for the step
-            rule's own. An iterate weighs as much as the square of the highest learning rate so far, and those of the
-            first 500 iterations less, in proportion to the square of their number.
-        weight_decay: decoupled decay: parameters shrink by lr * weight_decay a step.
+        model: the module to train; its first training forward pass determines the responses of its layers.
+        lr: the learning rate; None for the step rule's default.
+        params: the parameters to train, as for any torch optimizer: parameters of the model, with or without names, or
+            groups of them with their own options; None for all parameters of the model.
+        momentum: the share of the momentum that is kept per step, in [0, 1). It is applied to the gradient, before the
+            metric, so that the step rule determines the length of the step.
+        averaging: the share of the average in the model's weights, in [0, 1); 0 for no average, None for the step
+            rule's default. The weight of an iterate in the average is the square of the highest learning rate so far;
+            during the first 500 iterations it is smaller, in proportion to the square of the iteration number.
+        weight_decay: decoupled weight decay: parameters shrink by lr * weight_decay per step.
         damping: the multiple of the metric's mean eigenvalue (averaged over a layer's units) that is added to its
-            diagonal; an `Inversion` for another unit; or either by layer, as in {"first": 10.0}, with keys as in
-            `MetricOptions`. Batches of a few samples need 1e-2 or more.
-        step_rule: "normalized" (of fixed length), "spectral" (of fixed length, all singular values alike in the
-            metric), "trust-region" (the natural gradient, of bounded length) or the name of a registered rule; "auto"
-            for "spectral" for a language model, whose last `nn.Linear` scores as many tokens as the largest
-            `nn.Embedding` looks up, else "normalized"; or a `StepRule`, such as `TrustRegion(bound)`.
-        metric: how metrics are kept.
-        responses: of activations, before those that are registered and known, as in
+            diagonal; an `Inversion` for another unit; or either of these by layer, as in {"first": 10.0}, with keys as
+            in `MetricOptions`. Batches of a few samples need 1e-2 or more.
+        step_rule: "normalized" (fixed length), "spectral" (fixed length, with equal singular values in the metric),
+            "trust-region" (the natural gradient with bounded length) or the name of a registered rule; or a
+            `StepRule`, such as `TrustRegion(bound)`. "auto" means "spectral" for a language model, whose last
+            `nn.Linear` scores as many tokens as its largest `nn.Embedding` looks up, and otherwise "normalized".
+        metric: the metric options.
+        responses: responses by activation, which take precedence over registered and built-in ones, as in
             {nn.ReLU: SmoothReLUGaussian(1.0)}.
-        fallback: how AdamW trains parameters without a metric.
-        **unknown: none; an option that has another name now is named in the error.
+        fallback: the AdamW options for parameters without a metric.
+        **unknown: not allowed; the error for a renamed option says its new name.
 
     Raises:
-        ValueError: if an argument lies outside what is allowed, or there is nothing to train.
-        TypeError: if `model` is not a module, or an argument is of another type.
+        ValueError: if an argument is out of range, or there is nothing to train.
+        TypeError: if `model` is not a module, or an argument has the wrong type or is unknown.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class RNGD(Watching, torch.optim.Optimizer):
         weight_decay: float = 0.0,
         damping: Damping = 0.1,
         step_rule: str | StepRule = "auto",
-        metric: MetricOptions = MetricOptions(),  # noqa: B008  # it is frozen
+        metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
         responses: Responses | None = None,
-        fallback: AdamWOptions = AdamWOptions(),  # noqa: B008  # it is frozen
+        fallback: AdamWOptions = AdamWOptions(),  # noqa: B008  # immutable
         **unknown: Any,
     ) -> None:
         reject("RNGD", unknown)
@@ -140,14 +140,14 @@ class RNGD(Watching, torch.optim.Optimizer):
     def as_published(cls, model: nn.Module, lr: float = 1e-2) -> RNGD:
         """Return the optimizer of the paper's section 5.2, equations (31)-(33), with its reference settings.
 
-        The metric starts at the identity, is updated at every iteration with decay 0.995 and is inverted every
-        T = 100, the first time at iteration 0, as G + 1e-4 trace(G) I: epsilon is then inside the moving average, as in
-        (32). Hidden layers have exact neuron blocks, the first and the last layer the shared block; a ReLU unit has
-        nu = sigm(z)^2. The step is plain gradient descent in that metric: no momentum, no bound.
+        The metric starts at the identity, is updated at every iteration with decay 0.995, and is inverted every T = 100
+        iterations from iteration 0 on, as G + 1e-4 trace(G) I: epsilon is inside the moving average, as in (32). Hidden
+        layers use exact neuron blocks, the first and the last layer the shared block; a ReLU unit has nu = sigm(z)^2.
+        The step is plain gradient descent in this metric, without momentum or bound.
 
         Args:
             model: the module to train.
-            lr: the learning rate, which the paper chose from several.
+            lr: the learning rate, which the paper selected from several values.
 
         Returns:
             The optimizer.
@@ -171,7 +171,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     @property
     def layers(self) -> tuple[LayerView, ...]:
-        """The layers that have, or will have, a metric, with their roles, structures and groups."""
+        """The layers that have a metric, or will have one, with their roles, structures and groups."""
         records = self._curvature.records
         return tuple(
             LayerView(layer.name, records[layer].role, records[layer].structure, place)
@@ -182,7 +182,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         """Return the running metric G of a layer, as one linear operator without damping.
 
         Args:
-            name: of the layer, as in `layers`.
+            name: the name of the layer, as in `layers`.
 
         Returns:
             A metric of the layer's parameters [*groups, out, d], bias last.
@@ -193,14 +193,14 @@ class RNGD(Watching, torch.optim.Optimizer):
         return self._curvature.metric(name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train these parameters, too: along their metric if they are a layer's of the model, else with AdamW.
+        """Add parameters to train: with their metric if they belong to a layer of the model, otherwise with AdamW.
 
         Args:
-            param_group: "params" and any options of this group; other options are the optimizer's own.
+            param_group: "params" and any options of this group; other options default to the optimizer's.
 
         Raises:
-            ValueError: if an option lies outside what is allowed, or a parameter is in another group already.
-            TypeError: if it is no group of tensors.
+            ValueError: if an option is out of range, or a parameter is already in another group.
+            TypeError: if it is not a group of tensors.
         """
         self._curvature.states = self.state
         for half in self._binding.halves(param_group, self._curvature.model(), again=bool(self.param_groups)):
@@ -209,7 +209,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             self._settle()
 
     def _add_half(self, group: dict[str, Any]) -> None:
-        """Add a group of parameters that all have a metric, or that all have none."""
+        """Add a group whose parameters all have a metric, or all have none."""
         if group["kind"] == ADAMW:
             group.setdefault("lr", group.get("fallback_lr", self.defaults["fallback_lr"]))
         full = {**self.defaults, **group}
@@ -222,7 +222,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         super().add_param_group(group)
 
     def _settle(self) -> None:
-        """Place layers in groups, say which parts of each are not owned, and complete the states."""
+        """Assign layers to groups, update which parts of each are not owned, and complete the states."""
         new, not_owned = self._binding.settle(self.param_groups)
         for layer in not_owned.keys() - set(new):
             self._curvature.disown(layer, not_owned[layer])
@@ -243,16 +243,17 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the parameters along their gradients' relative natural gradient.
+        """Move the parameters along their relative natural gradients.
 
-        A step whose gradients are not finite is left out: weights, momentum and metric stay as they were, and
-        `health.skipped_steps` counts it. So does a step that is itself not finite, which leaves the weights alone.
+        A step with non-finite gradients is skipped: weights, momentum and metric are unchanged, and
+        `health.skipped_steps` counts it. If the step itself is not finite, it is also skipped and counted, and the
+        weights are unchanged.
 
         Args:
-            closure: evaluates the model and returns the loss; called first, with gradients enabled.
+            closure: evaluates the model and returns the loss; it is called first, with gradients enabled.
 
         Returns:
-            What the closure returned.
+            The result of the closure.
         """
         loss = None
         if closure is not None:
@@ -281,7 +282,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and the samples whose gradients they are.
+        """Reset the gradients, and discard the samples that belong to them.
 
         Args:
             set_to_none: as in torch.
@@ -290,13 +291,13 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._curvature.observer.drop()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state and go on where it was saved.
+        """Load a saved state and continue from there.
 
         Args:
-            state_dict: what `state_dict()` returned, of an optimizer with the same structures.
+            state_dict: the result of `state_dict()` of an optimizer with the same structures.
 
         Raises:
-            ValueError: if it is another optimizer's, or of other parameters, or its metrics have other shapes.
+            ValueError: if it belongs to another kind of optimizer or other parameters, or if metrics have other shapes.
         """
         declared = self._declared()
         check(self.param_groups, state_dict, declared)
@@ -307,7 +308,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._curvature.advance(self._iteration)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RNGD:
-        """Return an optimizer for a copy of the model: the copy in the same `deepcopy`, where the model is in it."""
+        """Return an optimizer for a copied model; the model must be part of the same `deepcopy`."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         own = {key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED}
@@ -326,7 +327,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         return self._inversions.of(record.layer, record.role, float(group["damping"]))
 
     def _declared(self) -> dict[Tensor, dict[str, Kept]]:
-        """Return what is kept with each parameter, in the order of the groups."""
+        """Return the declared tensors of each parameter, in the order of the groups."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         declared = {parameter: Fallback.declares(tuple(parameter.shape)) for parameter in parameters}
         for layer in self._binding.place:
@@ -336,7 +337,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 
 
 _COPIED = (
-    "_curvature",  # first: it copies the model, and so all parameters
+    "_curvature",  # first, since it copies the model and thus all parameters
     "_binding",
     "_complete",
     "defaults",

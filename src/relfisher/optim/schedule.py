@@ -1,4 +1,4 @@
-"""When the metric is updated, and when its inverse is refreshed."""
+"""The schedule of metric updates and inverse refreshes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from relfisher.validation import check_integer
 
 __all__ = ["WARMUP", "Schedule"]
 
-#: The iterations of additional refreshes: the metric changes most while the first features form and the average is
-#: young.
+#: The iterations of additional refreshes: the metric changes most while the first features form and the average has
+#: few batches.
 WARMUP = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Iterations, counted from 0, at which something is due.
+    """The iterations, counted from 0, at which updates and refreshes are due.
 
     Args:
-        stats_interval: from one update of the metric to the next.
-        refresh_interval: from one refresh of a layer's inverse to the next.
-        warmup_refreshes: at which the metric is updated and all inverses refreshed besides, while the average is
-            young.
-        staggered: True spreads the layers' updates and refreshes over the intervals, so that no step is slow.
+        stats_interval: the number of iterations between updates of the metric.
+        refresh_interval: the number of iterations between refreshes of a layer's inverse.
+        warmup_refreshes: additional iterations at which the metric is updated and all inverses are refreshed, while the
+            average has few batches.
+        staggered: True spreads the layers' updates and refreshes over the intervals, so that no single step is slow.
 
     Raises:
-        ValueError: if an interval is not a whole number of at least 1, or an iteration one of at least 0.
+        ValueError: if an interval is not a whole number >= 1, or a warm-up iteration is not a whole number >= 0.
     """
 
     stats_interval: int
@@ -48,17 +48,17 @@ class Schedule:
         """Return whether the inverse of a layer is refreshed before this iteration's step.
 
         Args:
-            iteration: counted from 0.
-            place: of the layer, counted from 0.
-            layers: how many there are.
+            iteration: the iteration, counted from 0.
+            place: the index of the layer, counted from 0.
+            layers: the number of layers.
         """
         if iteration in self.warmup_refreshes:
             return True
         phase = self._phase(place, layers, self.refresh_interval)
         if self.staggered and self.stats_interval > 1:
-            phase = (phase + 1) % self.refresh_interval  # in no step that has the layer's statistics to gather
+            phase = (phase + 1) % self.refresh_interval  # avoid the steps that collect the layer's statistics
         return iteration >= phase and (iteration - phase) % self.refresh_interval == 0
 
     def _phase(self, place: int, layers: int, interval: int) -> int:
-        """Return the place of a layer in an interval over which all are spread."""
+        """Return the offset of a layer in an interval over which all layers are spread."""
         return place * interval // layers if self.staggered else 0

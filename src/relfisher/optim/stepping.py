@@ -1,4 +1,4 @@
-"""One step: the gradients of layers with their metrics, what the rule makes of them, and how the weights move."""
+"""One step: collect the gradients of layers with metrics, apply the step rule, and move the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Group = dict[str, Any]
 
 
 class Moving(NamedTuple):
-    """A layer that moves, and the group that it belongs to."""
+    """A layer that moves, with its group and its move."""
 
     record: Record
     group: Group
@@ -34,16 +34,16 @@ class Moving(NamedTuple):
 def moving_layers(
     curvature: Curvature, place: Mapping[Layer, int], groups: Sequence[Group], rule: StepRule
 ) -> list[Moving]:
-    """Return the layers that have a gradient and a metric; no state is changed yet.
+    """Return the layers that have a gradient and a metric, without changing their states.
 
     Args:
         curvature: the metrics.
-        place: of each layer's group.
-        groups: all groups; their highest learning rates are noted.
-        rule: what the moves are for.
+        place: the index of each layer's group.
+        groups: all groups; their highest learning rates are updated.
+        rule: the step rule that the moves are for.
     """
     for group in groups:
-        # A scheduler that begins low says how high it goes.
+        # A scheduler that starts low announces its highest learning rate.
         highest = group.get("max_lr") or group.get("initial_lr") or 0.0
         group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
     found = []
@@ -63,7 +63,7 @@ def moving_layers(
 
 
 def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> bool:
-    """Move the layers, or return False and leave all as it was if the step is not finite."""
+    """Move the layers; if a step is not finite, return False and leave everything unchanged."""
     steps = rule.steps([each.move for each in moving])
     if steps is None or not (rule.checks_finite or all_finite([step.direction for step in steps])):
         return False
@@ -88,9 +88,9 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
 
 
 def unchecked_gradients(curvature: Curvature, groups: Iterable[Group], rule: StepRule) -> list[Tensor]:
-    """Return the gradients that must be finite for all to go on.
+    """Return the gradients that must be checked for finite values.
 
-    If no statistics wait and the step rule checks what it makes of the layers' gradients, theirs need no other check.
+    If no statistics are pending and the step rule checks its results, the layers' gradients need no other check.
     """
     records = curvature.records.values() if rule.checks_finite and not curvature.observer.waiting else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
@@ -101,7 +101,7 @@ def unchecked_gradients(curvature: Curvature, groups: Iterable[Group], rule: Ste
 def take_fallback(
     moving: Iterable[Moving], groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]
 ) -> None:
-    """Step with AdamW on what has a gradient but no metric."""
+    """Take an AdamW step on all parameters that have a gradient but no metric."""
     moved = {id(parameter) for each in moving for parameter in each.record.layer.parameters}
     for group in groups:
         rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
@@ -110,11 +110,11 @@ def take_fallback(
 
 
 def _weight(group: Group) -> float:
-    """Return the weight in the average of what the next step leads to."""
+    """Return the weight of the next iterate in the average."""
     weight: float = group["peak_lr"] ** 2 * growing(group["iteration"])
     return weight
 
 
 def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:
-    """Return what was kept in a tensor's dtype and on its device, or zeros if there is nothing yet."""
+    """Return a stored tensor in the dtype and on the device of another, or zeros if it does not exist yet."""
     return torch.zeros_like(tensor) if kept is None else kept.to(tensor)

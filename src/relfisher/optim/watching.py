@@ -1,4 +1,4 @@
-"""What every optimizer that watches a model does alike: masks, and letting the model go."""
+"""Common parts of all optimizers that observe a model: masks, and releasing the model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Watched = TypeVar("Watched")
 
 
 class Watching:
-    """Watches a model through its `_curvature`."""
+    """Observes a model through its `_curvature`."""
 
     _curvature: Curvature
 
     @contextmanager
     def masked(self, mask: Tensor) -> Iterator[None]:
-        """Leave positions out of the statistics, such as padding, in forward passes inside this context.
+        """Exclude positions such as padding from the statistics of forward passes inside this context.
 
         Args:
-            mask: True for what counts. It applies to layers whose input has this leading shape, such as
-                [batch, length] if inputs are [batch, length, in], or [batch]. Convolutions take it for images or
-                output positions; recurrent layers and attention take [batch, length] also if their input is
-                [length, batch, in]. A layer with positions that the mask does not fit is named in a warning.
+            mask: True for positions that count. It applies to layers whose input has this leading shape, such as
+                [batch, length] for inputs [batch, length, in], or [batch]. Convolutions apply it to images or output
+                positions; recurrent layers and attention also accept [batch, length] if their input is
+                [length, batch, in]. A warning names layers with positions that the mask does not fit.
 
         Yields:
             Nothing.
@@ -37,7 +37,7 @@ class Watching:
             yield
 
     def close(self) -> None:
-        """Take the hooks off the model; the statistics stay as they are from then on."""
+        """Remove the hooks from the model; the statistics no longer change."""
         self._curvature.observer.close()
 
     def __enter__(self: Watched) -> Watched:

@@ -1,4 +1,4 @@
-"""How a running metric is kept: exact neuron blocks, a block that units share, Kronecker factors or a diagonal."""
+"""Representations of a running metric: exact neuron blocks, a shared block, Kronecker factors or a diagonal."""
 
 from relfisher.structures.base import Structure
 from relfisher.structures.diagonal import Diagonal

@@ -1,8 +1,8 @@
-"""The contract of a structure: statistics -> average -> invert -> apply, and the running metric as an operator.
+"""The interface of a structure: statistics -> average -> invert -> apply, and the running metric as an operator.
 
-A structure is a way to keep the metric G of one layer, whose parameters are a matrix [out, d] with the bias last, or
-[groups, out, d] if groups of units have inputs of their own. It holds no tensors: a layer's state is a flat dictionary
-of tensors, whose names and shapes the structure declares. The steps are separate: they are due at different times.
+A structure represents the metric G of one layer, whose parameters are a matrix [out, d] with the bias last, or
+[groups, out, d] if groups of units have different inputs. It holds no tensors: a layer's state is a flat dictionary of
+tensors, whose names and shapes the structure declares. The steps are separate since they are due at different times.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["Structure"]
 
 
 class Structure(ABC):
-    """A way to keep the running metric of one layer.
+    """A representation of the running metric of one layer.
 
     Attributes:
-        rank: of the inverses of blocks at least eight times as wide, which are then inverted along their leading
-            eigenvectors; None inverts every block in full.
+        rank: the rank of the inverses of blocks that are at least eight times as wide; they use the leading
+            eigenvectors only. None inverts every block in full.
     """
 
-    #: Its name in `structure=` and in tables.
+    #: The name in `structure=` and in tables.
     name: ClassVar[str]
     #: The names of the tensors that hold the metric: the keys of `shapes`. The first one is called "metric".
     tensors: ClassVar[tuple[str, ...]] = ("metric",)
-    #: True if `accumulate` takes sparse inputs.
+    #: True if `accumulate` accepts sparse inputs.
     reads_sparse: ClassVar[bool] = False
     rank: int | None = None
 
@@ -51,36 +51,36 @@ class Structure(ABC):
 
     @abstractmethod
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
-        """Replace totals by keep * totals + share * (the metric summed over samples), in place, if that is finite.
+        """Replace totals with keep * totals + share * (the metric summed over samples), in place, if the sum is finite.
 
         Args:
-            totals: `tensors`; with keep = 0 they may hold anything.
-            samples: of a batch.
-            keep: the factor of what is there.
+            totals: the tensors named in `tensors`; their values do not matter if keep is 0.
+            samples: the samples of a batch.
+            keep: the factor of the present totals.
             share: the factor of the sum.
 
         Returns:
-            Whether the sum is finite; False leaves the totals as they were.
+            Whether the sum is finite; if not, the totals are unchanged.
         """
 
     @abstractmethod
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
-        """Multiply the rows of a field, from the right, by matrices of this structure: the metric, or its factors."""
+        """Multiply the rows of a field from the right by matrices of this structure: the metric or its factors."""
 
-    # The rest follows for a metric that is held as dense blocks.
+    # Defaults for a metric that is stored as dense blocks.
 
     def declares(self, shape: tuple[int, ...], *, root: bool) -> dict[str, Kept]:
-        """Return everything that the state of a layer holds: the metric, its factors, and the average's weight.
+        """Return everything in the state of a layer: the metric, its factors, and the weight of the moving average.
 
         Args:
-            shape: [*g, out, d] of the parameters.
+            shape: the shape [*g, out, d] of the parameters.
             root: True if the factors are roots of the inverse.
 
         Returns:
-            "ema_weight", each of `tensors`, and for each of them its "inverse" or "root" (with the tensor's name in
-            front for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
+            "ema_weight", the number of "updates", each of `tensors`, and for each of these its "inverse" or "root" (prefixed with the tensor's
+            name for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
         """
-        kept = {"ema_weight": Kept((), on_host=True)}
+        kept = {"ema_weight": Kept((), on_host=True), "updates": Kept((), on_host=True, dtype=torch.float32)}
         for name, size in self.shapes(shape).items():
             kept[name] = Kept(size)
             key = factor_key(name, root=root)
@@ -96,15 +96,15 @@ class Structure(ABC):
         """Return the state of a layer without statistics.
 
         Args:
-            shape: [*g, out, d] of the parameters.
-            dtype: of the metric.
-            device: of the metric.
+            shape: the shape [*g, out, d] of the parameters.
+            dtype: the dtype of the metric.
+            device: the device of the metric.
             identity: True starts the average at the identity with full weight, as published; False at 0 with no
-                weight, so that the average has no bias from the first batch on.
+                weight, so that the average is unbiased from the first batch on.
             root: True if the factors are roots of the inverse.
 
         Returns:
-            What `declares` says. The factors are identities.
+            The tensors that `declares` lists. The factors are identities.
         """
         state = {key: kept.zeros(dtype, device) for key, kept in self.declares(shape, root=root).items()}
         state["ema_weight"].fill_(float(identity))
@@ -129,17 +129,17 @@ class Structure(ABC):
         return Statistics(totals, x.shape[-2])
 
     def ema_update(self, state: State, batch: Statistics, decay: float) -> bool:
-        """Add the statistics of a batch to the moving average, unless they are not finite.
+        """Add the statistics of a batch to the moving average if they are finite.
 
         Args:
-            state: of the layer.
-            batch: its statistics.
-            decay: the share of the past that is kept.
+            state: the state of the layer.
+            batch: the statistics.
+            decay: the share of the previous average that is kept.
 
         Returns:
             Whether they were added.
         """
-        # An entry of a positive semi-definite matrix is bounded by its diagonal.
+        # Diagonal entries bound all entries of a positive semi-definite matrix.
         if not all(math.isfinite(float(self.diagonals(total).sum())) for total in batch.totals.values()):
             return False
         for name, total in batch.totals.items():
@@ -148,12 +148,12 @@ class Structure(ABC):
         return True
 
     def ema_update_from(self, state: State, samples: Samples, decay: float) -> bool:
-        """Add a batch to the moving average: `ema_update` of its `batch_statistics`, in one pass over the metric.
+        """Add a batch to the moving average: `ema_update` with its `batch_statistics`, in one pass over the metric.
 
         Args:
-            state: of the layer.
-            samples: of the batch.
-            decay: the share of the past that is kept.
+            state: the state of the layer.
+            samples: the samples of the batch.
+            decay: the share of the previous average that is kept.
 
         Returns:
             Whether it was added.
@@ -165,9 +165,10 @@ class Structure(ABC):
 
     def _age(self, state: State, decay: float) -> None:
         state["ema_weight"].mul_(decay).add_(1 - decay)
+        state["updates"].add_(1)
 
     def average(self, state: State) -> State:
-        """Return the tensors of the running metric, corrected for the weight that they lack."""
+        """Return the tensors of the running metric, with the bias of the moving average corrected."""
         weight = float(state["ema_weight"])
         return {name: state[name] / (weight or 1.0) for name in self.tensors}
 
@@ -175,8 +176,8 @@ class Structure(ABC):
         """Return the running metric G as one linear operator, without damping.
 
         Args:
-            state: of the layer.
-            shape: [*g, out, d] of its parameters.
+            state: the state of the layer.
+            shape: the shape [*g, out, d] of its parameters.
 
         Returns:
             A metric of parameters of this shape.
@@ -187,16 +188,16 @@ class Structure(ABC):
         """Recompute the factors from the moving average; a block that fails keeps its last good factor.
 
         Args:
-            state: of the layer.
+            state: the state of the layer.
             inversion: the damping and power.
-            frozen: True for the columns [d] that are not trained and so are no part of the metric.
+            frozen: True for columns [d] that are frozen and hence excluded from the metric.
 
         Returns:
             Whether all blocks are good.
         """
         weight = float(state["ema_weight"])
         if weight == 0 or (frozen is not None and bool(frozen.all())):
-            return True  # there are no statistics yet, or nothing is trained
+            return True  # no statistics yet, or no trainable column
         root = "root" in state
         inversion = replace(inversion if len(self.tensors) == 1 else inversion.halved(), rank=self.rank)
         found: list[tuple[str, Tensor, Tensor]] = []
@@ -208,7 +209,7 @@ class Structure(ABC):
                 diagonals = diagonals[..., ~frozen]
                 metric = self.without(metric, frozen)
             if not bool(diagonals.any()):
-                return True  # nothing yet: the next layer's weights are 0, or no unit was active
+                return True  # no information yet: the next layer's weights are 0, or no unit was active
             amounts = inversion.amounts(diagonals)
             if _scale(key) in state:
                 low, good = inversion.leading(metric, amounts, state[key], root=root)
@@ -217,7 +218,7 @@ class Structure(ABC):
                 found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
         good = found[0][2]
         for _, _, each in found[1:]:
-            good = good & each  # the factors of a block stay together
+            good = good & each  # factors of the same block are replaced together
         all_good = bool(good.all())
         for key, factor, _ in found:
             flags = good[(..., *(None,) * (factor.ndim - good.ndim))]
@@ -233,12 +234,12 @@ class Structure(ABC):
     def whiten(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
         """Return R times the gradient, where R'R = (G + damping)^-power as of the last good refresh."""
         roots = self._factors(state, root=True)
-        # One of low rank is symmetric.
+        # Factors of low rank are symmetric.
         transposed = {name: self.transposed(root) if isinstance(root, Tensor) else root for name, root in roots.items()}
         return self.apply(gradient, transposed)
 
     def unwhiten(self, state: State, field: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
-        """Return R' times a field of whitened coordinates."""
+        """Return R' times a field in whitened coordinates."""
         return self.apply(field, self._factors(state, root=True))
 
     def _factors(self, state: State, *, root: bool) -> dict[str, Factor]:
@@ -250,50 +251,50 @@ class Structure(ABC):
         return factors
 
     def label(self, shape: tuple[int, ...]) -> str:
-        """Return the name, with the rank if one of the layer's inverses is of low rank."""
+        """Return the name, followed by the rank if any inverse of the layer is of low rank."""
         low = any(is_low_rank(self.rank, size[-1]) for size in self.shapes(shape).values())
         return f"{self.name}, rank {self.rank}" if low else self.name
 
     def product_cost(self, d: int) -> int:
-        """Return the operations of a row times the inverse of a block of this width."""
+        """Return the number of operations for the product of a row with the inverse of a block of width d."""
         return 4 * d * int(self.rank or 0) if is_low_rank(self.rank, d) else 2 * d**2
 
     def inversion_cost(self, d: int) -> int:
-        """Return the operations of inverting a block of this width."""
+        """Return the number of operations for inverting a block of width d."""
         return 6 * d**2 * int(self.rank or 0) if is_low_rank(self.rank, d) else d**3
 
     def numbers(self, shape: tuple[int, ...]) -> int:
-        """Return how many numbers on the device the metric of parameters of the shape [*g, out, d] takes."""
+        """Return the number of scalars on the device for the state of parameters of the shape [*g, out, d]."""
         return sum(math.prod(kept.shape) for kept in self.declares(shape, root=False).values() if not kept.on_host)
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the tensor of this size that stands for the identity."""
+        """Return the identity as a tensor of this size."""
         return torch.eye(size[-1], dtype=dtype, device=device).expand(size).clone()
 
     def diagonals(self, blocks: Tensor) -> Tensor:
-        """Return the diagonals [*q, d] of blocks."""
+        """Return the diagonals [*q, d] of the blocks."""
         return blocks.diagonal(dim1=-2, dim2=-1)
 
     def without(self, blocks: Tensor, columns: Tensor) -> Tensor:
-        """Return the blocks with those columns and rows replaced by the identity's."""
+        """Return the blocks with the given rows and columns replaced by those of the identity."""
         kept = (~columns).to(blocks.dtype)
         return blocks * kept * kept.unsqueeze(-1) + torch.diag(1 - kept)
 
     def inverted(self, blocks: Tensor, amounts: Tensor, inversion: Inversion, *, root: bool) -> tuple[Tensor, Tensor]:
-        """Return the factors of the damped blocks, and for each block whether it is good."""
+        """Return the factors of the damped blocks, and a flag for each block: whether it is good."""
         return inversion.full(blocks, amounts, root=root)
 
     def transposed(self, blocks: Tensor) -> Tensor:
-        """Return the blocks' transposes."""
+        """Return the transposed blocks."""
         return blocks.mT
 
 
 def factor_key(name: str, *, root: bool) -> str:
-    """Return the key of the factor of the tensor with this name."""
+    """Return the key of the factor of a tensor."""
     form = "root" if root else "inverse"
     return form if name == "metric" else f"{name}_{form}"
 
 
 def _scale(key: str) -> str:
-    """Return the key of the scale of a factor of low rank."""
+    """Return the key of the scale of a low-rank factor."""
     return f"{key}_scale"

@@ -1,4 +1,4 @@
-"""The diagonal alone: exact for an embedding, whose inputs are one-hot, and all that fits for the widest layers."""
+"""The diagonal alone: exact for embeddings, whose inputs are one-hot, and the only choice for the widest layers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Diagonal(Structure):
         return {"metric": (*shape[:-2], shape[-1])}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 1 a parameter, and 2 an input for a refresh and for a sample."""
+        """Return 1 per parameter for a step, and 2 per input for a refresh and for a sample."""
         inputs = math.prod(self.shapes(shape)["metric"])
         return Cost(math.prod(shape), 2 * inputs, 2 * inputs)
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
-        """Add the squares of the inputs, whatever the response; x~ may be sparse."""
+        """Add the squares of the inputs, regardless of the response; x~ may be sparse."""
         x, z = samples.x, samples.z
         if x.is_sparse:
             x = x.coalesce()
@@ -46,14 +46,14 @@ class Diagonal(Structure):
         return True
 
     def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
-        """Return the diagonal once for each unit."""
+        """Return the diagonal, repeated for each unit."""
         diagonal = self.average(state)["metric"].unsqueeze(-2).expand(shape)
         return DiagonalMetric(diagonal.reshape(-1), shape)
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Scale the columns."""
         diagonal = factors["metric"]
-        assert isinstance(diagonal, Tensor)  # a diagonal has no inverse of low rank
+        assert isinstance(diagonal, Tensor)  # a diagonal has no low-rank inverse
         return field * diagonal.unsqueeze(-2)
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,17 +61,17 @@ class Diagonal(Structure):
         return torch.ones(size, dtype=dtype, device=device)
 
     def diagonals(self, blocks: Tensor) -> Tensor:
-        """Return what is the diagonal already."""
+        """Return the tensor itself, which is the diagonal."""
         return blocks
 
     def without(self, blocks: Tensor, columns: Tensor) -> Tensor:
-        """Return the blocks with 1 in those columns."""
+        """Return the diagonals with 1 in the given columns."""
         return blocks.masked_fill(columns, 1.0)
 
     def inverted(self, blocks: Tensor, amounts: Tensor, inversion: Inversion, *, root: bool) -> tuple[Tensor, Tensor]:
-        """Return powers of the damped entries, and for each block whether it is good."""
+        """Return powers of the damped entries, and a flag for each block: whether it is good."""
         return inversion.diagonal(blocks, amounts, root=root)
 
     def transposed(self, blocks: Tensor) -> Tensor:
-        """Return the blocks, which are symmetric."""
+        """Return the diagonals unchanged, since they are symmetric."""
         return blocks

@@ -1,9 +1,9 @@
-"""Inversion: from damping, power and rank to factors, with a flag for each block that says if it is good.
+"""Inversion: factors from damping, power and rank, with a flag for each block that says whether it is good.
 
-A factor of G is (G + damping)^-power, for steps that need no more, or its root R, with R'R = (G + damping)^-power, for
-steps that whiten a gradient first. It is a matrix, or of low rank: damping makes an inverse nearly the same in all
-directions whose eigenvalues lie below it, so that the leading eigenvectors of a wide block and one number for all other
-directions will do, and a product with them costs 4 d r for each row in place of 2 d^2.
+A factor of G is (G + damping)^-power, or its root R with R'R = (G + damping)^-power for rules that whiten the gradient
+first. It is a full matrix or of low rank. Below the damping, an inverse is nearly the same in all directions. For a
+wide block, the leading eigenvectors and one number for all other directions are therefore enough, and a product costs
+4 d r per row instead of 2 d^2.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from relfisher.validation import check_interval, check_one_of, check_positive
 
 __all__ = ["Factor", "Inversion", "LowRank", "check_rank", "times", "transposed_times"]
 
-# Oversampling and passes of the range finder of Halko, Martinsson & Tropp (2011) where eigenvalues decay slowly. The
-# last refresh's eigenvectors are a start that saves a pass.
+# Oversampling and passes of the range finder of Halko, Martinsson & Tropp (2011) for slowly decaying eigenvalues.
+# Starting from the eigenvectors of the last refresh saves a pass.
 _SPARE = 8
 _PASSES = 2
 _PASSES_FROM_LAST = 1
 
-# A column of a basis whose squared length is below this comes from rounding, not from data.
+# Basis columns with a squared length below this are due to rounding, not data.
 _NOTHING = 1e-6
 
-# A low rank pays if it is at most this part of a block's width.
+# A low rank pays off if it is at most this share of a block's width.
 _NARROWEST = 8
 
 
@@ -38,7 +38,7 @@ class LowRank(NamedTuple):
     """The symmetric matrix `scale * (I - V V')`.
 
     Args:
-        basis: V, [*q, d, r]; its columns are orthogonal, and none is longer than 1.
+        basis: V, [*q, d, r]; its columns are orthogonal and have length at most 1.
         scale: [*q].
     """
 
@@ -54,12 +54,12 @@ class Inversion:
     """How a metric is inverted: (G + damping)^-power.
 
     Args:
-        damping: what is added to the diagonal, >= 0, in parts of what `relative_to` says.
-        power: in [0, 1]: 1 inverts, 0 leaves the gradient as it is, 1/2 is in between (Amari et al. 2021).
-        rank: blocks at least eight times as wide are inverted along so many leading eigenvectors; None for no block.
+        damping: the amount added to the diagonal, >= 0, in the unit given by `relative_to`.
+        power: in [0, 1]: 1 inverts, 0 leaves the gradient unchanged, 1/2 is in between (Amari et al. 2021).
+        rank: the number of leading eigenvectors used for blocks at least eight times as wide; None for full inverses.
         relative_to: "mean" for the mean eigenvalue of a block, "trace" for its trace, "absolute" for neither.
         pooled: True takes the mean or the trace over all blocks of a layer, so that a block near 0, such as that of a
-            dead unit, is damped as much as its neighbors; False takes each block's own.
+            dead unit, is damped as much as its neighbors; False uses each block's own.
 
     Raises:
         ValueError: if an argument lies outside what is allowed.
@@ -82,7 +82,7 @@ class Inversion:
         return is_low_rank(self.rank, d)
 
     def amounts(self, diagonals: Float[Tensor, "*q d"]) -> Float[Tensor, "*q"]:
-        """Return what is added to the diagonal of each block, given the diagonals."""
+        """Return the amount added to the diagonal of each block, given the diagonals."""
         if self.relative_to == "absolute":
             return torch.full_like(diagonals[..., 0], self.damping)
         trace = diagonals.sum(-1)
@@ -91,13 +91,13 @@ class Inversion:
         return trace * (self.damping / diagonals.shape[-1] if self.relative_to == "mean" else self.damping)
 
     def halved(self) -> Inversion:
-        """Return the inversion of each of two Kronecker factors, whose product then has this damping."""
+        """Return the inversion of each of two Kronecker factors whose product has this damping and power."""
         return replace(self, damping=math.sqrt(self.damping))
 
     def diagonal(
         self, blocks: Float[Tensor, "*q d"], amounts: Float[Tensor, "*q"], *, root: bool
     ) -> tuple[Float[Tensor, "*q d"], Tensor]:
-        """Return the factors of diagonal blocks, and for each block whether it is good."""
+        """Return the factors of diagonal blocks, and a flag for each block: whether it is good."""
         damped = blocks + amounts.unsqueeze(-1)
         if self.power == 1:
             factor = damped.rsqrt() if root else damped.reciprocal()
@@ -108,17 +108,17 @@ class Inversion:
     def full(
         self, blocks: Float[Tensor, "*q d d"], amounts: Float[Tensor, "*q"], *, root: bool
     ) -> tuple[Float[Tensor, "*q d d"], Tensor]:
-        """Return the factors of symmetric blocks, and for each block whether it is good.
+        """Return the factors of symmetric blocks, and a flag for each block: whether it is good.
 
-        The power 1 takes Cholesky factors, whose root is triangular; others take eigenvectors.
+        Power 1 uses Cholesky factors, whose root is triangular; other powers use eigenvectors.
 
         Args:
             blocks: the matrices.
-            amounts: what is added to the diagonal of each.
+            amounts: the amount added to the diagonal of each block.
             root: True for the root of the inverse.
 
         Returns:
-            The factors, anything where a block is not good; and a flag a block.
+            The factors, with undefined values where a block is not good, and one flag per block.
         """
         if self.power == 0:
             eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
@@ -130,7 +130,7 @@ class Inversion:
         factor, info = torch.linalg.cholesky_ex(damped)
         good = info == 0
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        if not bool(good.all()):  # an invalid factor would raise
+        if not bool(good.all()):  # invalid factors would raise an error
             factor = torch.where(good[..., None, None], factor, eye)
         inverse = torch.linalg.solve_triangular(factor, eye, upper=False) if root else torch.cholesky_inverse(factor)
         return inverse, good & torch.isfinite(inverse).all(-1).all(-1)
@@ -139,7 +139,7 @@ class Inversion:
         finite = torch.isfinite(damped).all(-1).all(-1)
         try:
             values, vectors = torch.linalg.eigh(damped.where(finite[..., None, None], torch.zeros_like(damped)))
-        except RuntimeError:  # an eigendecomposition that did not converge
+        except RuntimeError:  # the eigendecomposition did not converge
             return damped, torch.zeros_like(finite)
         scales = values.pow(-self.power / 2 if root else -self.power)
         factor = (vectors * scales.unsqueeze(-2)) @ vectors.mT
@@ -153,20 +153,20 @@ class Inversion:
         *,
         root: bool,
     ) -> tuple[LowRank, Tensor]:
-        """Return the factors of symmetric blocks along their r leading eigenvectors, and for each if it is good.
+        """Return the factors of symmetric blocks along their r leading eigenvectors, and a flag for each block.
 
-        All other directions count as one eigenvalue, the mean of theirs. If the eigenvalues of G behind the leading
-        ones lie between a and b, the inverse is that of G + damping up to a factor between
-        (a + damping) / (b + damping) and its reciprocal.
+        All other directions share one eigenvalue, the mean of theirs. If the remaining eigenvalues of G lie between a
+        and b, the result equals the inverse of G + damping up to a factor between (a + damping) / (b + damping) and its
+        reciprocal.
 
         Args:
             blocks: the matrices.
-            amounts: what is added to the diagonal of each.
+            amounts: the amount added to the diagonal of each block.
             last: the basis of an earlier inverse, from which the search starts; zeros if there is none.
             root: True for the symmetric root of the inverse.
 
         Returns:
-            The factors, anything where a block is not good; and a flag a block.
+            The factors, with undefined values where a block is not good, and one flag per block.
         """
         d, rank = last.shape[-2:]
         values, vectors, found = _leading(blocks, last)
@@ -184,18 +184,18 @@ class Inversion:
 
 
 def is_low_rank(rank: int | None, d: int) -> bool:
-    """Return whether a block of this width is inverted along so many leading eigenvectors."""
+    """Return whether a block of this width is inverted along its `rank` leading eigenvectors."""
     return rank is not None and d >= _NARROWEST * rank
 
 
 def check_rank(rank: int | None) -> None:
-    """Raise ValueError if a rank is given that is not positive."""
+    """Raise ValueError if a rank is given and not positive."""
     if rank is not None:
         check_positive("rank", rank)
 
 
 def times(field: Float[Tensor, "*g m d"], factor: Factor) -> Float[Tensor, "*g m d"]:
-    """Multiply the rows of a field by a matrix [*g, d, d], from the right."""
+    """Multiply the rows of a field by a matrix [*g, d, d] from the right."""
     if isinstance(factor, Tensor):
         return field @ factor
     rest = _product(field)(field, field @ factor.basis, factor.basis.mT, alpha=-1)
@@ -203,7 +203,7 @@ def times(field: Float[Tensor, "*g m d"], factor: Factor) -> Float[Tensor, "*g m
 
 
 def transposed_times(factor: Factor, field: Float[Tensor, "*g m d"]) -> Float[Tensor, "*g m d"]:
-    """Multiply the columns of a field by the transpose of a matrix [*g, m, m], from the left."""
+    """Multiply the columns of a field by the transpose of a matrix [*g, m, m] from the left."""
     if isinstance(factor, Tensor):
         return factor.mT @ field
     rest = _product(field)(field, factor.basis, factor.basis.mT @ field, alpha=-1)
@@ -217,11 +217,11 @@ def _product(field: Tensor) -> Callable[..., Tensor]:
 def _leading(
     blocks: Float[Tensor, "*q d d"], last: Float[Tensor, "*q d r"]
 ) -> tuple[Float[Tensor, "*q r"], Float[Tensor, "*q d r"], bool]:
-    """Return about the leading eigenvalues and eigenvectors, by subspace iteration, and whether there are any."""
+    """Return approximate leading eigenvalues and eigenvectors by subspace iteration, and whether it succeeded."""
     rank = last.shape[-1]
     known = last.square().sum(-2, keepdim=True)
     warm = bool((known > _NOTHING).all())
-    # The same numbers each time, so that an interrupted run goes on as it would have.
+    # Always the same numbers, so that a resumed run gives the same results.
     fresh = torch.randn(
         last.shape[-2], _SPARE if warm else _SPARE + rank, generator=torch.Generator().manual_seed(0)
     ).to(last)
@@ -233,6 +233,6 @@ def _leading(
         for _ in range(_PASSES_FROM_LAST if warm else _PASSES):
             space, _ = torch.linalg.qr(blocks @ space)
         values, turned = torch.linalg.eigh(space.mT @ blocks @ space)
-    except RuntimeError:  # an eigendecomposition that did not converge
+    except RuntimeError:  # the eigendecomposition did not converge
         return last[..., 0, :], last, False
     return values[..., -rank:].clamp(min=0), space @ turned[..., -rank:], True

@@ -1,8 +1,8 @@
-"""Kronecker factors: G is taken as mean_n F_n (x) mean_n x~_n x~_n', for units that do not respond independently.
+"""Kronecker factors: G is approximated by mean_n F_n (x) mean_n x~_n x~_n', for units with a joint response.
 
-The factor of the outputs is exact: the response's own information, equation (25) for a softmax layer, or the next
-layer's pulled back through it, equation (26). Only the mean of the product is replaced by the product of the means, as
-K-FAC does (Martens & Grosse 2015); K-FAC samples its factor of the outputs from back-propagated gradients.
+The output factor is exact: the information of the response, equation (25) for a softmax layer, or that of the next
+layer pulled back through it, equation (26). The only approximation replaces the mean of the product with the product of
+the means, as in K-FAC (Martens & Grosse 2015), which samples its output factor from back-propagated gradients.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class KroneckerFactors(Structure):
     """A factor of d^2 numbers for the inputs and one of out^2 for the outputs.
 
     Args:
-        response: what the layer says, such as `Categorical()` for a softmax head; None for its units' own response.
-        through: the next layer, of which this layer's units are the inputs: the response is then the next layer's,
-            linear, and this layer's activation is on the way. Equation (26).
+        response: the layer's response, such as `Categorical()` for a softmax head; None for its units' own response.
+        through: the next layer, whose inputs are this layer's activated units. The response is then the linear response
+            of the next layer, pulled back through this layer's activation. Equation (26).
         rank: see `Structure`.
 
     Raises:
-        ValueError: if response and through are given, or the rank is not positive.
+        ValueError: if both response and through are given, or the rank is not positive.
     """
 
     name = "kronecker"
@@ -58,7 +58,7 @@ class KroneckerFactors(Structure):
         return {"metric": (*groups, d, d), "output": (*groups, out, out)}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 2 (d + out) a parameter, d^3 + out^3 and 2 (d^2 + out^2) a group; less with a low rank."""
+        """Return 2 (d + out) per parameter, d^3 + out^3 and 2 (d^2 + out^2) per group; less with a low rank."""
         *groups, out, d = shape
         count = math.prod(groups)
         step = out * self.product_cost(d) + d * self.product_cost(out)
@@ -66,7 +66,7 @@ class KroneckerFactors(Structure):
         return Cost(count * step, count * refresh, 2 * count * (d**2 + out**2))
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
-        """Add the two sums, over the inputs and over the information of the outputs."""
+        """Add the sums over the inputs and over the information of the outputs."""
         outputs = self._outputs(samples.z, samples.response)
         if not math.isfinite(float(self.diagonals(outputs).sum())):
             return False
@@ -92,5 +92,5 @@ class KroneckerFactors(Structure):
         return PulledBack(after, weight, response.slope(z))
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
-        """Multiply by the input block from the right, and by the output block's transpose from the left."""
+        """Multiply by the input factor from the right, and by the transposed output factor from the left."""
         return transposed_times(factors["output"], times(field, factors["metric"]))

@@ -19,7 +19,7 @@ __all__ = ["NeuronBlocks"]
 
 
 class NeuronBlocks(Structure):
-    """One block a unit: exact for every layer whose units respond independently; out * d^2 numbers."""
+    """One block per unit: exact for every layer whose units respond independently; out * d^2 numbers."""
 
     name = "neuron"
 
@@ -28,14 +28,14 @@ class NeuronBlocks(Structure):
         return {"metric": (*shape, shape[-1])}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 2 d^2, d^3 and 2 d^2 a unit."""
+        """Return 2 d^2, d^3 and 2 d^2 per unit."""
         units, d = math.prod(shape[:-1]), shape[-1]
         return Cost(2 * units * d**2, units * d**3, 2 * units * d**2)
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
-        """Weigh each sample's outer product by nu_i(z_n) for each unit i."""
+        """Weight each sample's outer product by nu_i(z_n), for each unit i."""
         x, nu = samples.x, samples.response.information(samples.z)
-        # Each entry is bounded by a unit's diagonal.
+        # A unit's diagonal bounds all entries of its block.
         if not math.isfinite(float((nu.mT @ x.square()).sum())):
             return False
         moments = totals["metric"]

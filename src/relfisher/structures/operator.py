@@ -1,4 +1,4 @@
-"""The running metric of any structure as one linear operator, from its product alone."""
+"""The running metric of any structure as one linear operator, given only its product."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["AppliedMetric", "block_operator", "kronecker_operator"]
 
 
 class AppliedMetric(Metric):
-    """A metric whose product is a structure's `apply`; it is spelled out by products with unit vectors.
+    """A metric whose product is a structure's `apply`; its matrix is computed from products with unit vectors.
 
     Args:
-        apply: multiplies a field [*g, out, d] by the tensors.
-        tensors: of the metric.
-        parameter_shape: [*g, out, d].
+        apply: multiplies a field [*g, out, d] by the metric's tensors.
+        tensors: the tensors of the metric.
+        parameter_shape: the shape [*g, out, d].
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class AppliedMetric(Metric):
 
 
 def block_operator(blocks: Float[Tensor, "*q d d"], shape: tuple[int, ...]) -> Metric:
-    """Return the metric of parameters [*g, out, d] from blocks [*g, d, d] or [*g, out, d, d]."""
+    """Return the metric of parameters [*g, out, d] with blocks [*g, d, d] or [*g, out, d, d]."""
     if len(shape) == 3:
         return GroupedMetric([block_operator(group, shape[1:]) for group in blocks])
     return BlockMetric(blocks.reshape(-1, *blocks.shape[-2:]), shape)
 
 
 def kronecker_operator(outputs: Float[Tensor, "*g out out"], inputs: Float[Tensor, "*g d d"]) -> Metric:
-    """Return the metric of parameters [*g, out, d] from its two factors."""
+    """Return the metric of parameters [*g, out, d] with the two given factors."""
     if inputs.ndim == 3:
         return GroupedMetric([kronecker_operator(*group) for group in zip(outputs, inputs, strict=True)])
     return KroneckerMetric(outputs, inputs)

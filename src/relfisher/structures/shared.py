@@ -1,6 +1,6 @@
 """The shared block: G = I (x) mean_n x~_n x~_n', one block for all units. Equation (22).
 
-Exact for a linear layer. With no other choice in it, later work calls the step in this metric FOOF or ISAAC.
+Exact for a linear layer. In later work, the step in this metric without further options is called FOOF or ISAAC.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["SharedBlock"]
 
 
 class SharedBlock(Structure):
-    """One block of d^2 numbers that all units of the layer, or of a group, share.
+    """One block of d^2 numbers, shared by all units of the layer or of a group.
 
     Args:
         rank: see `Structure`.
@@ -42,17 +42,17 @@ class SharedBlock(Structure):
         return {"metric": (*shape[:-2], shape[-1], shape[-1])}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 2 d^2 a unit, d^3 and 2 d^2 a group; 4 d r and 6 d^2 r with an inverse of rank r."""
+        """Return 2 d^2 per unit, d^3 and 2 d^2 per group; 4 d r and 6 d^2 r with an inverse of rank r."""
         *groups, out, d = shape
         count = math.prod(groups)
         return Cost(count * out * self.product_cost(d), count * self.inversion_cost(d), 2 * count * d**2)
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
-        """Add the products of the inputs, whatever the response."""
+        """Add the products of the inputs, regardless of the response."""
         return add_second_moments(totals["metric"], samples.x, keep=keep, share=share)
 
     def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
-        """Return the block once for each unit."""
+        """Return the block, repeated for each unit."""
         return block_operator(self.average(state)["metric"], shape)
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:

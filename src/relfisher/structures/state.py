@@ -1,4 +1,4 @@
-"""What is kept of a layer, and what a batch tells of it: plain tensors by name."""
+"""The state of a layer, and the statistics of a batch: plain tensors by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ State = dict[str, Tensor]
 
 
 class Kept(NamedTuple):
-    """A tensor that an owner (a structure, a step rule, the average) keeps of a layer: zeros until it is written.
+    """A tensor that an owner (a structure, a step rule, the average) keeps for a layer; zeros until it is written.
 
     Args:
         shape: its shape.
-        on_host: True for a few numbers that the host reads each time, and that stay there.
-        dtype: None for that of the layer's metric.
+        on_host: True for a few numbers that the host reads at each step and that stay in its memory.
+        dtype: None for the dtype of the layer's metric.
     """
 
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     dtype: torch.dtype | None = None
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the tensor that stands for nothing kept yet."""
+        """Return the initial tensor, filled with zeros."""
         return torch.zeros(self.shape, dtype=self.dtype or dtype, device="cpu" if self.on_host else device)
 
 
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
     Args:
         x: the augmented inputs, [*g, n, d].
         z: the pre-activations, [*g, n, out].
-        response: of the units.
+        response: the response of the units.
     """
 
     x: Tensor
@@ -47,7 +47,7 @@ class Samples(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Floating-point operations of one layer: of a step, a refresh, and the statistics of one sample."""
+    """Floating-point operations for one layer: for a step, a refresh, and the statistics of one sample."""
 
     step: int
     refresh: int
@@ -55,13 +55,13 @@ class Cost(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The metric of a batch, summed over so many samples."""
+    """The metric of a batch, summed over its samples."""
 
     totals: State
     samples: int
 
-    def __add__(self, other: Statistics) -> Statistics:  # type: ignore[override]  # a sum, not a longer tuple
-        """Return the sum, made in place of the first."""
+    def __add__(self, other: Statistics) -> Statistics:  # type: ignore[override]  # a sum, not concatenation
+        """Return the sum, computed in place of the first operand."""
         for name, total in self.totals.items():
             total.add_(other.totals[name])
         return Statistics(self.totals, self.samples + other.samples)

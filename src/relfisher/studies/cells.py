@@ -1,4 +1,4 @@
-"""What a study is made of: cells, each a piece of work with all its options, and the result of one."""
+"""The building blocks of a study: cells, each a piece of work with all its options, and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Cell", "Options", "Result"]
 
 @dataclass(frozen=True)
 class Options:
-    """What all cells of a study have in common: the data, and what else its result depends on."""
+    """The options that all cells of a study share: the data, and anything else that determines the results."""
 
     data: str
     fingerprint: str
@@ -24,7 +24,7 @@ class Options:
 
 
 class Cell(ABC):
-    """A piece of work: everything that its result depends on, apart from the machine. A frozen dataclass."""
+    """A piece of work with everything that determines its result, apart from the machine. A frozen dataclass."""
 
     @property
     @abstractmethod
@@ -33,35 +33,35 @@ class Cell(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Return all options as text that is the same in every process."""
+        """Return all options as text that does not depend on the process."""
 
     @property
     def key(self) -> str:
-        """Its file name, another one as soon as any option differs."""
+        """The file name, which changes if any option changes."""
         digest = hashlib.sha256(self.identity().encode()).hexdigest()[:12]
         return f"{self.name}-{digest}"
 
 
 class Result(ABC):
-    """What a cell measured."""
+    """The measurements of a cell."""
 
     warnings: tuple[str, ...] = ()
 
     @property
     @abstractmethod
     def score(self) -> float:
-        """What a candidate is judged by: the lowest is the best, and infinity has diverged."""
+        """The score of a candidate: the lowest is the best, and infinity means diverged."""
 
     @property
     @abstractmethod
     def ending(self) -> str:
-        """How it ended, in a few words for the terminal."""
+        """How the cell ended, in a few words for the terminal."""
 
     @abstractmethod
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the result as arrays for a file."""
+        """Return the result as arrays to be saved in a file."""
 
     @property
     def diverged(self) -> bool:
-        """Whether it has nothing to compare."""
+        """Whether the cell diverged, so that there is nothing to compare."""
         return not math.isfinite(self.score)

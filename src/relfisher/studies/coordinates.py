@@ -1,7 +1,7 @@
-"""Feature coordinates of section 5.1: the pixels themselves, or whitened, in the row space of the data.
+"""Feature coordinates of section 5.1: the pixels, either unchanged or whitened, in the row space of the data.
 
-A step of any of the four methods is a combination of the rows z_n, so that only the part of theta in their span ever
-changes or matters. `Coordinates` are an orthonormal basis of that span: r <= min(n, D) numbers instead of D.
+A step of any of the four methods is a combination of the rows z_n, so that only the component of theta in their span
+changes or matters. `Coordinates` refer to an orthonormal basis of that span: r <= min(n, D) numbers instead of D.
 
 Axes: `n` images, `p` pixels, `D = p + 1` weights of the neuron (bias last), `r` coordinates.
 """
@@ -20,11 +20,11 @@ __all__ = ["Coordinates", "Whitening", "raw", "whitened"]
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The samples z_n and how the weights of the neuron are expressed along with them.
+    """The samples z_n, and the basis in which they and the weights of the neuron are expressed.
 
     Attributes:
         features: z_n in an orthonormal basis of their span, [n, r]; the second moment is diagonal.
-        basis: that basis, [D, r]: theta' z_n = (basis' theta)' features_n.
+        basis: the basis, [D, r]: theta' z_n = (basis' theta)' features_n.
     """
 
     features: Float[Tensor, "n r"]
@@ -36,9 +36,9 @@ class Whitening:
     """The map x -> A (x - a) of equation (28).
 
     Attributes:
-        matrix: A, [p, p]; its rows of singular directions are 0.
+        matrix: A, [p, p]; the rows of singular directions are 0.
         mean: a, [p].
-        rank: how many directions are not singular.
+        rank: the number of non-singular directions.
     """
 
     matrix: Float[Tensor, "p p"]
@@ -47,10 +47,11 @@ class Whitening:
 
     @classmethod
     def of(cls, x: Float[Tensor, "n p"]) -> Whitening:
-        """Return the whitening of a sample: zero mean, unit covariance except in singular directions.
+        """Return the whitening of a sample: zero mean, and unit covariance except in singular directions.
 
-        A is any root of the inverse covariance: all differ by a rotation, which changes neither gradient descent nor
-        (30) nor the distribution of normal initial weights. Here A = S^-1 V' from the singular vectors V of x - a.
+        A is any root of the inverse covariance. All roots differ by a rotation, which affects neither gradient
+        descent, nor (30), nor the distribution of normal initial weights. Here A = S^-1 V' with the singular vectors V
+        of x - a.
 
         Args:
             x: the sample, float64.
@@ -70,13 +71,13 @@ class Whitening:
 
 
 def raw(x: Float[Tensor, "n p"]) -> Coordinates:
-    """Return the coordinates of z = (x, 1): GD and NGD.
+    """Return the coordinates of z = (x, 1), for GD and NGD.
 
     Args:
         x: pixels, float64.
 
     Returns:
-        The features in the right singular vectors of the samples.
+        The features in terms of the right singular vectors of the samples.
     """
     z = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     _, right = _right_singular(z)
@@ -84,13 +85,13 @@ def raw(x: Float[Tensor, "n p"]) -> Coordinates:
 
 
 def whitened(x: Float[Tensor, "n p"]) -> Coordinates:
-    """Return the coordinates of z = (A (x - a), 1), equation (28): WhiteGD and WhiteNGD.
+    """Return the coordinates of z = (A (x - a), 1), equation (28), for WhiteGD and WhiteNGD.
 
     Args:
         x: pixels, float64.
 
     Returns:
-        The features: whitened pixels without those that are 0, then the constant.
+        The features: the whitened pixels that are not identically 0, then the constant.
     """
     whitening = Whitening.of(x)
     rank = whitening.rank
@@ -102,8 +103,8 @@ def whitened(x: Float[Tensor, "n p"]) -> Coordinates:
 
 
 def _right_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the singular values that are not rounding errors, and their right vectors as rows."""
-    # The triangular factor has the same ones, and is small where there are many samples.
+    """Return the singular values above rounding error, and their right singular vectors as rows."""
+    # The triangular factor has the same ones, and is small if there are many samples.
     triangle = torch.linalg.qr(matrix, mode="r").R
     _, values, right = torch.linalg.svd(triangle, full_matrices=False)
     kept = int((values > values[:1] * max(matrix.shape) * torch.finfo(matrix.dtype).eps).sum())

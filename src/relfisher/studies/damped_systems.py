@@ -1,9 +1,9 @@
-"""Many systems (G + epsilon I) d = g at once, with G = mean_n w_n u_n u_n' the metric of one neuron, equation (14).
+"""Many systems (G + epsilon I) d = g at once, where G = mean_n w_n u_n u_n' is the metric of a neuron, equation (14).
 
-Forming every G would cost n r^2 operations a problem and step. Instead all problems on the same data take conjugate
-gradient iterations together, each two matrix products, to a residual of 1e-11. The preconditioner is the inverse of
-an earlier G of the same configuration: close, since the weights w change slowly; shared by the runs that share data;
-and made anew once the iterations spent with it have cost as much as making it does.
+Forming every G would cost n r^2 operations per problem and step. Instead, all problems on the same data are solved by
+joint conjugate gradient iterations, of two matrix products each, to a residual of 1e-11. The preconditioner is the
+inverse of an earlier G of the same configuration. It is close, since the weights w change slowly; it is shared by the
+runs that share data; and it is recomputed once the iterations spent with it have cost as much as computing it.
 
 Axes: `s` data sets, `c` configurations, `m` runs on the same data, `n` samples, `r` coordinates.
 """
@@ -22,13 +22,13 @@ _NEGLIGIBLE = 1e-7
 
 
 class DampedSystems:
-    """Solves the systems of one optimisation, step after step, and remembers their preconditioners.
+    """Solves the systems of one optimization, step after step, and keeps their preconditioners.
 
     Args:
         features: u_n of each data set.
-        configurations: how many configurations are run on each.
-        damping: epsilon over the mean of the diagonal of G, as in section 5.1.
-        parameters: D, over which that mean is taken; more than r where the data are singular.
+        configurations: the number of configurations on each data set.
+        damping: epsilon relative to the mean of the diagonal of G, as in section 5.1.
+        parameters: D, the number of diagonal entries in that mean; more than r if the data are singular.
     """
 
     def __init__(self, features: Float[Tensor, "s n r"], configurations: int, damping: float, parameters: int) -> None:
@@ -42,16 +42,16 @@ class DampedSystems:
         self._spent = torch.zeros(sets, configurations)
 
     def keep(self, configurations: Tensor) -> None:
-        """Forget all but these configurations, given by their indices."""
+        """Keep only the configurations with the given indices."""
         self._inverse = self._inverse[:, configurations]
         self._spent = self._spent[:, configurations]
 
     def solve(self, weights: Float[Tensor, "s c m n"], gradient: Float[Tensor, "s c m r"]) -> Float[Tensor, "s c m r"]:
-        """Return (G + epsilon I)^-1 g of every problem.
+        """Return (G + epsilon I)^-1 g for every problem.
 
         Args:
-            weights: w_n, not negative, and not all 0.
-            gradient: g; a problem whose g is not finite has no solution, and gets what is not finite either.
+            weights: w_n, non-negative and not all 0.
+            gradient: g; if the g of a problem is not finite, its solution is not finite either.
 
         Returns:
             The solutions.
@@ -69,7 +69,7 @@ class DampedSystems:
             self._spent[data, configuration] = 0
 
     def _inverted(self, weights: Float[Tensor, "n"], features: Float[Tensor, "n r"]) -> Float[Tensor, "r r"]:
-        """Return (G + epsilon I)^-1; samples that hardly count are left out, which a preconditioner may do."""
+        """Return (G + epsilon I)^-1, ignoring samples of negligible weight, which is allowed in a preconditioner."""
         counted = weights > _NEGLIGIBLE * weights.max()
         rooted = features[counted] * weights[counted].div(len(features)).sqrt().unsqueeze(1)
         metric = rooted.T @ rooted
@@ -79,7 +79,7 @@ class DampedSystems:
     def _iterate(
         self, weights: Float[Tensor, "s c m n"], gradient: Float[Tensor, "s c m r"]
     ) -> Float[Tensor, "s c m r"]:
-        """Preconditioned conjugate gradients (Hestenes & Stiefel 1952)."""
+        """Run preconditioned conjugate gradients (Hestenes & Stiefel 1952)."""
         tiny = torch.finfo(gradient.dtype).tiny
         finite = gradient.isfinite().all(dim=3, keepdim=True)
         solution = torch.where(finite, 0.0, gradient)

@@ -1,4 +1,4 @@
-"""The digits and garments that the experiments train on, from this machine; only `fetch` ever downloads."""
+"""The image data sets of the experiments, loaded from this machine; only `fetch` downloads anything."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TRAINING_LABELS = "train-labels-idx1-ubyte"
 
 
 class DataError(ValueError):
-    """A data set is missing, damaged or cannot be downloaded; the message is one line for the user."""
+    """A data set is missing or damaged, or cannot be downloaded; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """Where a data set is published and the SHA-256 of each of its files."""
+    """The URL where a data set is published, and the SHA-256 of each of its files."""
 
     base_url: str
     hashes: dict[str, str]
@@ -73,7 +73,7 @@ class Dataset:
     validation_labels: Tensor
 
     def fingerprint(self) -> str:
-        """Return a hash of every image and label, so that results on other data are never mistaken for these."""
+        """Return a hash of all images and labels, which distinguishes results on different data."""
         digest = hashlib.blake2b(digest_size=8)
         for part in (self.train_images, self.train_labels, self.validation_images, self.validation_labels):
             digest.update(str(tuple(part.shape)).encode())
@@ -83,18 +83,18 @@ class Dataset:
 
 @runtime_checkable
 class DownloadBar(Protocol):
-    """What a progress bar must offer to follow a download."""
+    """The interface of a progress bar for downloads."""
 
     total: int
 
     def update(self, count: int) -> None:
-        """Count further bytes as downloaded."""
+        """Count additional downloaded bytes."""
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Restart from zero."""
 
     def close(self) -> None:
-        """End the display."""
+        """Close the display."""
 
 
 @lru_cache(maxsize=2)
@@ -105,10 +105,10 @@ def load(source: str) -> Dataset:
         source: `mnist5k`, `mnist`, `fashion-mnist`, or a directory with the IDX training files.
 
     Returns:
-        The data set. Of IDX files, the first twelfth of the training images is kept for validation.
+        The data set. From IDX files, the first twelfth of the training images is held out for validation.
 
     Raises:
-        DataError: The source is not there, or not what it should be.
+        DataError: if the source is missing or invalid.
     """
     if source == "mnist5k":
         return _mnist5k()
@@ -122,18 +122,18 @@ def load(source: str) -> Dataset:
 
 
 def fetch(name: str, *, base_url: str | None = None, bar: DownloadBar | None = None) -> Path:
-    """Download a data set into the cache; files already there with the right hash stay.
+    """Download a data set into the cache; files that are already there with the right hash are kept.
 
     Args:
-        name: A key of `DOWNLOADS`.
-        base_url: Where the files are, if not where they are usually published.
-        bar: A display that follows each file's download.
+        name: a key of `DOWNLOADS`.
+        base_url: the location of the files, if it is not the usual one.
+        bar: a display that shows the progress of each download.
 
     Returns:
         The directory of the files.
 
     Raises:
-        DataError: Unknown name, no connection, or a file with a wrong hash.
+        DataError: if the name is unknown, there is no connection, or a file has a wrong hash.
     """
     import pooch
     import requests
@@ -187,7 +187,9 @@ def _from_idx(name: str, directory: Path) -> Dataset:
     except IdxError as error:
         raise DataError(str(error)) from error
     if len(images) != len(labels):
-        raise DataError(f"{directory} has {len(images)} images but {len(labels)} labels, allowed is one label an image")
+        raise DataError(
+            f"{directory} has {len(images)} images but {len(labels)} labels, allowed is one label per image"
+        )
     if len(images) < FEWEST_IMAGES:
         raise DataError(f"{images_file} has {len(images)} images, allowed are {FEWEST_IMAGES} or more")
     if images.shape[1:] != (28, 28):

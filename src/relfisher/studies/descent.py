@@ -1,8 +1,8 @@
-"""Gradient descent of one sigmoid neuron by (29) and (30): all runs and configurations as one batch.
+"""Gradient descent of one sigmoid neuron by (29) and (30), with all runs and configurations as one batch.
 
-Costs are kept as logarithms: a separable sample's cost falls below the smallest number of float64 within 100 natural
-gradient steps, and no relative accuracy is lost on the way. For the same reason the metric and the gradient are divided
-by the largest nu_n of their problem, a factor that cancels in (30).
+Costs are stored as logarithms: on separable samples the cost falls below the smallest float64 within 100 natural
+gradient steps, and logarithms keep full relative accuracy. For the same reason, the metric and the gradient are
+divided by the largest nu_n of their problem, a factor that cancels in (30).
 
 Axes: `s` data sets, `c` configurations, `m` runs on the same data, `n` samples, `r` coordinates.
 """
@@ -40,13 +40,13 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Problems:
-    """What is minimised: data sets, and the starts on each.
+    """The minimization problems: data sets, and the initial weights on each.
 
     Attributes:
         features: z_n in coordinates of their span.
         signs: +1 for the positive class, -1 for the other.
         start: the initial weights of every run, in the same coordinates.
-        parameters: D, the number of weights before they were restricted to the span.
+        parameters: D, the number of weights before the restriction to the span.
     """
 
     features: Float[Tensor, "s n r"]
@@ -62,7 +62,7 @@ def log_cost(margins: Float[Tensor, "*b n"]) -> Float[Tensor, "*b"]:
         margins: (2 y_n - 1) theta' z_n.
 
     Returns:
-        ln mean_n softplus(-margin), exact to rounding however small the cost is.
+        ln mean_n softplus(-margin), exact up to rounding for arbitrarily small costs.
     """
     logarithms = torch.where(margins > _SATURATED, -margins, softplus(-margins).log())
     return torch.logsumexp(logarithms, dim=-1) - math.log(margins.shape[-1])
@@ -76,21 +76,21 @@ def descend(
     epochs: int,
     report: Callable[[int, float], None],
 ) -> Float[Tensor, "c runs epochs"]:
-    """Take full-batch steps with every configuration from every start.
+    """Return the cost of full-batch descent with every configuration from every start.
 
-    A configuration ends once one of its runs has no finite step any more, as when every sample is saturated but some
-    on the wrong side: there the metric of (30) vanishes and the gradient does not.
+    A configuration ends once one of its runs has no finite step, for instance if all samples are saturated but some are
+    misclassified: the metric of (30) then vanishes, but the gradient does not.
 
     Args:
-        problems: Data and starts.
-        configurations: Learning rates and momentums.
-        natural: Steps by (30); else plain gradient descent.
-        epochs: How many steps.
-        report: Is told after each epoch how many are done, and the lowest log cost.
+        problems: data and initial weights.
+        configurations: learning rates and momentums.
+        natural: True for steps by (30), False for plain gradient descent.
+        epochs: the number of steps.
+        report: called after each epoch with the fraction done and the lowest log cost.
 
     Returns:
-        ln of the cost before the first and after every step, [c, s * m, epochs + 1]; NaN from where a configuration
-        diverged.
+        ln of the cost before the first and after every step, [c, s * m, epochs + 1]; NaN from the step where a
+        configuration diverged.
     """
     sets, runs, rank = problems.start.shape
     count = len(configurations)
@@ -124,7 +124,7 @@ def descend(
 
 
 def _systems(problems: Problems, configurations: int) -> DampedSystems | SampleSpaceSystems:
-    """Return the cheaper solver: runs that share data share the work on a preconditioner, others have none to share."""
+    """Return the cheaper solver: preconditioners pay off for runs that share data."""
     sets, samples, rank = problems.features.shape
     if sets > 1 and samples <= 2 * rank:
         return SampleSpaceSystems(problems.features, DAMPING, problems.parameters)
@@ -137,7 +137,7 @@ def _margins(problems: Problems, theta: Float[Tensor, "s c m r"]) -> Float[Tenso
 
 
 def _weighted(problems: Problems, residuals: Float[Tensor, "s c m n"]) -> Float[Tensor, "s c m r"]:
-    """Return mean_n residual_n z_n; a residual is that of the margin, and gets the sign of its class here."""
+    """Return mean_n residual_n z_n, where residuals refer to margins and are multiplied by the sign of the class."""
     signed = residuals.flatten(1, 2) * problems.signs.unsqueeze(1)
     return (signed @ problems.features).div_(residuals.shape[-1]).view(*residuals.shape[:3], -1)
 

@@ -1,4 +1,4 @@
-"""The course of every study: carry out candidates, choose the best of each group, repeat it, keep all results."""
+"""The procedure of every study: run all candidates, choose the best of each group, repeat it, keep all results."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ R = TypeVar("R", bound=Result)
 
 
 class Study(ABC, Generic[C]):
-    """What is compared. A frozen dataclass."""
+    """A comparison. A frozen dataclass."""
 
     @abstractmethod
     def candidates(self, group: str) -> Sequence[C]:
-        """Return the cells of a group that its best is chosen among."""
+        """Return the candidate cells of a group."""
 
     @abstractmethod
     def repeats(self, best: C) -> Sequence[C]:
-        """Return the cells that are compared once the best candidate of a group is known."""
+        """Return the cells that repeat the best candidate of a group."""
 
     @property
     @abstractmethod
     def groups(self) -> tuple[str, ...]:
-        """What is compared, such as methods."""
+        """The names of the compared groups, such as methods."""
 
     @property
     def planned(self) -> int:
@@ -57,7 +57,7 @@ class Outcome(Generic[S, C, R]):
         return {group: self._best(group) for group in self.study.groups}
 
     def repeats(self, group: str) -> list[C]:
-        """Return the cells that a group's best candidate is repeated as."""
+        """Return the cells that repeat a group's best candidate."""
         best = self.chosen[group]
         return [] if best is None else list(self.study.repeats(best))
 
@@ -77,14 +77,14 @@ class Outcome(Generic[S, C, R]):
 
 
 def carry_out(study: S, work: Work[C, R], store: Store[R], *, jobs: int, watcher: Watcher) -> Outcome[S, C, R]:
-    """Carry out every cell of a study that the store does not have.
+    """Run every cell of a study whose result is not stored yet.
 
     Args:
-        study: What is compared.
-        work: Carries out one cell.
-        store: Holds the finished cells.
-        jobs: The number of worker processes.
-        watcher: Follows the execution.
+        study: the study.
+        work: runs one cell.
+        store: holds the results of finished cells.
+        jobs: the number of worker processes.
+        watcher: shows the progress.
 
     Returns:
         All results.

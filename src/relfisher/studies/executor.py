@@ -1,4 +1,4 @@
-"""Carries out cells, one after another or in worker processes, and saves every finished one."""
+"""Run cells, one after another or in worker processes, and save the result of each as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ C = TypeVar("C", bound=Cell)
 R = TypeVar("R", bound=Result)
 
 Reporter = Callable[[float, float], None]
-"""Takes how much of a cell is done, from 0 to 1, and its latest cost."""
+"""A function of the finished fraction of a cell, from 0 to 1, and its latest cost."""
 
 Work = Callable[[C, Reporter], R]
-"""Carries out one cell; a worker process must be able to unpickle it."""
+"""A function that runs one cell; worker processes must be able to unpickle it."""
 
 
 class WorkerError(RuntimeError):
@@ -40,27 +40,27 @@ class WorkerError(RuntimeError):
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Follows the execution, as a progress display does."""
+    """An observer of the execution, such as a progress display."""
 
     def progressed(self, cell: Cell, fraction: float, cost: float) -> None:
-        """A cell has come some way."""
+        """Handle the progress of a cell."""
 
     def finished(self, cell: Cell, ending: str) -> None:
-        """A cell has ended, or was found finished."""
+        """Handle a cell that has ended, or was already finished."""
 
 
 def execute(cells: Sequence[C], work: Work[C, R], store: Store[R], *, jobs: int, watcher: Watcher) -> dict[C, R]:
-    """Carry out the cells that the store does not have.
+    """Run the cells whose results are not stored yet.
 
     Args:
-        cells: All cells that are wanted.
-        work: Carries out one cell.
-        store: Holds finished cells; each new one is saved as soon as it is finished.
-        jobs: The number of worker processes; with 1 the cells are carried out in this process.
-        watcher: Is told about every progress and end.
+        cells: all required cells.
+        work: runs one cell.
+        store: holds the results of finished cells; each new result is saved at once.
+        jobs: the number of worker processes; with 1, the cells run in this process.
+        watcher: receives all progress.
 
     Returns:
-        The result of every cell, in their order.
+        The result of every cell, in the order of the cells.
     """
     found = {cell: result for cell in cells if (result := store.load(cell)) is not None}
     for cell in found:
@@ -92,7 +92,7 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
             watcher.progressed(missing[number], fraction, cost)
 
     try:
-        # Closing our end, which the end of this process also does, ends the workers whatever they are doing.
+        # Closing this end, which also happens when this process ends, terminates the workers at any point.
         with ProcessPoolExecutor(min(jobs, len(missing)), context, _begin, (reports, theirs)) as pool, ours:
             with _interrupts_held():
                 tasks = enumerate(missing)
@@ -114,9 +114,9 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment, and from the processes that are started in it for good.
+    """Block Ctrl-C inside this context, and permanently in the processes that are started in it.
 
-    It reaches them too, but this process decides what to stop.
+    They receive it as well, but this process decides what to stop.
     """
     if sys.platform == "win32":
         yield
@@ -129,26 +129,26 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _begin(reports: SimpleQueue[tuple[int, float, float]], lifeline: Connection) -> None:
-    """Prepare a worker process."""
+    """Initialize a worker process."""
     global _reports
     _reports = reports
-    # For systems where it is not held back already.
+    # For systems where it is not blocked already.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    # It takes seconds, in which the process may already be ended.
+    # This takes seconds, during which the process may already be terminated.
     import torch
 
     torch.set_num_threads(1)
 
 
 def _end_with(lifeline: Connection) -> None:
-    """End this process once the other end of a pipe, to which nothing is ever written, is closed."""
+    """End this process once the other end of a pipe is closed; nothing is ever written to the pipe."""
     lifeline.poll(None)
     os._exit(1)
 
 
 def _carry_out(number: int, cell: C, work: Work[C, R], store: Store[R]) -> R:
-    """Carry out a cell in a worker process."""
+    """Run a cell in a worker process."""
     report = partial(_report, number)
     report(0.0, math.nan)
     result = work(cell, report)

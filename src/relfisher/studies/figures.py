@@ -1,4 +1,4 @@
-"""Pictures of training curves: cost against iterations and against time, one line a method."""
+"""Figures of training curves: cost against iterations and against time, with one line per method."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ STYLE: dict[RcKeyType, object] = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "svg.fonttype": "none",
-    # Otherwise equal figures differ as SVG files.
+    # Without this, equal figures differ as SVG files.
     "svg.hashsalt": "relfisher",
 }
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn: hue for the network (colour-blind safe), dashes for SGD, weight for what matters."""
+    """The style of a method: hue for the network (color-blind safe), dashes for SGD, line width for emphasis."""
 
-    colour: str
+    color: str
     dashes: str = "-"
     width: float = BASELINE_WIDTH
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method's mean curve over seeds, at the end of every few iterations."""
+    """A method's mean curve over seeds, sampled at the end of each group of iterations."""
 
     method: str
     look: Look
@@ -65,8 +65,8 @@ def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.
     """Average a curve over every `group` iterations; the last group may be shorter.
 
     Args:
-        values: One value an iteration.
-        group: How many iterations make a point.
+        values: one value per iteration.
+        group: the number of iterations per point.
 
     Returns:
         The averages, in order.
@@ -78,13 +78,13 @@ def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.
 
 
 def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
-    """Draw curves against iterations, and beside it against wall-clock time.
+    """Draw curves against iterations and, next to it, against wall-clock time.
 
     Args:
-        lines: The methods.
-        title: What was trained on what.
-        caption: What the lines are.
-        target: A cost to mark.
+        lines: the curves of the methods.
+        title: the title, which says what was trained on which data.
+        caption: the explanation of the lines.
+        target: a cost to mark.
 
     Returns:
         The figure.
@@ -108,7 +108,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
             top = left.get_ylim()[1]
             for one in lines:
                 height = min(one.smooth[-1], top)
-                right.plot(one.seconds[-1], height, "o", color=one.look.colour, markersize=5, clip_on=False)
+                right.plot(one.seconds[-1], height, "o", color=one.look.color, markersize=5, clip_on=False)
             if target is not None:
                 for axes in (left, right):
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
@@ -119,13 +119,13 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
 
 
 def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAGED) -> Line:
-    """Average the curves of a method's runs, as far as the shortest goes.
+    """Average the curves of a method's runs, up to the length of the shortest.
 
     Args:
-        method: Its name.
-        look: How it is drawn.
-        records: One a seed.
-        group: How many iterations make a point.
+        method: the name of the method.
+        look: its style.
+        records: one record per seed.
+        group: the number of iterations per point.
 
     Returns:
         The curve.
@@ -141,12 +141,12 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write a figure as PNG and SVG.
 
     Args:
-        figure: The figure.
-        directory: Where to.
-        name: The files' name, without the suffix.
+        figure: the figure.
+        directory: the directory to write to.
+        name: the name of the files, without the suffix.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     FigureCanvasAgg(figure)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
@@ -157,7 +157,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
 
 
 def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred moving average; its window shrinks at both ends, so that start and end stay where they are."""
+    """Return the centered moving average; its window shrinks at both ends, so that the ends keep their values."""
     half = np.full(len(cost), max(1, round(SMOOTHED_FRACTION * len(cost) / 2)))
     position = np.arange(len(cost))
     half = np.minimum(half, np.maximum(position, 1))
@@ -169,19 +169,19 @@ def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
     look = line.look
-    axes.plot(x, line.cost, color=look.colour, alpha=0.16, linewidth=0.6, rasterized=True)
-    axes.plot(x, line.smooth, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=line.method)
+    axes.plot(x, line.cost, color=look.color, alpha=0.16, linewidth=0.6, rasterized=True)
+    axes.plot(x, line.smooth, color=look.color, linestyle=look.dashes, linewidth=look.width, label=line.method)
 
 
 def _fit(axes: Axes, lines: list[Line]) -> None:
-    """Limit the cost axis to the smooth curves, from where they begin downwards; one that blows up leaves it."""
+    """Set the range of the cost axis from the smooth curves; lines that blow up leave the range."""
     lowest = min(line.smooth.min() for line in lines)
     highest = max(line.smooth[len(line.smooth) // 50] for line in lines)
     axes.set_ylim(lowest / 1.8, highest * 1.6)
 
 
 def _label_ends(axes: Axes, lines: list[Line]) -> None:
-    """Name each line at its right end; names that would overlap are moved apart."""
+    """Write each method's name at the right end of its line; names that would overlap are moved apart."""
     to_axes = axes.transScale.transform
     low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
     ends = {line.method: min(1.0, (to_axes((1, line.smooth[-1]))[1] - low) / (high - low)) for line in lines}
@@ -190,14 +190,14 @@ def _label_ends(axes: Axes, lines: list[Line]) -> None:
         place, look = places[line.method], line.look
         leader = ([1.0, 1.05], [ends[line.method], place])
         axes.plot(
-            *leader, transform=axes.transAxes, color=look.colour, linewidth=1, linestyle=look.dashes, clip_on=False
+            *leader, transform=axes.transAxes, color=look.color, linewidth=1, linestyle=look.dashes, clip_on=False
         )
         weight = "bold" if look.width > BASELINE_WIDTH else "normal"
-        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.colour, weight=weight)
+        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.color, weight=weight)
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:
-    """Move labels up, from the lowest on, and then down from the top, until all keep `LABEL_GAP`."""
+    """Move labels up from the lowest on, then down from the top, until all are at least `LABEL_GAP` apart."""
     order = sorted(heights, key=lambda method: heights[method])
     places: dict[str, float] = {}
     floor = 0.0

@@ -1,7 +1,7 @@
-"""The IDX file format of MNIST and its relatives: a big-endian header, then one unsigned byte a value.
+"""The IDX file format of MNIST and related data sets: a big-endian header, then one unsigned byte per value.
 
-The header is two zero bytes, the type code (8 for unsigned bytes), the number of axes, and the length of each axis as
-a 32-bit integer.
+The header consists of two zero bytes, the type code (8 for unsigned bytes), the number of axes, and the length of each
+axis as a 32-bit integer.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ UNSIGNED_BYTE = 8
 
 
 class IdxError(ValueError):
-    """A file is not the IDX file that was asked for; the message is one line and names the file."""
+    """A file is not the expected IDX file; the message is one line that names the file."""
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes, compressed with gzip if its name ends in `.gz`.
 
     Args:
-        path: The file.
-        axes: The number of axes that it must have: 1 for labels, 3 for images.
+        path: the path of the file.
+        axes: the required number of axes: 1 for labels, 3 for images.
 
     Returns:
-        The values, with the shape that the header says.
+        The values, in the shape given by the header.
 
     Raises:
-        IdxError: The file is unreadable, truncated, not gzip, or has another magic number or length.
+        IdxError: if the file is unreadable, truncated or not gzip, or has a wrong magic number or length.
     """
     content = _content(path)
     header = 4 + 4 * axes

@@ -1,4 +1,4 @@
-"""Section 5.2 of the paper: a ReLU network on digits, trained by SGD, Adam and RNGD, with and without batch norm."""
+"""Section 5.2 of the paper: a ReLU network on digits, trained by SGD, Adam and RNGD with and without batch norm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MlpOptions(Options):
-    """What all runs have in common."""
+    """The options that all runs share."""
 
     epochs: int
     batch_size: int = WORKLOAD.batch_size
@@ -55,13 +55,13 @@ class MlpRun(Run):
     options: MlpOptions
 
     def settings(self) -> Mapping[str, Scalar]:
-        """Return what it has in common with all others."""
+        """Return the options that are common to all runs."""
         return asdict(self.options)
 
 
 @dataclass(frozen=True)
 class MlpStudy(Study[MlpRun]):
-    """The learning-rate candidates of each method, and how many seeds the best one gets."""
+    """The learning-rate candidates of each method, and the number of seeds for the best one."""
 
     grids: Mapping[str, tuple[float, ...]]
     seeds: int
@@ -69,15 +69,15 @@ class MlpStudy(Study[MlpRun]):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The methods."""
+        """The names of the methods."""
         return tuple(self.grids)
 
     def candidates(self, group: str) -> list[MlpRun]:
-        """Return the runs that choose a method's learning rate: all of its grid, with the first seed."""
+        """Return the runs that determine a method's learning rate: its whole grid, with the first seed."""
         return [MlpRun("mlp", group, learning_rate, 0, self.options) for learning_rate in self.grids[group]]
 
     def repeats(self, best: MlpRun) -> list[MlpRun]:
-        """Return the runs of a learning rate, one a seed."""
+        """Return the runs of a learning rate, one per seed."""
         return [replace(best, seed=seed) for seed in range(self.seeds)]
 
 
@@ -93,18 +93,18 @@ def plan(
     seeds: int = 1,
     grids: Mapping[str, tuple[float, ...]] | None = None,
 ) -> MlpStudy:
-    """Say which runs section 5.2 takes.
+    """Return the study of section 5.2.
 
     Args:
-        data: What is trained on.
-        methods: Names from `METHODS`, in the order in which they appear.
-        quick: Fewer epochs, for a first look.
-        epochs: Passes over the training images, if not the usual number.
-        seeds: How many seeds the chosen learning rate of each method gets.
-        grids: Learning-rate candidates that replace a method's usual ones.
+        data: the data set.
+        methods: names from `METHODS`, in the order of the report.
+        quick: True for fewer epochs, for a first look.
+        epochs: the number of epochs, if not the default.
+        seeds: the number of seeds for the chosen learning rate of each method.
+        grids: learning-rate candidates that replace a method's default grid.
 
     Returns:
-        The comparison.
+        The study.
     """
     usual = {name: METHODS[name].grid["lr"] for name in methods}
     options = MlpOptions(data.name, data.fingerprint(), epochs or (QUICK_EPOCHS if quick else EPOCHS))
@@ -112,21 +112,21 @@ def plan(
 
 
 def carry_out_run(source: str, run: MlpRun, report: Reporter) -> Record:
-    """Train one network on a data set that this process loads for itself.
+    """Train one network on a data set that this process loads itself.
 
     Args:
-        source: The data set, as `load` takes it.
-        run: The method, learning rate, seed and number of epochs.
-        report: Is told how far the run is.
+        source: the data set, as for `load`.
+        run: the method, learning rate, seed and number of epochs.
+        report: receives the progress of the run.
 
     Returns:
         The mini-batch cost and the training time of every iteration, the validation accuracy of every epoch, and the
-        cost of all training images at the end.
+        final cost on all training images.
     """
     method = METHODS[run.method]
     data = of_images(load(source))
     epochs = run.options.epochs
-    # It draws the initial weights and then the order of the images.
+    # This draws the initial weights, then the order of the images.
     generator = torch.Generator().manual_seed(run.seed)
     return train(
         WORKLOAD,

@@ -1,4 +1,4 @@
-"""What `relfisher reproduce mlp` leaves behind: the paper's table, figure 5, the learning-rate grid, every curve."""
+"""The output of `relfisher reproduce mlp`: the paper's table, figure 5, the learning-rate grid and all curves."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method's line in the table; without a learning rate that did not diverge it has no numbers.
+    """A method's row of the table; it has no numbers if all of its learning rates diverged.
 
     `sharp_ratios` holds, for each of `TAUS`, the mean and standard deviation of the mini-batch training cost over the
-    last tau * M of the M iterations, all seeds together. `final_cost` is the cost of all training images at the end,
-    averaged over seeds.
-    `best_validation` is the best validation accuracy of any epoch, averaged over seeds.
+    last tau * M of the M iterations, for all seeds together. `final_cost` is the final cost on all training images,
+    averaged over seeds. `best_validation` is the best validation accuracy of any epoch, averaged over seeds.
     """
 
     method: str
@@ -52,26 +51,26 @@ class Row:
 
 
 def rows(outcome: MlpOutcome) -> list[Row]:
-    """Sum up a study.
+    """Summarize a study.
 
     Args:
-        outcome: The finished study.
+        outcome: the finished study.
 
     Returns:
-        A row for each method, in the study's order.
+        One row per method, in the order of the study.
     """
     return [_row(outcome, method) for method in outcome.study.groups]
 
 
 def report(outcome: MlpOutcome, data: Dataset) -> Report:
-    """Report what was found.
+    """Report the results.
 
     Args:
-        outcome: The finished study.
-        data: What was trained on.
+        outcome: the finished study.
+        data: the data set.
 
     Returns:
-        Table, learning-rate grid, curves and figure.
+        The table, learning-rate grid, curves and figure.
     """
     study, table = outcome.study, rows(outcome)
     images = f"{len(data.train_labels):,} images of {data.name}"
@@ -99,7 +98,7 @@ def report(outcome: MlpOutcome, data: Dataset) -> Report:
 
 
 def table_lines(table: Sequence[Row]) -> list[Sequence[object]]:
-    """Return the table with one column a number."""
+    """Return the table with one number per column."""
     ratios = [f"cost_{part}_tau_{tau:g}" for tau in TAUS for part in ("mean", "std")]
     ends = ["final_cost", "best_validation_accuracy", "seconds_per_epoch", "diverged"]
     lines: list[Sequence[object]] = [["method", "learning_rate", "seeds", *ratios, *ends]]
@@ -111,7 +110,7 @@ def table_lines(table: Sequence[Row]) -> list[Sequence[object]]:
 
 
 def table_markdown(table: Sequence[Row]) -> str:
-    """Return the table as Markdown, with what its columns mean below it."""
+    """Return the table as Markdown, followed by an explanation of its columns."""
     header = ["method", "lr", "seeds", *(f"τ = {tau:g}" for tau in TAUS)]
     header += ["final cost", "validation", "s/epoch", "diverged"]
     lines = []
@@ -122,13 +121,13 @@ def table_markdown(table: Sequence[Row]) -> str:
         lines.append([row.method, _number(row.learning_rate, "g"), str(row.seeds), *ratios, *ends])
     return markdown(header, lines) + (
         "\nτ: mean ± standard deviation of the mini-batch training cost over the last τM of the M iterations."
-        " Final cost: that of all training images at the end. Validation: best accuracy after any epoch."
+        " Final cost: on all training images, after training. Validation: best accuracy after any epoch."
         " lr: the candidate with the lowest mean training cost over the last 10% of iterations.\n"
     )
 
 
 def grid_lines(outcome: MlpOutcome) -> list[Sequence[object]]:
-    """Return every learning-rate candidate with its score, and which was chosen."""
+    """Return all learning-rate candidates with their scores and the choice."""
     lines: list[Sequence[object]] = [["method", "learning_rate", "score", "diverged", "chosen"]]
     for method in outcome.study.groups:
         for run in outcome.study.candidates(method):
@@ -138,7 +137,7 @@ def grid_lines(outcome: MlpOutcome) -> list[Sequence[object]]:
 
 
 def curve_lines(outcome: MlpOutcome) -> list[Sequence[object]]:
-    """Return every run's cost averaged over ten iterations, at the last of them, with the training time so far."""
+    """Return each run's cost averaged over ten iterations, at the last of these, with the training time so far."""
     lines: list[Sequence[object]] = [["method", "learning_rate", "seed", "iteration", "seconds", "cost"]]
     for run, record in outcome.records.items():
         cost = averaged(record.cost)
@@ -181,8 +180,8 @@ def figure5(outcome: MlpOutcome, title: str) -> Figure:
     """Draw the study as the paper's figure 5, with a second panel against wall-clock time.
 
     Args:
-        outcome: A finished study of the methods in `LOOKS`; one without a run that converged is left out.
-        title: What was trained on what.
+        outcome: a finished study of the methods in `LOOKS`; methods without a converged run are omitted.
+        title: the title, which says what was trained on which data.
 
     Returns:
         The figure.
@@ -193,15 +192,15 @@ def figure5(outcome: MlpOutcome, title: str) -> Figure:
 
 
 def summary(table: Sequence[Row]) -> Table:
-    """Return the table as a person at the terminal sees it.
+    """Return the table for the terminal.
 
     Args:
-        table: The rows.
+        table: the rows.
 
     Returns:
-        A table whose lowest cost stands out.
+        A table that highlights the lowest cost.
     """
-    # Without lines it fits into 80 characters; where it does not, names go on below.
+    # Without rules it fits into 80 characters; otherwise, names wrap.
     shown = Table(Column("method", overflow="fold"), title="Training cost", box=None, pad_edge=False)
     for name in ("lr", "last 10%", "all images", "validation", "s/epoch"):
         shown.add_column(name, justify="right")
@@ -228,5 +227,5 @@ def _caption(outcome: MlpOutcome) -> str:
     return (
         f"Thin: mini-batch cost averaged over {AVERAGED} iterations. Thick: over {SMOOTHED_FRACTION:.0%} of all. "
         f"{'One seed' if seeds == 1 else f'Mean of {seeds} seeds'}; each method at the best learning rate of its grid. "
-        f"Less than {FLOOR:g} is drawn as that."
+        f"Lower values are drawn at {FLOOR:g}."
     )

@@ -1,4 +1,4 @@
-"""The models that are trained: the paper's network, stacks, convolutions and a small transformer."""
+"""The trained models: the paper's network, plain stacks, convolutions and a small transformer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Normalization = Literal["none", "after", "before"]
 def paper_network(
     normalization: Normalization, generator: torch.Generator, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> nn.Sequential:
-    """Return the paper's network; batch norm, where it is wanted, stands before or after each hidden activation.
+    """Return the paper's network, with optional batch norm before or after each hidden activation.
 
     Args:
-        normalization: Where batch norm stands.
-        generator: Draws the weights and biases; batch norm draws nothing, so all variants start with the same ones.
-        activation: Makes the units of a hidden layer.
+        normalization: the position of batch norm.
+        generator: draws the weights and biases; batch norm draws nothing, so that all variants start alike.
+        activation: creates the activation of a hidden layer.
 
     Returns:
         The network, from images `[n, 784]` to logits `[n, 10]`.
@@ -52,7 +52,7 @@ def paper_network(
 
 
 def stack(widths: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Module:
-    """Return linear layers of these widths with an activation between any two."""
+    """Return linear layers of the given widths with activations in between."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), activation()]
@@ -77,7 +77,7 @@ def convolutions() -> nn.Module:
 
 
 class _Block(nn.Module):
-    """Attention to what came before, then a network for each position; both see normalised inputs."""
+    """Causal attention, then a network for each position, both with normalized inputs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Block(nn.Module):
         self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the block finds to the stream `[n, positions, width]`."""
+        """Add the block's output to the stream `[n, positions, width]`."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
         query, key, value = heads.movedim(-2, 1).unbind(-2)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -98,7 +98,7 @@ class _Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A character model: of each position it says which character comes next."""
+    """A character model: at each position it predicts the next character."""
 
     def __init__(self, alphabet: int, context: int, width: int, layers: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Section 5.1 of the paper: one sigmoid neuron by GD, WhiteGD, NGD and WhiteNGD, each at its best configuration."""
+"""Section 5.1 of the paper: one sigmoid neuron with GD, WhiteGD, NGD and WhiteNGD, each at its best configuration."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ GRID = tuple(Configuration(rate, momentum) for rate in LEARNING_RATES for moment
 
 @dataclass(frozen=True)
 class Method:
-    """Whether the features are whitened first, and whether steps are natural (30) or plain gradients."""
+    """A method: whether features are whitened first, and whether steps are natural (30) or plain gradients."""
 
     coordinates: Callable[[Tensor], Coordinates]
     natural: bool
@@ -63,7 +63,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class NeuronOptions(Options):
-    """What all batches have in common."""
+    """The options that all batches share."""
 
     runs: int
     epochs: int
@@ -72,7 +72,7 @@ class NeuronOptions(Options):
 
 @dataclass(frozen=True)
 class Batch(Cell):
-    """All runs and configurations of a method in a panel, which are carried out together."""
+    """All runs and configurations of a method in a panel, which are computed together."""
 
     panel: Panel
     method: str
@@ -85,7 +85,7 @@ class Batch(Cell):
         return f"neuron-{first}vs{second}-n{self.panel.size}-{self.method}"
 
     def identity(self) -> str:
-        """Return all options and the grid, as text that is the same in every process."""
+        """Return all options and the grid as text that does not depend on the process."""
         options = {
             "panel": asdict(self.panel),
             "method": self.method,
@@ -101,10 +101,11 @@ class Batch(Cell):
 
 @dataclass(frozen=True)
 class Curves(Result):
-    """What a batch measured.
+    """The results of a batch.
 
-    `log_cost` is the natural logarithm of the training cost (29), [configurations, runs, epochs + 1]; NaN from where a
-    configuration diverged. `seconds` is what the batch took, coordinates included, with `threads` threads.
+    `log_cost` is the natural logarithm of the training cost (29), [configurations, runs, epochs + 1]; NaN from the
+    epoch where a configuration diverged. `seconds` is the time of the batch, coordinates included, with `threads`
+    threads.
     """
 
     log_cost: Tensor
@@ -113,19 +114,19 @@ class Curves(Result):
 
     @property
     def score(self) -> float:
-        """The logarithm of the lowest mean cost after the last epoch, or infinity if all configurations diverged."""
+        """The logarithm of the lowest mean cost after the last epoch; infinity if all configurations diverged."""
         return float(self._final.min())
 
     @property
     def ending(self) -> str:
-        """The lowest mean cost, if there is one, and the seconds."""
+        """The lowest mean cost, if there is one, and the time."""
         if self.diverged:
             return f"all configurations diverged in {self.seconds:.1f} s"
         return f"cost 10^{self.score / math.log(10):.2f} in {self.seconds:.1f} s"
 
     @cached_property
     def chosen(self) -> Configuration | None:
-        """The configuration with the lowest mean cost after the last epoch; one with a diverged run is never chosen."""
+        """The configuration with the lowest mean cost after the last epoch, among those without a diverged run."""
         return None if self.diverged else GRID[int(self._final.argmin())]
 
     @cached_property
@@ -140,17 +141,17 @@ class Curves(Result):
 
     @cached_property
     def ends(self) -> dict[Configuration, int]:
-        """Each configuration with a diverged run, and the epoch of its first non-finite step."""
+        """The configurations with a diverged run, and the epoch of its first non-finite step."""
         finite = self.log_cost.isfinite().all(dim=1)
         return {GRID[index]: int(finite[index].sum()) for index in (~finite.all(dim=1)).nonzero().flatten().tolist()}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the curves, and seconds and threads."""
+        """Return the curves, the seconds and the threads."""
         return {"log_cost": self.log_cost.numpy(), "about": np.array([self.seconds, self.threads])}
 
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Curves:
-        """Return the curves that `arrays` were made of."""
+        """Return the curves from the result of `arrays`."""
         seconds, threads = arrays["about"].tolist()
         return cls(torch.from_numpy(arrays["log_cost"]), float(seconds), int(threads))
 
@@ -161,7 +162,7 @@ class Curves(Result):
 
 @dataclass(frozen=True)
 class NeuronStudy(Study[Batch]):
-    """Panels and methods; what is chosen is a configuration within each batch, not a batch."""
+    """Panels and methods. The choice is between configurations within each batch, not between batches."""
 
     panels: tuple[Panel, ...]
     methods: tuple[str, ...]
@@ -178,15 +179,15 @@ class NeuronStudy(Study[Batch]):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """A method in a panel."""
+        """The groups: each method in each panel."""
         return tuple(map(str, self.batches))
 
     def candidates(self, group: str) -> list[Batch]:
-        """Return the one batch of a method in a panel."""
+        """Return the single batch of a method in a panel."""
         return [batch for batch in self.batches if str(batch) == group]
 
     def repeats(self, best: Batch) -> list[Batch]:
-        """Return the batch itself, which has all runs."""
+        """Return the batch itself, which contains all runs."""
         return [best]
 
 
@@ -194,12 +195,12 @@ NeuronOutcome = Outcome[NeuronStudy, Batch, Curves]
 
 
 def log_mean(log_cost: Tensor) -> Tensor:
-    """Return ln of the mean cost of the runs, the last axis but one."""
+    """Return ln of the mean cost over the runs, the second-to-last axis."""
     return torch.logsumexp(log_cost, dim=-2) - math.log(log_cost.shape[-2])
 
 
 def lowest(outcome: NeuronOutcome, panel: Panel) -> float:
-    """Return ln of the lowest mean cost in a panel, of any method at any configuration and epoch."""
+    """Return ln of the lowest mean cost in a panel, over all methods, configurations and epochs."""
     means = [log_mean(curves.log_cost) for batch, curves in outcome.records.items() if batch.panel == panel]
     return min(float(mean[mean.isfinite()].min()) for mean in means)
 
@@ -213,15 +214,15 @@ def plan(
     epochs: int = 100,
     initial_std: float = 0.01,
 ) -> NeuronStudy:
-    """Say what figure 4 takes.
+    """Return the study of figure 4.
 
     Args:
-        data: What is trained on.
-        chosen: The panels.
-        methods: Names from `METHODS`.
-        runs: How many runs each configuration gets.
-        epochs: How many full-batch steps.
-        initial_std: The standard deviation of the initial weights, which the paper does not say.
+        data: the data set.
+        chosen: the panels.
+        methods: names from `METHODS`.
+        runs: the number of runs of each configuration.
+        epochs: the number of full-batch steps.
+        initial_std: the standard deviation of the initial weights, which the paper does not specify.
 
     Returns:
         The study.
@@ -231,12 +232,12 @@ def plan(
 
 
 def solve(data: Dataset, batch: Batch, report: Reporter) -> Curves:
-    """Carry out all runs and configurations of a method in a panel.
+    """Compute all runs and configurations of a method in a panel.
 
     Args:
-        data: The data set.
-        batch: What to carry out.
-        report: Is told how much is done, from 0 to 1, and the lowest cost.
+        data: the data set.
+        batch: the batch to compute.
+        report: receives the finished fraction, from 0 to 1, and the lowest cost.
 
     Returns:
         The curves.

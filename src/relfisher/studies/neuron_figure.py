@@ -1,4 +1,4 @@
-"""Figure 4: training cost against epochs, a panel for each pair and size, one line a method with its spread."""
+"""Figure 4: training cost against epochs, with a panel for each pair and size, and a line and band for each method."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from relfisher.studies.panels import Panel
 __all__ = ["LN10", "figure4", "scientific"]
 
 LN10 = math.log(10)
-# Where a curve falls below this, the axis is compressed, so that it and the others can be told apart.
+# If a curve falls below this, the axis is compressed, so that all curves can be told apart.
 DEEP = -30.0
 LINEAR = 4.0
-# Data with a lowest cost above this (its logarithm) are taken not to be separable: their cost has a minimum.
+# Data with a lowest cost above this (its logarithm) are considered not separable: their cost has a minimum.
 MINIMUM = math.log(1e-3)
 SMALLEST_EXCESS = 1e-10
 LOOKS = {
@@ -38,11 +38,11 @@ def figure4(outcome: NeuronOutcome, data: str) -> Figure:
     """Draw the study as the paper's figure 4.
 
     Args:
-        outcome: A finished study; a method without a configuration that converged is left out of its panel.
-        data: The name of the data set.
+        outcome: a finished study; methods without a converged configuration are omitted from their panel.
+        data: the name of the data set.
 
     Returns:
-        The figure, a row for each pair of classes and a column for each size.
+        The figure, with a row for each pair of classes and a column for each size.
     """
     pairs = list(dict.fromkeys(panel.pair for panel in outcome.study.panels))
     rows = [[panel for panel in outcome.study.panels if panel.pair == pair] for pair in pairs]
@@ -70,7 +70,7 @@ def figure4(outcome: NeuronOutcome, data: str) -> Figure:
 
 
 def scientific(log_cost: float) -> str:
-    """Write a cost of which only the logarithm fits into a floating-point number, such as 1.2e-434."""
+    """Format a cost whose logarithm alone fits into a floating-point number, such as 1.2e-434."""
     exponent, fraction = divmod(log_cost / LN10, 1)
     mantissa = f"{10**fraction:.2f}"
     if mantissa == "10.00":
@@ -83,15 +83,15 @@ def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
     for method in outcome.study.methods:
         curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
         if curves.chosen is None:
-            axes.plot([], [], color=look.colour, linestyle=look.dashes, label=f"{method}: all configurations diverged")
+            axes.plot([], [], color=look.color, linestyle=look.dashes, label=f"{method}: all configurations diverged")
             continue
         epochs = np.arange(curves.best.shape[1])
         mean, low, high = (
             (values / LN10).numpy() for values in (curves.mean, curves.best.amin(0), curves.best.amax(0))
         )
-        axes.fill_between(epochs, low, high, color=look.colour, alpha=0.22, linewidth=0)
+        axes.fill_between(epochs, low, high, color=look.color, alpha=0.22, linewidth=0)
         axes.plot(
-            epochs, mean, color=look.colour, linestyle=look.dashes, linewidth=look.width, label=_label(method, curves)
+            epochs, mean, color=look.color, linestyle=look.dashes, linewidth=look.width, label=_label(method, curves)
         )
         bottom, top = min(bottom, float(low.min())), max(top, float(high.max()))
     axes.margins(x=0)
@@ -106,21 +106,21 @@ def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
 
 
 def _inset(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
-    """Draw how far each mean cost is above the lowest one, which the costs themselves do not show."""
+    """Draw the excess of each mean cost over the lowest one, which is not visible in the costs themselves."""
     inset = axes.inset_axes((0.42, 0.5, 0.56, 0.44))
     least = math.exp(lowest(outcome, panel))
     for method in outcome.study.methods:
         curves, look = outcome.records[outcome.study.batch(panel, method)], LOOKS[method]
         if curves.chosen is not None:
             excess = (curves.mean.exp() - least).clamp(min=SMALLEST_EXCESS).numpy()
-            inset.semilogy(excess, color=look.colour, linestyle=look.dashes, linewidth=0.75 * look.width)
+            inset.semilogy(excess, color=look.color, linestyle=look.dashes, linewidth=0.75 * look.width)
     inset.set_title("cost above the lowest mean cost of the panel", loc="left", fontsize=8.5)
     inset.tick_params(labelsize=8)
     inset.margins(x=0)
 
 
 def _compress(axes: Axes, lowest: float, highest: float) -> None:
-    """Draw the logarithms of the cost linearly down to about 1e-4 and logarithmically beyond."""
+    """Scale the axis of log costs linearly down to about 1e-4 and logarithmically below."""
     axes.set_yscale("function", functions=(lambda value: np.arcsinh(value / LINEAR), lambda y: LINEAR * np.sinh(y)))
     axes.set_ylim(1.25 * lowest, highest + 0.5)
     ticks = [2, 0, -2, -5, -10, -20, -50, -100, -200, -500, -1000, -2000, -5000]
@@ -129,7 +129,7 @@ def _compress(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def _decades(axes: Axes) -> None:
-    """Label the axis of logarithms with the costs themselves."""
+    """Label the axis of log costs with the costs."""
     bottom, top = axes.get_ylim()
     if top - bottom > 3:
         step = max(1, round((top - bottom) / 6))

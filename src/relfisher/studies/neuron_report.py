@@ -1,4 +1,4 @@
-"""What `relfisher reproduce neuron` leaves behind: best configurations, the grid, every curve, the claims, figure 4."""
+"""The output of `relfisher reproduce neuron`: best configurations, the grid, all curves, the claims and figure 4."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = ["claims", "report"]
 
 
 def claims(outcome: NeuronOutcome, panel: Panel) -> dict[str, bool]:
-    """Return whether what section 5.1 says holds in a panel, by the mean costs after the last epoch.
+    """Return which claims of section 5.1 hold in a panel, judged by the mean costs after the last epoch.
 
     Args:
-        outcome: A study of all four methods.
-        panel: One of its panels.
+        outcome: a study of all four methods.
+        panel: one of its panels.
 
     Returns:
-        Each claim and whether it holds; none if a method is missing or has diverged throughout.
+        The claims and whether they hold; empty if a method is missing or diverged in all configurations.
     """
     final = {
         batch.method: float(curves.mean[-1])
@@ -54,14 +54,14 @@ def claims(outcome: NeuronOutcome, panel: Panel) -> dict[str, bool]:
 
 
 def report(outcome: NeuronOutcome, data: Dataset) -> Report:
-    """Report what was found.
+    """Report the results.
 
     Args:
-        outcome: The finished study.
-        data: What was trained on.
+        outcome: the finished study.
+        data: the data set.
 
     Returns:
-        Table, claims, the whole grid, curves and figure.
+        The table, claims, grid, curves and figure.
     """
     study = outcome.study
     return Report(
@@ -87,7 +87,7 @@ def report(outcome: NeuronOutcome, data: Dataset) -> Report:
 
 
 def table_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
-    """Return the chosen configurations; costs as decimal logarithms, since some are below the smallest float64."""
+    """Return the chosen configurations, with costs as decimal logarithms, since some are below the smallest float64."""
     header = ["classes", "images", "method", "learning_rate", "momentum", "runs", "log10_cost_of_mean"]
     header += ["log10_cost_lowest_run", "log10_cost_highest_run", "excess", "configurations_diverged", "seconds"]
     lines: list[Sequence[object]] = [header]
@@ -105,22 +105,22 @@ def table_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
 
 
 def table_markdown(outcome: NeuronOutcome) -> str:
-    """Return the chosen configurations as Markdown, with what the columns mean, and the claims below."""
+    """Return the chosen configurations as Markdown, followed by an explanation of the columns and the claims."""
     header = ["panel", "method", "lr", "momentum", "cost", "lowest to highest run", "above lowest", "diverged", "s"]
     lines = [
         [str(batch.panel), batch.method, *_cells(outcome, batch, curves)] for batch, curves in outcome.records.items()
     ]
     notes = (
         f"\nCost: mean over the runs of the training cost (29) after {outcome.study.options.epochs} epochs, at the"
-        " configuration where it is lowest. Above lowest: how far that is above the lowest mean cost of any method,"
-        " configuration and epoch in the panel. Diverged: configurations of the ten in which a run had no finite step"
-        " any more; they are never chosen. s: seconds for all runs and configurations.\n\n"
+        " configuration where it is lowest. Above lowest: its excess over the lowest mean cost of any method,"
+        " configuration and epoch in the panel. Diverged: the number of the ten configurations in which a run had no"
+        " finite step; they are never chosen. s: seconds for all runs and configurations.\n\n"
     )
     return markdown(header, lines, texts=2) + notes + claims_markdown(outcome)
 
 
 def claims_markdown(outcome: NeuronOutcome) -> str:
-    """Return whether each claim of section 5.1 holds, a line a panel."""
+    """Return which claims of section 5.1 hold, with one line per panel."""
     found = {panel: claims(outcome, panel) for panel in outcome.study.panels}
     names = list(next(iter(found.values()), {}))
     if not names or not all(found.values()):
@@ -130,7 +130,7 @@ def claims_markdown(outcome: NeuronOutcome) -> str:
 
 
 def grid_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
-    """Return every configuration with its final cost, or the epoch at which it diverged, and which was chosen."""
+    """Return all configurations with their final costs or the epochs at which they diverged, and the choice."""
     header = ["classes", "images", "method", "learning_rate", "momentum", "log10_cost_of_mean", "diverged", "chosen"]
     lines: list[Sequence[object]] = [header]
     for batch, curves in outcome.records.items():
@@ -143,7 +143,7 @@ def grid_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
 
 
 def curve_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
-    """Return the mean, lowest and highest run of every configuration after every epoch, as decimal logarithms."""
+    """Return the mean, lowest and highest run of all configurations after every epoch, as decimal logarithms."""
     header = ["classes", "images", "method", "learning_rate", "momentum", "epoch", "mean", "lowest", "highest"]
     lines: list[Sequence[object]] = [header]
     for batch, curves in outcome.records.items():
@@ -158,7 +158,7 @@ def curve_lines(outcome: NeuronOutcome) -> list[Sequence[object]]:
 
 
 def summary(outcome: NeuronOutcome) -> Table:
-    """Return the table as a person at the terminal sees it."""
+    """Return the table for the terminal."""
     shown = Table("panel", "method", title="Training cost after the last epoch")
     for name in ("lr", "mom.", "cost", "diverged", "s"):
         shown.add_column(name, justify="right", no_wrap=True)

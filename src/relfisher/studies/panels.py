@@ -1,4 +1,4 @@
-"""The panels of figure 4: which images each has, and the problems that its runs solve."""
+"""The panels of figure 4: the images of each, and the problems that its runs solve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEWEST_IMAGES = 20
 
 
 class PanelError(ValueError):
-    """Data cannot give a panel; the message is one line for the user, about the argument `pair` or `size`."""
+    """Data do not allow a panel; the message is one line for the user about the argument `pair` or `size`."""
 
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class PanelError(ValueError):
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of figure 4: two classes and how many images of both together; `subset` if each run draws its own."""
+    """A panel of figure 4: two classes and their total number of images; `subset` if each run draws its own images."""
 
     pair: tuple[int, int]
     size: int
@@ -39,7 +39,7 @@ class Panel:
 
     @property
     def classes(self) -> str:
-        """Both classes."""
+        """The names of both classes."""
         return f"{self.pair[0]} vs {self.pair[1]}"
 
     def __str__(self) -> str:
@@ -49,18 +49,18 @@ class Panel:
 def panels(
     data: Dataset, pairs: Sequence[tuple[int, int]] | None = None, sizes: Sequence[int | None] | None = None
 ) -> tuple[Panel, ...]:
-    """Say which panels a data set gets.
+    """Return the panels for a data set.
 
     Args:
-        data: The data set.
-        pairs: Pairs of classes; if None, 3 vs 5 and 4 vs 9, or T-shirt vs shirt and pullover vs coat of Fashion-MNIST.
-        sizes: Numbers of images; None among them stands for all. If None itself, a subset and all.
+        data: the data set.
+        pairs: pairs of classes; None for 3 vs 5 and 4 vs 9, or on Fashion-MNIST T-shirt vs shirt and pullover vs coat.
+        sizes: numbers of images, where None means all; None instead of a list for a subset and all.
 
     Returns:
-        Two classes and a size each.
+        The panels: two classes and a size each.
 
     Raises:
-        PanelError: A pair is not two classes of the data, or it has not so many images.
+        PanelError: if a pair is not two classes of the data, or the pair does not have enough images.
     """
     chosen = []
     for classes in pairs or (FASHION_PAIRS if data.name == "fashion-mnist" else DIGIT_PAIRS):
@@ -80,17 +80,17 @@ def panels(
 def problems(
     data: Dataset, panel: Panel, coordinates: Callable[[Tensor], Coordinates], *, runs: int, initial_std: float
 ) -> Problems:
-    """Draw the runs of a panel: initial weights and, below all images, a subset of equally many of both classes.
+    """Draw the runs of a panel: initial weights and, unless all images are used, a balanced subset of both classes.
 
     Args:
-        data: The data set.
-        panel: Two classes and a size.
-        coordinates: Says how weights are expressed; every method gets the same draws.
-        runs: How many.
-        initial_std: The standard deviation of the initial weights.
+        data: the data set.
+        panel: two classes and a size.
+        coordinates: computes the coordinates; every method gets the same draws.
+        runs: the number of runs.
+        initial_std: the standard deviation of the initial weights.
 
     Returns:
-        One data set that the runs share, or one for each.
+        The problems, with one data set that the runs share, or one for each run.
     """
     x, signs = _images(data, panel.pair)
     generator = torch.Generator().manual_seed(0)
@@ -115,11 +115,11 @@ def problems(
 
 
 def _images(data: Dataset, classes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return all images of two classes, the validation images included: section 5.1 is about the training cost only.
+    """Return all images of two classes, validation images included, since section 5.1 considers only the training cost.
 
     Args:
-        data: The data set.
-        classes: The two classes.
+        data: the data set.
+        classes: the two classes.
 
     Returns:
         Pixels in float64, [n, 784], and +1 for the second class, -1 for the first, [n].
@@ -131,7 +131,7 @@ def _images(data: Dataset, classes: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _draw(signs: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return the indices of a random subset, half of it from either class."""
+    """Return the indices of a random subset, half of it from each class."""
     halves = zip((-1, 1), (size - size // 2, size // 2), strict=True)
     members = [(signs == sign).nonzero().squeeze(1) for sign, _ in halves]
     counts = (size - size // 2, size // 2)

@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each with as many configurations to choose from, and RNGD as it comes."""
+"""The compared optimizers, each with equally many configurations to choose from, and RNGD with its defaults."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ LARGE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 MIDDLE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 Configuration = Mapping[str, float]
-"""The options of an optimizer by their names, the learning rate `lr` among them."""
+"""The options of an optimizer by name, including the learning rate `lr`."""
 
 
 class UnavailableError(Exception):
-    """An optimizer that cannot be had here; the message says in a few words why."""
+    """An optimizer is not available here; the message says why in a few words."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer: what makes it for a model, what it is tuned over, and the batch norm that comes with it."""
+    """An optimizer: a function that creates it for a model, its tuning grid, and the batch norm to use with it."""
 
     make: Callable[..., torch.optim.Optimizer]
     grid: Mapping[str, tuple[float, ...]]
@@ -41,12 +41,12 @@ class Peer:
 
     @property
     def configurations(self) -> list[Configuration]:
-        """Every combination of the grid's values."""
+        """All combinations of the grid's values."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
 class _Joint(torch.optim.Optimizer):
-    """Two optimizers, each with its share of a model's parameters, as one; its state is theirs."""
+    """Several optimizers as one, each with its share of a model's parameters; its state is their combined state."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -58,7 +58,7 @@ class _Joint(torch.optim.Optimizer):
 
 
 class _InSingle(_Joint):
-    """Optimizers that turn to bfloat16 whatever they are given, in single precision."""
+    """Optimizers that would convert everything to bfloat16, run in single precision."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
         with patch.object(Tensor, "bfloat16", Tensor.clone):
@@ -82,7 +82,7 @@ def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def _muon(model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Muon for matrices other than those that look up or classify, AdamW for the rest, as its authors say."""
+    """Create Muon for matrices other than embeddings and heads, and AdamW for the rest, as its authors recommend."""
     if not hasattr(torch.optim, "Muon"):
         raise UnavailableError(f"not available: Muon comes with torch 2.9, this is {torch.__version__}")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -104,7 +104,7 @@ def _shampoo(model: nn.Module, *, lr: float = 1e-2, interval: float = 20) -> tor
 
 
 def _kfac(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    """K-FAC without inverses, for linear layers and convolutions; AdamW for the rest."""
+    """Create inverse-free K-FAC for linear layers and convolutions, and AdamW for the rest."""
     try:
         from singd.optim.optimizer import SINGD
     except ImportError as error:
@@ -131,12 +131,12 @@ def _trust_region(model: nn.Module, trust_region: float = 2e-3, **options: Any) 
 
 
 def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
-    """The spectral rule, with an average or with momentum."""
+    """Create RNGD with the spectral rule, with averaging or with momentum."""
     return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=0.9 if averaging == 0 else 0.0)
 
 
 def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Add AdamW for the parameters of a model that an optimizer leaves out."""
+    """Add AdamW for the parameters of a model that an optimizer does not train."""
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if parameter not in known]
     return _Joint(optimizer, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)) if rest else optimizer

@@ -1,4 +1,4 @@
-"""What a person sees while the runs go on: a live display in a terminal, plain lines elsewhere."""
+"""The display of progress: live in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Display", "DownloadDisplay"]
 
 
 class Display:
-    """One bar for all runs and one for each that is going on, with its latest cost; a context manager."""
+    """A bar for all runs and one for each active run, with its latest cost; a context manager."""
 
     def __init__(self, console: Console, planned: int) -> None:
         self._console = console
@@ -42,14 +42,14 @@ class Display:
         self._progress.stop()
 
     def progressed(self, cell: Cell, fraction: float, cost: float) -> None:
-        """Move the cell's bar, which its first report adds."""
+        """Move the cell's bar; the first report adds it."""
         if cell not in self._tasks:
             self._tasks[cell] = self._progress.add_task(str(cell), total=1.0, state="")
         state = "" if math.isnan(cost) else f"cost {cost:.3g}"
         self._progress.update(self._tasks[cell], completed=fraction, state=state)
 
     def finished(self, cell: Cell, ending: str) -> None:
-        """Remove the cell's bar and print how it ended."""
+        """Remove the cell's bar and print how the cell ended."""
         self._finished += 1
         self._progress.update(self._all, completed=self._finished, state=f"{self._finished}/{self._planned}")
         if cell in self._tasks:
@@ -68,14 +68,14 @@ class DownloadDisplay:
         self.total = 0
 
     def update(self, count: int) -> None:
-        """Count further bytes as downloaded."""
+        """Count additional downloaded bytes."""
         self._progress.start()
         self._progress.update(self._task, total=self.total, advance=count)
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Restart from zero."""
         self._progress.reset(self._task)
 
     def close(self) -> None:
-        """End the display."""
+        """Close the display."""
         self._progress.stop()

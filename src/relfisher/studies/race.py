@@ -1,4 +1,4 @@
-"""Time to a loss: every method tunes as many configurations for as long, then runs its best one with every seed."""
+"""Time to a loss: all methods tune equally many configurations for equally long, then run the best with every seed."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
 
 @dataclass(frozen=True)
 class Race:
-    """Methods on a workload, and the training loss that they run to: its mean over the last `window` mini-batches.
+    """Methods on a workload, and their target training loss: its mean over the last `window` mini-batches.
 
-    Without a target it is the loss at equal time that counts. `budget` is the usual number of seconds a run.
+    Without a target, losses at equal time are compared. `budget` is the default number of seconds per run.
     """
 
     workload: str
@@ -66,9 +66,9 @@ RACES = {
 
 @dataclass(frozen=True)
 class RaceOptions(Options):
-    """What all runs have in common.
+    """The options that all runs share.
 
-    `threads` is how many each run has.
+    `threads` is the number of threads of each run.
     """
 
     workload: str
@@ -78,7 +78,7 @@ class RaceOptions(Options):
 
 @dataclass(frozen=True)
 class RaceRun(Run):
-    """One run, or tuning run, with the options of its optimizer other than the learning rate."""
+    """A run or tuning run, with the options of its optimizer other than the learning rate."""
 
     options: RaceOptions
     others: tuple[tuple[str, float], ...]
@@ -87,18 +87,18 @@ class RaceRun(Run):
 
     @property
     def configuration(self) -> Configuration:
-        """The options that its optimizer has."""
+        """The options of its optimizer."""
         return {"lr": self.learning_rate, **dict(self.others)}
 
     def settings(self) -> Mapping[str, Scalar]:
-        """Return all options but those that every training run has."""
+        """Return all options except those that every training run has."""
         others = {f"option {name}": value for name, value in self.others}
         return {**asdict(self.options), **others, "seconds": self.seconds, "evaluations": self.evaluations}
 
 
 @dataclass(frozen=True)
 class RaceStudy(Study[RaceRun]):
-    """A race with its length: `tuning` and `budget` are the seconds of a tuning run and of a run."""
+    """A race with its durations: `tuning` and `budget` are the seconds of a tuning run and of a run."""
 
     name: str
     race: Race
@@ -110,15 +110,15 @@ class RaceStudy(Study[RaceRun]):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The methods."""
+        """The names of the methods."""
         return self.methods
 
     def candidates(self, group: str) -> list[RaceRun]:
-        """Return the tuning runs of a method, one a configuration."""
+        """Return the tuning runs of a method, one per configuration."""
         return [self._tuning_run(group, **options) for options in PEERS[group].configurations]
 
     def repeats(self, best: RaceRun) -> list[RaceRun]:
-        """Return the runs of a configuration, one a seed."""
+        """Return the runs of a configuration, one per seed."""
         whole = replace(best, seconds=self.budget, evaluations=EVALUATIONS)
         return [replace(whole, seed=seed) for seed in range(self.seeds)]
 
@@ -133,19 +133,19 @@ RaceOutcome = Outcome[RaceStudy, RaceRun, Record]
 def plan(
     name: str, source: str, *, methods: tuple[str, ...], seeds: int, tuning: float, budget: float, threads: int
 ) -> RaceStudy:
-    """Say which runs a race takes.
+    """Return the study of a race.
 
     Args:
-        name: A key of `RACES`.
-        source: The images' data set.
-        methods: Among the race's.
-        seeds: How many runs the chosen configuration gets.
-        tuning: Seconds of a tuning run.
-        budget: Seconds of a run.
-        threads: Of each run.
+        name: a key of `RACES`.
+        source: the data set of images.
+        methods: some of the race's methods.
+        seeds: the number of runs of the chosen configuration.
+        tuning: the seconds of a tuning run.
+        budget: the seconds of a run.
+        threads: the number of threads of each run.
 
     Returns:
-        The plan.
+        The study.
     """
     race = RACES[name]
     workload = WORKLOADS[race.workload]
@@ -155,15 +155,15 @@ def plan(
 
 
 def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:
-    """Train one model for its seconds, or until its loss is not finite.
+    """Train one model for its duration, or until its loss is not finite.
 
     Args:
-        source: The images' data set, which this process loads for itself.
-        run: The method, its options, the seed and the length.
-        report: Is told how far the run is.
+        source: the data set of images, which this process loads itself.
+        run: the method, its options, the seed and the duration.
+        report: receives the progress of the run.
 
     Returns:
-        Loss and training time of every iteration, and what was found at each evaluation.
+        The loss and training time of every iteration, and the result of each evaluation.
     """
     torch.set_num_threads(run.options.threads)
     workload, peer = WORKLOADS[run.options.workload], PEERS[run.method]
@@ -181,15 +181,15 @@ def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:
 
 
 def reached(record: Record, target: float | None, window: int) -> int | None:
-    """Say when a run reached a loss.
+    """Return when a run reached a loss.
 
     Args:
-        record: The run.
-        target: The loss, if there is one.
-        window: How many mini-batches it is the mean of.
+        record: the record of the run.
+        target: the loss, or None.
+        window: the number of mini-batches over which the loss is averaged.
 
     Returns:
-        The number of iterations it took, or None if it never did.
+        The number of iterations, or None if the run never reached it.
     """
     if target is None:
         return None
@@ -198,21 +198,21 @@ def reached(record: Record, target: float | None, window: int) -> int | None:
 
 
 def running_mean(values: NDArray[np.floating], window: int) -> NDArray[np.float64]:
-    """Average every `window` values that follow each other; of fewer values there is no mean."""
+    """Return the mean of every `window` consecutive values; empty if there are fewer values."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
     means: NDArray[np.float64] = (sums[window:] - sums[:-window]) / window
     return means
 
 
 def available(methods: tuple[str, ...], workload: Workload) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Tell the methods that can be had from the others.
+    """Separate the available methods from the others.
 
     Args:
-        methods: Keys of `PEERS`.
-        workload: They are made for its model.
+        methods: keys of `PEERS`.
+        workload: the workload for whose model they are created.
 
     Returns:
-        Why the others cannot, by method, and the names of those that can.
+        The reasons why methods are not available, by method, and the names of the available methods.
     """
     notes = {}
     for method in methods:

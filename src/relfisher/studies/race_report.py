@@ -1,4 +1,4 @@
-"""What `relfisher bench race` leaves behind: table, tuning, curves, picture and configuration."""
+"""The output of `relfisher bench race`: the table, tuning, curves, figure and configuration."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ LOOKS = {
 
 
 def title(outcome: RaceOutcome) -> str:
-    """Return what raced on what."""
+    """Return the title: what was trained, and on which data."""
     return f"{WORKLOADS[outcome.study.race.workload].title}, {outcome.study.options.data}"
 
 
 def header(outcome: RaceOutcome) -> list[str]:
-    """Return the names of the columns of `rows`."""
+    """Return the column names of `rows`."""
     goal = "target" if outcome.study.race.target is None else f"{outcome.study.race.target:g}"
     return [
         "method",
@@ -63,13 +63,13 @@ def header(outcome: RaceOutcome) -> list[str]:
 
 
 def rows(outcome: RaceOutcome) -> list[list[str]]:
-    """Sum up a race.
+    """Summarize a race.
 
     Args:
-        outcome: The finished race.
+        outcome: the finished race.
 
     Returns:
-        A line for each method, as `header` names its cells.
+        One row per method, with the columns of `header`.
     """
     return [_row(outcome, method) for method in outcome.study.methods]
 
@@ -78,7 +78,7 @@ def figure(outcome: RaceOutcome) -> Figure:
     """Draw the loss against steps and seconds.
 
     Args:
-        outcome: The finished race; a method without a run that converged is left out.
+        outcome: the finished race; methods without a converged run are omitted.
 
     Returns:
         The figure.
@@ -97,14 +97,14 @@ def figure(outcome: RaceOutcome) -> Figure:
 
 
 def report(outcome: RaceOutcome, notes: Mapping[str, str]) -> Report:
-    """Report what was found.
+    """Report the results.
 
     Args:
-        outcome: The finished race.
-        notes: Why methods of the race did not take part.
+        outcome: the finished race.
+        notes: the reasons why methods of the race did not take part.
 
     Returns:
-        Table, tuning, curves and figure.
+        The table, tuning, curves and figure.
     """
     study, names, table = outcome.study, header(outcome), rows(outcome)
     absent = [[method, note, *[ABSENT] * (len(names) - 2)] for method, note in notes.items()]
@@ -154,17 +154,17 @@ def _notes(outcome: RaceOutcome) -> str:
     race = outcome.study
     metric = "accuracy" if WORKLOADS[race.race.workload].higher_is_better else "loss"
     return (
-        f"\nEvery method: {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, the one "
-        f"with the lowest mean loss over the last tenth of its iterations then for {race.budget:g} s with each of "
-        f"{race.seeds} seeds; mean ± standard deviation. {UNTUNED} has nothing to choose from. "
-        f"The clock stands still during evaluation. Loss: mean over the last {race.race.window} mini-batches. "
-        f"Validation: {metric}. Reached: runs that came to the target in time; "
-        "its seconds and steps are theirs. Diverged: runs, tuning included.\n"
+        f"\nEvery method runs {len(race.candidates(race.methods[0]))} configurations for {race.tuning:g} s each, then "
+        "the one with the lowest mean loss over the last tenth of its iterations for "
+        f"{race.budget:g} s with each of {race.seeds} seeds; mean ± standard deviation. {UNTUNED} is not tuned. "
+        f"Evaluation does not count as time. Loss: mean over the last {race.race.window} mini-batches. "
+        f"Validation: {metric}. Reached: runs that reached the target in time; "
+        "seconds and steps are those of these runs. Diverged: number of runs, tuning included.\n"
     )
 
 
 def _fewest(outcome: RaceOutcome) -> int:
-    """The most steps that every compared run has taken."""
+    """Return the number of steps that every compared run has taken."""
     records = [record for method in outcome.study.methods for record in outcome.compared(method)]
     return min((len(record.cost) for record in records), default=0)
 
@@ -174,7 +174,7 @@ def _latest(record: Record, window: int, steps: int | None = None) -> float:
 
 
 def _validation_at(record: Record, steps: int) -> float:
-    """The first evaluation from a step on."""
+    """Return the first evaluation at or after a step."""
     place = min(bisect_left(record.evaluated, steps), len(record.validation) - 1)
     return float(record.validation[place])
 
@@ -201,7 +201,7 @@ def _tuning(outcome: RaceOutcome) -> list[Sequence[object]]:
 
 
 def _curves(outcome: RaceOutcome) -> list[Sequence[object]]:
-    """The running mean of each run's loss at up to `POINTS` iterations, with the training time so far."""
+    """Return the running mean of each run's loss at up to `POINTS` iterations, with the training time so far."""
     window = outcome.study.race.window
     lines: list[Sequence[object]] = [["method", "seed", "iteration", "seconds", "loss"]]
     for run in (run for method in outcome.study.methods for run in outcome.repeats(method)):

@@ -1,4 +1,4 @@
-"""What every study leaves behind: a table, files, a picture, and how it was made."""
+"""The output of every study: a table, files, figures, and how they were made."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Lines = Sequence[Sequence[object]]
 
 @dataclass(frozen=True)
 class Invocation:
-    """What the results do not depend on, apart from their seconds, but a reader wants to know."""
+    """How a command was run: it affects no results except times, but is of interest to readers."""
 
     command: str
     jobs: int
@@ -40,16 +40,16 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Report:
-    """What a study found, in all its forms.
+    """The results of a study in all forms.
 
     Attributes:
-        table: in Markdown, with what its columns mean.
-        about: what was measured or how, for a JSON file called `about_name`.
-        threads: of each run.
-        figures: pictures by name.
-        terminal: the table as a person at the terminal sees it.
-        files: lines of further files by name, compressed where it ends in `.gz`.
-        remark: what the terminal shows below the table.
+        table: the table in Markdown, with an explanation of its columns.
+        about: measurements or settings for a JSON file called `about_name`.
+        threads: the number of threads of each run.
+        figures: the figures by name.
+        terminal: the table for the terminal.
+        files: the lines of further files by name; a file is compressed if its name ends in `.gz`.
+        remark: text that the terminal shows below the table.
     """
 
     table: str
@@ -66,12 +66,12 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
     """Write a report.
 
     Args:
-        report: What was found.
-        invocation: How.
-        directory: Where to.
+        report: the results.
+        invocation: how the command was run.
+        directory: the directory to write to.
 
     Returns:
-        The paths of the table and of the pictures.
+        The paths of the table and the figures.
     """
     about = {"command": invocation.command, **report.about, **_surroundings(invocation, report.threads)}
     files = {
@@ -86,13 +86,13 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
 
 
 def markdown(header: Sequence[str], rows: Rows, texts: int = 1) -> str:
-    """Return a table as Markdown, its first columns of text aligned to the left."""
+    """Return a table as Markdown, with its first columns left-aligned as text."""
     lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
-    """Return the same table as a person at the terminal sees it."""
+    """Return the same table for the terminal."""
     table = Table(header[0], title=title, box=None, pad_edge=False)
     for name in header[1:]:
         table.add_column(name, justify="right")
@@ -102,16 +102,16 @@ def shown(title: str, header: Sequence[str], rows: Rows) -> Table:
 
 
 def encoded(name: str, lines: Lines) -> bytes:
-    """Return lines as comma-separated values, compressed for a name that ends in `.gz`."""
+    """Return lines as comma-separated values, compressed if the name ends in `.gz`."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     content = text.getvalue().encode()
-    # A time stamp would make equal curves differ as files.
+    # With a time stamp, files of equal curves would differ.
     return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
 
 
 def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
-    """Return with which packages and on which machine results were made."""
+    """Return the package versions and the machine that produced the results."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {
@@ -127,7 +127,7 @@ def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, o
 
 
 def _processor() -> str:
-    """Return the processor's name; Python alone knows only its architecture on Linux."""
+    """Return the processor's name; on Linux, Python itself only knows the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

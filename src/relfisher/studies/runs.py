@@ -1,4 +1,4 @@
-"""Training runs: the cells of `reproduce mlp` and of races, and what they measure."""
+"""Training runs: the cells of `reproduce mlp` and of races, and their measurements."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Run(Cell):
         return f"{self.experiment}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def identity(self) -> str:
-        """Return all options as text that is the same in every process."""
+        """Return all options as text that does not depend on the process."""
         options = {
             "experiment": self.experiment,
             "method": self.method,
@@ -55,12 +55,12 @@ class Run(Cell):
 
 @dataclass(frozen=True)
 class Record(Result):
-    """What a run measured.
+    """The measurements of a run.
 
-    `cost` and `seconds` have one entry an iteration: the mini-batch's cost before the update, and the training time
-    so far. `validation` has what each evaluation found: after each epoch or, where `evaluated` is not empty, after as
-    many iterations as it says. `full_cost` is the cost of training samples at the end, as the trained network sees
-    them. A diverged run ends with a non-finite cost. `state_bytes` is what the optimizer keeps.
+    `cost` and `seconds` have one entry per iteration: the mini-batch's cost before the update, and the training time so
+    far. `validation` has the result of each evaluation: after each epoch or, if `evaluated` is not empty, after these
+    numbers of iterations. `full_cost` is the final cost on training samples, in evaluation mode. The costs of a
+    diverged run end with a non-finite value. `state_bytes` is the memory of the optimizer's state.
     """
 
     cost: NDArray[np.float32]
@@ -75,7 +75,7 @@ class Record(Result):
 
     @property
     def score(self) -> float:
-        """The mean training cost over the last tenth of the iterations, or infinity if the run diverged."""
+        """The mean training cost over the last tenth of the iterations; infinity if the run diverged."""
         if self.diverged:
             return math.inf
         last = max(1, round(SCORED_FRACTION * len(self.cost)))
@@ -83,13 +83,13 @@ class Record(Result):
 
     @property
     def ending(self) -> str:
-        """The latest cost and the training time, or where it diverged."""
+        """The latest cost and the training time, or the iteration where it diverged."""
         if self.diverged:
             return f"diverged at iteration {len(self.cost)}"
         return f"cost {self.cost[-100:].mean():.3g} in {self.seconds[-1]:.1f} s"
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the curves as they are, and all else as JSON."""
+        """Return the curves as they are, and everything else as JSON."""
         about = {name: getattr(self, name) for name in _ABOUT}
         return {
             "about": np.array(json.dumps(about)),
@@ -100,8 +100,8 @@ class Record(Result):
 
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Record:
-        """Return the record that `arrays` were made of."""
-        # Files of earlier versions lack the last two.
+        """Return the record from the result of `arrays`."""
+        # Files written by earlier versions lack the last two.
         about = {"evaluated": (), "state_bytes": 0, **json.loads(str(arrays["about"]))}
         return cls(
             cost=arrays["cost"],

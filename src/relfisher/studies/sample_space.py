@@ -1,8 +1,8 @@
-"""The damped systems of section 5.1 where every run has few samples of its own: solved exactly among the samples.
+"""The damped systems of section 5.1 for runs with few samples each, solved exactly in the space of samples.
 
 With S = diag(w)^1/2 and U the samples, (U'S S U / n + epsilon I)^-1 g = (g - U'S (n epsilon I + S U U' S)^-1 S U g) /
-epsilon (Woodbury). The inner products U U' are formed once; a step is a Cholesky factor of as many rows as there are
-samples that count. Where most samples are far on the right side, few do.
+epsilon (Woodbury). The inner products U U' are formed once. A step needs a Cholesky factor with one row per sample of
+significant weight; if most samples are far on the correct side, there are few of these.
 
 Axes: `s` data sets, `c` configurations, `m` runs on the same data, `n` samples, `r` coordinates.
 """
@@ -16,17 +16,17 @@ from relfisher.shapes import Float
 
 __all__ = ["SampleSpaceSystems"]
 
-# Samples left out change G by less than this times epsilon.
+# The samples left out change G by less than this factor times epsilon.
 _NEGLIGIBLE = 1e-14
 
 
 class SampleSpaceSystems:
-    """Solves (G + epsilon I) d = g for many problems, G = mean_n w_n u_n u_n'.
+    """Solves (G + epsilon I) d = g for many problems with G = mean_n w_n u_n u_n'.
 
     Args:
         features: u_n of each data set.
-        damping: epsilon over the mean of the diagonal of G, as in section 5.1.
-        parameters: D, over which that mean is taken.
+        damping: epsilon relative to the mean of the diagonal of G, as in section 5.1.
+        parameters: D, the number of diagonal entries in that mean.
     """
 
     def __init__(self, features: Float[Tensor, "s n r"], damping: float, parameters: int) -> None:
@@ -36,14 +36,14 @@ class SampleSpaceSystems:
         self._damping = damping / parameters
 
     def keep(self, configurations: Tensor) -> None:
-        """Nothing is remembered about configurations."""
+        """Do nothing, since no data are kept about configurations."""
 
     def solve(self, weights: Float[Tensor, "s c m n"], gradient: Float[Tensor, "s c m r"]) -> Float[Tensor, "s c m r"]:
-        """Return (G + epsilon I)^-1 g of every problem.
+        """Return (G + epsilon I)^-1 g for every problem.
 
         Args:
-            weights: w_n, not negative, and not all 0.
-            gradient: g; a problem whose g is not finite gets what is not finite either.
+            weights: w_n, non-negative and not all 0.
+            gradient: g; if the g of a problem is not finite, its solution is not finite either.
 
         Returns:
             The solutions.

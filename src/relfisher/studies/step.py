@@ -1,4 +1,4 @@
-"""What one training iteration costs: time by turns, so that a busy machine slows all methods alike, and memory."""
+"""The cost of a training iteration: memory, and time in alternation, so that other load slows all methods equally."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PEAK_ITERATIONS = 25
 
 @dataclass(frozen=True)
 class Timing:
-    """What an iteration of a method costs on a workload.
+    """The cost of an iteration of a method on a workload.
 
-    `repeats` has the mean seconds of an iteration in each repeat: they hold the share of work that is done only now and
-    then. `steps` has the seconds of every single iteration. Where the method is not available, or failed too early,
-    `note` says why and there are no numbers.
+    `repeats` has the mean seconds per iteration of each repeat, which include the share of infrequent work. `steps` has
+    the seconds of every single iteration. If the method is not available, or failed too early, `note` says why and
+    there are no numbers.
     """
 
     method: str
@@ -48,21 +48,21 @@ class Timing:
 
     @property
     def seconds(self) -> float:
-        """The median of the repeats."""
+        """The median over the repeats."""
         return float(np.median(self.repeats))
 
     @property
     def tail(self) -> float:
-        """The 99th percentile of single iterations over their median."""
+        """The ratio of the 99th percentile of single iterations to their median."""
         return float(np.percentile(self.steps, 99) / np.median(self.steps))
 
 
 @dataclass
 class Lane:
-    """A method at work.
+    """A method in progress.
 
-    `run` takes an iteration and returns its seconds, which go into `times`. A method whose matrices could not be
-    decomposed any more takes no further turns; `failure` says what it raised.
+    `run` performs an iteration and returns its seconds, which are added to `times`. If the matrices of a method can no
+    longer be decomposed, it takes no further turns, and `failure` holds the error message.
     """
 
     run: Callable[[], float]
@@ -71,15 +71,15 @@ class Lane:
 
 
 def take_turns(lanes: Sequence[Lane], *, repeats: int, seconds: float) -> None:
-    """Let each lane take a block of iterations after the other, until all are through.
+    """Run blocks of iterations of each lane in turn, until all lanes are finished.
 
-    A lane is through after `ITERATIONS` iterations a repeat, or once it has used its seconds, but never before each
-    repeat has an iteration. The warm-up, which is not measured, takes at most a quarter of its seconds.
+    A lane is finished after `ITERATIONS` iterations per repeat, or once it has used its time, but not before each
+    repeat has an iteration. The warm-up, which is not measured, takes at most a quarter of its time.
 
     Args:
-        lanes: Their times are filled in.
-        repeats: How many parts the times will be cut into.
-        seconds: What a lane may use.
+        lanes: the lanes, whose times are filled in.
+        repeats: the number of parts into which the times will be split.
+        seconds: the time limit of a lane.
     """
     _rotate(lanes, fewest=1, most=WARM_UP, seconds=WARM_UP_SHARE * seconds)
     for lane in lanes:
@@ -90,17 +90,17 @@ def take_turns(lanes: Sequence[Lane], *, repeats: int, seconds: float) -> None:
 def measure(
     workload: Workload, methods: Mapping[str, Peer], source: str, *, repeats: int, seconds: float
 ) -> list[Timing]:
-    """Measure what an iteration of each method costs, all on the same initial weights and batches.
+    """Measure the cost of an iteration of each method, all with the same initial weights and batches.
 
     Args:
-        workload: What is trained.
-        methods: By name.
-        source: The images' data set.
-        repeats: How many means each method gets.
-        seconds: What a method may use, its warm-up included.
+        workload: the workload.
+        methods: the methods by name.
+        source: the data set of images.
+        repeats: the number of means per method.
+        seconds: the time limit of a method, including its warm-up.
 
     Returns:
-        A timing for each method, in order, without its peak memory.
+        One timing per method, in order, without the peak memory.
     """
     optimizers: dict[str, torch.optim.Optimizer] = {}
     lanes: dict[str, Lane] = {}
@@ -128,12 +128,12 @@ def measure(
 
 
 def peaks(workload: str, timings: Sequence[Timing], source: str) -> list[Timing]:
-    """Measure by how much training makes a process grow at its largest, in a process of its own for each method.
+    """Measure the peak memory growth of training, in a separate process for each method.
 
     Args:
-        workload: A key of `WORKLOADS`.
-        timings: What is known of methods in `PEERS`.
-        source: The images' data set.
+        workload: a key of `WORKLOADS`.
+        timings: the timings of methods in `PEERS`.
+        source: the data set of images.
 
     Returns:
         The timings with their peak memory: the growth of the resident set from before the model was built.
@@ -152,7 +152,7 @@ def _peak(workload: str, method: str, source: str) -> int:
 def _growth(workload: str, method: str, source: str, threads: int) -> int:
     torch.set_num_threads(threads)
     samples(WORKLOADS[workload].kind, source)
-    # Reading the samples took more than they do: where the system lets it, the largest size is what is held now.
+    # Reading the samples took more memory than they need: if the system allows it, reset the peak to the present size.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _largest_resident_bytes()
@@ -164,7 +164,7 @@ def _growth(workload: str, method: str, source: str, threads: int) -> int:
 
 
 def _largest_resident_bytes() -> int:
-    # What getrusage says counts from before the process had its own program, and so the parent's size.
+    # The value from getrusage includes the time before the process ran its own program, and hence the parent's size.
     with suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -173,10 +173,10 @@ def _largest_resident_bytes() -> int:
 
 
 def _trainer(workload: Workload, peer: Peer, source: str) -> tuple[torch.optim.Optimizer, Callable[[], float]]:
-    """Return an optimizer, and what takes an iteration with it and returns its seconds."""
+    """Return an optimizer, and a function that performs an iteration with it and returns its seconds."""
     model = workload.build(0, peer.normalization)
     optimizer = peer.make(model)
-    if isinstance(optimizer, RNGD):  # in the middle of a run, where its early refreshes are over
+    if isinstance(optimizer, RNGD):  # measure the middle of a run, after its early refreshes
         for group in optimizer.param_groups:
             group["iteration"] = ITERATIONS
     drawn: Iterator[tuple[Tensor, Tensor]] = batches(

@@ -1,4 +1,4 @@
-"""What `relfisher bench step` leaves behind: a table a workload, every number, and how cost grows with width."""
+"""The output of `relfisher bench step`: a table per workload, all numbers, and the growth of cost with width."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (16, 64, 256, 1024, 4096)
 BATCHES_WIDTH = 256
 GROWTH_METHODS = (BASE, "RNGD")
-COLOURS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
+COLORS = {BASE: "#8a8a8a", "RNGD": "#d1345b"}
 LINE: dict[str, Any] = {"linewidth": 2, "marker": "o"}
 HEADER = (
     "method",
@@ -52,30 +52,31 @@ HEADER = (
     "iterations",
 )
 NOTES = f"""
-An iteration is zero_grad, forward, backward and step. ms: its mean over a repeat, and of the repeats the median and the
-range; rare work, such as a metric's inverse, is in it. Methods take turns in short blocks, on the same initial weights
-and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer keeps. Peak: by how
-much a process that trains grows at its largest, data left out. x {BASE}: over torch's default {BASE}.
+An iteration is zero_grad, forward, backward and step. ms: mean time per iteration, as the median and range over the
+repeats; it includes infrequent work, such as inverting a metric. Methods take turns in short blocks, with the same
+initial weights and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer
+keeps. Peak: the peak memory growth of a training process, without the data. x {BASE}: relative to torch's default
+{BASE}.
 """
 
 Growth = Mapping[int, Sequence[Timing]]
 
 
 def rows(timings: Sequence[Timing]) -> list[list[str]]:
-    """Return the lines of a workload's table.
+    """Return the rows of a workload's table.
 
     Args:
-        timings: One a method; without the base's the ratios stay empty.
+        timings: one timing per method; without the base method, the ratios stay empty.
 
     Returns:
-        The lines as text, as `HEADER` names them.
+        The rows as text, with the columns of `HEADER`.
     """
     base = next((timing for timing in timings if timing.method == BASE), None)
     return [_row(timing, base) for timing in timings]
 
 
 def growth_rows(growth: Growth) -> list[list[str]]:
-    """Return time and state of each method, and the ratio of their times, a line a size."""
+    """Return the time and state of each method and the ratio of their times, with one row per size."""
     return [
         [
             str(size),
@@ -87,11 +88,11 @@ def growth_rows(growth: Growth) -> list[list[str]]:
 
 
 def growth_figure(widths: Growth, batches: Growth) -> Figure:
-    """Draw time and state against width, and the ratio of times against the batch.
+    """Draw time and state against width, and the ratio of times against batch size.
 
     Args:
-        widths: The timings of each width.
-        batches: The timings of each batch size.
+        widths: the timings of each width.
+        batches: the timings of each batch size.
 
     Returns:
         The figure.
@@ -101,7 +102,7 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
         time, state, ratio = figure.subplots(1, 3)
         for number, first in enumerate(next(iter(widths.values()))):
             timings = [timings[number] for timings in widths.values()]
-            style: dict[str, Any] = {"color": COLOURS[first.method], "label": first.method, **LINE}
+            style: dict[str, Any] = {"color": COLORS[first.method], "label": first.method, **LINE}
             time.plot(list(widths), [1e3 * timing.seconds for timing in timings], **style)
             state.plot(list(widths), [timing.state_bytes / 1e6 for timing in timings], **style)
         time.set(ylabel="an iteration (ms)", yscale="log")
@@ -109,8 +110,8 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
         for axes in (time, state):
             axes.legend(loc="upper left", frameon=False)
             _count(axes, "width, batch 256", list(widths))
-        ratio.plot(list(batches), [_ratio(timings) for timings in batches.values()], color=COLOURS["RNGD"], **LINE)
-        ratio.axhline(1.0, color=COLOURS[BASE], linewidth=1)
+        ratio.plot(list(batches), [_ratio(timings) for timings in batches.values()], color=COLORS["RNGD"], **LINE)
+        ratio.axhline(1.0, color=COLORS[BASE], linewidth=1)
         ratio.set(ylabel=f"an iteration of RNGD over {BASE}'s", ylim=(0, None))
         _count(ratio, f"batch, width {BATCHES_WIDTH}", list(batches))
         figure.suptitle("784-width-width-10 ReLU network", x=0.05, ha="left", fontsize=13, weight="bold")
@@ -119,15 +120,15 @@ def growth_figure(widths: Growth, batches: Growth) -> Figure:
 
 
 def report(found: Mapping[str, Sequence[Timing]], widths: Growth, batches: Growth) -> Report:
-    """Report what was measured.
+    """Report the measurements.
 
     Args:
-        found: The timings of each workload.
-        widths: Those of each width; empty if growth was not measured.
-        batches: Those of each batch size, likewise.
+        found: the timings of each workload.
+        widths: the timings of each width; empty if growth was not measured.
+        batches: the timings of each batch size; empty if growth was not measured.
 
     Returns:
-        Tables, numbers and, with growth, a figure.
+        The tables, the numbers and, if growth was measured, a figure.
     """
     tables: dict[str, tuple[Sequence[str], list[list[str]]]]
     tables = {f"{name}: {WORKLOADS[name].title}": (HEADER, rows(timings)) for name, timings in found.items()}
@@ -190,5 +191,5 @@ def _megabytes(count: int) -> str:
 
 
 def _numbers(timing: Timing) -> dict[str, object]:
-    """The timing with its single steps, which are many, in whole microseconds."""
+    """Return the timing as a dictionary, with its single steps, which are many, in whole microseconds."""
     return {**asdict(timing), "steps": [round(1e6 * seconds) for seconds in timing.steps]}

@@ -1,4 +1,4 @@
-"""Finished cells on disk: one file a cell, complete or absent, so that a study can always go on."""
+"""Finished cells on disk: one file per cell, complete or absent, so that a study can always be resumed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ R = TypeVar("R", bound=Result)
 
 @dataclass
 class Store(Generic[R]):
-    """A directory of results, which `decode` makes of the arrays in a file.
+    """A directory of results, which `decode` reconstructs from the arrays in a file.
 
-    `damaged` lists the unreadable files met so far, which count as missing.
+    `damaged` lists the unreadable files found so far, which count as missing.
     """
 
     directory: Path
@@ -36,31 +36,31 @@ class Store(Generic[R]):
     damaged: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Create the directory and remove what killed processes left half written."""
+        """Create the directory and remove files that killed processes left incomplete."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.glob(".*.tmp"):
-            # A younger file may belong to a process that is writing it right now.
+            # A more recent file may still be in use by another process.
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink(missing_ok=True)
 
     def path(self, cell: Cell) -> Path:
-        """Return the file of a cell, whether it is there or not."""
+        """Return the file path of a cell, whether the file exists or not."""
         return self.directory / f"{cell.key}.npz"
 
     def load(self, cell: Cell) -> R | None:
         """Read the result of a cell.
 
         Args:
-            cell: The cell.
+            cell: the cell.
 
         Returns:
-            Its result, or None if the file is not there, unreadable, or another cell's.
+            Its result, or None if the file is missing, unreadable, or belongs to another cell.
         """
         path = self.path(cell)
         if not path.exists():
             return None
         try:
-            # Given a path of a damaged file, numpy would leave it open.
+            # Given the path of a damaged file, numpy would leave it open.
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if str(file["run"]) == cell.identity():
                     return self.decode(file)
@@ -70,25 +70,25 @@ class Store(Generic[R]):
         return None
 
     def save(self, cell: Cell, result: R) -> None:
-        """Write the result of a cell; another process sees the whole file or none."""
+        """Write the result of a cell; other processes see either the whole file or none."""
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, run=np.array(cell.identity()), **result.arrays())
         write_atomically(self.path(cell), content.getvalue())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that no moment, not even a power cut, leaves half of it under its name.
+    """Write a file so that it is never incomplete under its name, not even after a power cut.
 
     Args:
-        path: The file, replaced if it exists.
-        content: All of its bytes.
+        path: the path of the file, which is replaced if it exists.
+        content: the whole content.
     """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            # Temporary files are private, results are not.
+            # Temporary files are private, but results are not.
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:

@@ -1,4 +1,4 @@
-"""A text that every Python ships: the source of its own standard library, character by character."""
+"""A text that comes with every Python: the source of its standard library, as characters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 @lru_cache(maxsize=1)
 def source() -> bytes:
-    """Return the standard library's modules in the order of their paths, up to `BYTES`, with "?" for all but ASCII."""
+    """Return the standard library's modules in path order, up to `BYTES`, with "?" for non-ASCII characters."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     text = bytearray()
@@ -32,7 +32,7 @@ def source() -> bytes:
 
 
 def fingerprint() -> str:
-    """Return the SHA-256 of the text, which differs between versions of Python."""
+    """Return the SHA-256 of the text, which depends on the Python version."""
     return hashlib.sha256(source()).hexdigest()
 
 

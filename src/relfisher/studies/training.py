@@ -1,4 +1,4 @@
-"""The training loop of every study, for a number of iterations or of seconds."""
+"""The training loop of all studies, for a number of iterations or of seconds."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ SHOWN = 100
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run lasts, in iterations or in seconds of training, and how often it is evaluated on the way."""
+    """The length of a run, in iterations or in seconds of training, and the number of evaluations during it."""
 
     evaluations: int
     iterations: float = math.inf
     seconds: float = math.inf
 
     def done(self, iterations: int, seconds: float) -> float:
-        """Return how much of the run is over, from 0 to 1 or a little more."""
+        """Return the finished fraction of the run, from 0 to 1 or slightly more."""
         return max(iterations / self.iterations, seconds / self.seconds)
 
 
 def iterate(optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *arguments: object) -> float:
-    """Take one training iteration: zero_grad, forward, backward and step.
+    """Perform one training iteration: zero_grad, forward, backward and step.
 
     Args:
-        optimizer: Trains a model.
-        loss: Returns the loss of the model on a mini-batch.
-        arguments: What it is called with.
+        optimizer: the optimizer of the model.
+        loss: returns the loss of the model on a mini-batch.
+        arguments: the arguments of the loss.
 
     Returns:
         The loss before the step.
@@ -66,20 +66,20 @@ def train(
     *,
     scored: int,
 ) -> Record:
-    """Train one model, until its length is over or its cost is not finite; evaluation is not in its seconds.
+    """Train one model for its length, or until its cost is not finite. Evaluation does not count as training time.
 
     Args:
-        workload: Says the loss, the batch size and what validation measures.
-        data: What is trained on.
-        build: Returns the model.
-        make: Returns its optimizer.
-        generator: Draws the mini-batches, once the model is built.
-        length: How long, and how often it is evaluated.
-        report: Is told a hundred times how far the run is, and the mean of the latest costs.
-        scored: How many training samples the cost at the end is of.
+        workload: defines the loss, the batch size and the validation metric.
+        data: the samples.
+        build: returns the model.
+        make: returns its optimizer.
+        generator: draws the mini-batches, after the model is built.
+        length: the length of the run and its number of evaluations.
+        report: receives the finished fraction and the mean of the latest costs, a hundred times per run.
+        scored: the number of training samples for the final cost.
 
     Returns:
-        Cost and training time of every iteration, and what each evaluation found.
+        The cost and training time of every iteration, and the result of each evaluation.
     """
     cost: list[float] = []
     seconds: list[float] = []
@@ -97,7 +97,7 @@ def train(
         optimizer = make(model)
         drawn = batches(data, workload.batch_size, generator)
         if math.isfinite(length.seconds):
-            # It warms torch up, for every method alike.
+            # This warms torch up, equally for all methods.
             evaluate()
         while done < 1 and not _diverged(cost):
             start = time.perf_counter()
@@ -131,14 +131,14 @@ def _diverged(cost: list[float]) -> bool:
 
 
 def _passed(before: float, done: float, marks: int) -> bool:
-    """Return whether one of so many marks, at equal distances, lies between two places of a run."""
+    """Return whether one of `marks` equidistant marks lies between two points of a run."""
     # The last of several equal parts may end just below 1.
     return math.floor(before * marks + 1e-9) < math.floor(done * marks + 1e-9)
 
 
 @torch.no_grad()
 def _mean(model: nn.Module, measure: Callable[[nn.Module, Tensor, Tensor], Tensor | float], *both: Tensor) -> float:
-    """Return the mean of a measure over all samples, as the trained model sees them."""
+    """Return the mean of a measure over all samples, with the model in evaluation mode."""
     model.eval()
     parts = list(zip(*(torch.split(part, EVALUATED_AT_ONCE) for part in both), strict=True))
     total = sum(float(measure(model, *part)) * len(part[0]) for part in parts)
@@ -147,13 +147,13 @@ def _mean(model: nn.Module, measure: Callable[[nn.Module, Tensor, Tensor], Tenso
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Count what an optimizer keeps from one step to the next.
+    """Return the size of an optimizer's state.
 
     Args:
-        optimizer: It has taken a step.
+        optimizer: an optimizer that has taken a step.
 
     Returns:
-        The bytes of all tensors that it holds, in `state` or elsewhere, besides parameters and their gradients.
+        The bytes of all tensors that it holds, in `state` or elsewhere, except for parameters and their gradients.
     """
     own = {
         part for group in optimizer.param_groups for p in group["params"] for part in (p, p.grad) if part is not None
@@ -164,7 +164,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _held(root: object) -> list[Tensor]:
-    """Return the tensors that can be reached from an object without going through a module."""
+    """Return the tensors that can be reached from an object without passing through a module."""
     found: list[Tensor] = []
     seen: set[int] = set()
     waiting = [root]

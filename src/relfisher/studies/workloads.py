@@ -1,4 +1,4 @@
-"""What the optimizers are compared on: a model, its samples, its loss and its batch size."""
+"""The workloads for comparing optimizers: a model, its samples, its loss and its batch size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Kind = Literal["classes", "images", "text"]
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on and what is held out; the first axis of each tensor counts the samples."""
+    """Training and validation samples; the first axis of each tensor counts the samples."""
 
     name: str
     fingerprint: str
@@ -40,10 +40,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and what it learns.
+    """A model and its task.
 
-    `kind` says what of: the classes of images, the images themselves, or text. `make` builds the model with torch's
-    global generator; where it has no place for batch norm it takes none but "none".
+    `kind` is the target: the classes of images, the images themselves, or text. `make` builds the model with torch's
+    global generator; models without a place for batch norm only accept "none".
     """
 
     title: str
@@ -52,37 +52,37 @@ class Workload:
     make: Callable[[Normalization], nn.Module]
 
     def build(self, seed: int, normalization: Normalization = "none") -> nn.Module:
-        """Return the model with the initial weights of a seed; torch's global generator stays as it was."""
+        """Return the model with the initial weights of a seed, without changing torch's global generator."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make(normalization)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy: a mean over samples and positions, of images a sum over their pixels."""
+        """Return the cross entropy: a mean over samples and positions and, for images, a sum over pixels."""
         outputs = model(inputs)
         if self.kind == "images":
             return binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(inputs)
         return cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def validate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-        """Return the accuracy of a classifier, and the loss of anything else."""
+        """Return the accuracy of a classifier, or the loss of any other model."""
         if self.kind == "classes":
             return float((model(inputs).argmax(-1) == targets).double().mean())
         return float(self.loss(model, inputs, targets))
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether what `validate` returns is an accuracy."""
+        """Whether `validate` returns an accuracy."""
         return self.kind == "classes"
 
 
 def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw mini-batches without end; what does not fill an epoch's last one is left out of that epoch.
+    """Draw mini-batches without end; an incomplete last mini-batch of an epoch is dropped.
 
     Args:
-        data: The samples.
-        batch_size: How many make a mini-batch.
-        generator: Shuffles each epoch.
+        data: the samples.
+        batch_size: the number of samples in a mini-batch.
+        generator: shuffles each epoch.
 
     Yields:
         Inputs and targets.
@@ -95,11 +95,11 @@ def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Itera
 
 @lru_cache(maxsize=2)
 def samples(kind: Kind, source: str) -> Samples:
-    """Load what a kind of workload learns.
+    """Load the samples of a kind of workload.
 
     Args:
-        kind: See `Workload`.
-        source: The images' data set, as `load` takes it; text is always the standard library's.
+        kind: see `Workload`.
+        source: the data set of images, as for `load`; text is always the standard library's.
 
     Returns:
         The samples.
@@ -110,7 +110,7 @@ def samples(kind: Kind, source: str) -> Samples:
 
 
 def of_images(data: Dataset, kind: Kind = "classes") -> Samples:
-    """Return images with what is learnt of them: their classes, or the images themselves."""
+    """Return images with their targets: the classes, or the images themselves."""
     targets = (data.train_labels, data.validation_labels)
     if kind == "images":
         targets = (data.train_images, data.validation_images)
@@ -118,7 +118,7 @@ def of_images(data: Dataset, kind: Kind = "classes") -> Samples:
 
 
 def growing(width: int, batch_size: int = 256) -> Workload:
-    """Return a plain network with two hidden layers of a width, whose cost is followed as it or its batch grows."""
+    """Return a plain network with two hidden layers of a width, to measure how cost grows with width or batch size."""
     return Workload(
         f"784-{width}-{width}-10 ReLU, batch {batch_size}",
         "classes",
@@ -128,7 +128,7 @@ def growing(width: int, batch_size: int = 256) -> Workload:
 
 
 def _windows() -> Samples:
-    """The text in windows of the context's length, each with the characters that follow; the last ones are held out."""
+    """Return the text in windows of the context's length, with the following characters; the last ones are held out."""
     characters = text.characters()
     count = (len(characters) - 1) // CONTEXT
     inputs = characters[: count * CONTEXT].view(count, CONTEXT)

@@ -1,8 +1,8 @@
-"""The oracle for what you add: one call checks a response, a metric, a structure, a layer or a step rule of your own.
+"""Checks for your extensions: one call each for a response, a metric, a structure, a layer or a step rule.
 
-Nothing here trusts what it checks. Expectations are enumerated or integrated from `log_prob` alone, derivatives come
-from automatic differentiation, a metric is compared with the matrix that its products spell out, a layer with what its
-module computes, and a step rule with itself after saving and loading.
+Nothing here relies on the code that it checks. Expectations are sums or integrals computed from `log_prob` alone, and
+derivatives come from automatic differentiation. A metric is compared with the matrix built from its products, a layer
+with the computation of its module, and a step rule with itself after saving and loading.
 """
 
 from relfisher.testing.layers import check_layer

@@ -1,4 +1,4 @@
-"""The comparison that every check makes."""
+"""The comparison that all checks use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle for a layer kind of your own."""
+"""The check of a layer kind."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["check_layer"]
 
 
 def check_layer(kind: type[Layer], module: nn.Module, inputs: Any, rtol: float = 1e-5) -> None:
-    """Check that a kind's layers of a module are what they say: linear in their parameters, with the samples x~.
+    """Check that a kind's layers of a module are linear in their parameters, with the samples x~ that they return.
 
-    Each layer joins its parameters to a matrix of its shape and splits it again; its pre-activations are z = W x~, and
-    move by V x~ when its parameters move by V. If the layer leaves its response to the activation that follows, they
-    are the module's outputs.
+    Each layer must join its parameters to a matrix of its shape and split it again. Its pre-activations must be
+    z = W x~, and must change by V x~ when its parameters change by V. If the activation after the layer determines its
+    response, they must equal the module's outputs.
 
     Args:
-        kind: what to check.
-        module: one of the kind's modules, in float64 for the sharpest check.
-        inputs: what it is called with: a tensor, or a tuple of arguments.
+        kind: the kind to check.
+        module: a module of this kind, in float64 for the most accurate check.
+        inputs: the module's inputs: a tensor, or a tuple of arguments.
         rtol: the relative tolerance.
 
     Raises:
-        AssertionError: if something does not hold, with what and by how much.
+        AssertionError: if a check fails; the message says which one, and by how much.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     layers = kind.found_in("module", module)
@@ -35,7 +35,7 @@ def check_layer(kind: type[Layer], module: nn.Module, inputs: Any, rtol: float =
         raise AssertionError(f"{kind.__name__}.found_in must return layers of a {type(module).__name__}, got none")
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
-        raise AssertionError(f"the layers of a module must have names of their own, got {names}")
+        raise AssertionError(f"the layers of a module must have different names, got {names}")
     for layer in layers:
         _check_one(layer, module, arguments, rtol)
 
@@ -59,7 +59,7 @@ def _check_one(layer: Layer, module: nn.Module, arguments: tuple[Any, ...], rtol
             after = _rows(layer, module, arguments)
         finally:
             _add(layer, step, -1.0)
-        same(f"{layer.name}: what a step V adds to z, against V x~", after.z - before.z, before.x @ step.mT, rtol)
+        same(f"{layer.name}: the change of z for a step V against V x~", after.z - before.z, before.x @ step.mT, rtol)
 
 
 def _rows(layer: Layer, module: nn.Module, arguments: tuple[Any, ...]) -> Rows:

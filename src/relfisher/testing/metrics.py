@@ -1,4 +1,4 @@
-"""The oracle for a metric of your own."""
+"""The check of a metric."""
 
 from __future__ import annotations
 

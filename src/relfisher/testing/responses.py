@@ -1,4 +1,4 @@
-"""The oracle for a response of your own."""
+"""The check of a response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle for a step rule of your own."""
+"""The check of a step rule."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["check_rule"]
 def check_rule(make: Callable[[], StepRule], steps: int = 4, rtol: float = 1e-10) -> None:
     """Check that a step rule moves a small network, and that its state survives saving, loading and copying.
 
-    Every state has the tensors that the rule declares, under keys of its own; each step moves all weights and keeps
-    them finite; a gradient that is not finite leaves weights and the rule's state as they were; an optimizer that is
-    copied, and one into which the state is loaded, take the same steps from there on.
+    Every state must have the tensors that the rule declares, under keys of its own. Each step must move all weights and
+    keep them finite. A gradient that is not finite must leave the weights and the rule's state unchanged. A copied
+    optimizer, and one into which the state is loaded, must continue with the same steps.
 
     Args:
         make: the rule's class, or a function that returns a new rule.
-        steps: to take before and after saving.
+        steps: the number of steps before and after saving.
         rtol: the relative tolerance.
 
     Raises:
-        AssertionError: if something does not hold, with what and by how much.
+        AssertionError: if a check fails; the message says which one, and by how much.
     """
     shape = (3, 5)
     rule = make()
@@ -91,7 +91,7 @@ def _run(model: nn.Module, optimizer: RNGD, first: int, count: int) -> None:
 
 
 def _kept(optimizer: RNGD, rule: StepRule) -> dict[str, Tensor]:
-    """Return what the rule keeps of each layer of the small network."""
+    """Return the rule's tensors for each layer of the small network."""
     found: dict[str, Tensor] = {}
     for parameter, shape in zip(optimizer.param_groups[0]["params"][::2], [(3, 5), (2, 4)], strict=True):
         state: dict[str, Any] = optimizer.state[parameter]

@@ -1,4 +1,4 @@
-"""The oracle for a structure of your own."""
+"""The check of a structure."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["check_structure"]
 def check_structure(
     structure: Structure, response: UnitResponse | None = None, out: int = 3, d: int = 5, rtol: float = 1e-8
 ) -> None:
-    """Check that a structure keeps the contract: statistics -> average -> invert -> apply.
+    """Check that a structure fulfills its interface: statistics -> average -> invert -> apply.
 
-    Its state has the tensors that it declares; statistics add up over samples; the average of one batch is that batch's
-    metric, whose operator passes `check_metric`; a batch that is not finite is left out; factors are symmetric and
-    positive, those of one tensor invert the damped operator, and roots agree with them; a metric that cannot be
-    inverted leaves the last factors in use.
+    Its state must have the declared tensors. Statistics must add up over samples. The average of one batch must be the
+    metric of that batch, whose operator must pass `check_metric`. A batch that is not finite must be left out. Factors
+    must be symmetric and positive; if there is a single tensor, its factor must invert the damped operator, and roots
+    must agree with it. A metric that cannot be inverted must leave the last factors in use.
 
     Args:
-        structure: what to check.
-        response: of the units; None for tanh units.
+        structure: the structure to check.
+        response: the response of the units; None for tanh units.
         out: the number of units.
         d: the number of augmented inputs.
         rtol: the relative tolerance.
 
     Raises:
-        AssertionError: if something does not hold, with what and by how much.
+        AssertionError: if a check fails; the message says which one, and by how much.
     """
     said = TanhBernoulli() if response is None else response
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""How long a step is, and in which geometry: each rule turns gradients and metrics into steps."""
+"""Step rules: turn gradients and metrics into steps, and determine their length and geometry."""
 
 from relfisher.optim.rules.base import Move, Step, StepRule
 from relfisher.optim.rules.normalized import Normalized

@@ -1,4 +1,4 @@
-"""What a step rule is given, what it returns, and what it keeps."""
+"""The interface of a step rule: its inputs, its results and its state."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Move", "Step", "StepRule", "on_host"]
 
 
 class Move(NamedTuple):
-    """What a layer's step is made of.
+    """The inputs for the step of one layer.
 
     Attributes:
-        layer: the layer that moves.
-        structure: how its metric is kept.
+        layer: the layer.
+        structure: the structure of its metric.
         state: the tensors of its metric, and those that the rule declares.
-        gradient: with its momentum, [*g, out, d].
-        velocity: the momentum that is kept if the step is taken.
+        gradient: the gradient with momentum, [*g, out, d].
+        velocity: the momentum that is stored if the step is taken.
         lr: the learning rate.
-        annealing: the learning rate over the highest one so far, at most 1.
+        annealing: the ratio of the learning rate to the highest one so far, at most 1.
     """
 
     layer: Layer
@@ -41,55 +41,55 @@ class Move(NamedTuple):
         return self.structure.precondition(self.state, self.gradient)
 
     def whitened(self) -> Tensor:
-        """Return R times the gradient, for a rule that needs roots."""
+        """Return R times the gradient, for rules that need roots."""
         return self.structure.whiten(self.state, self.gradient)
 
     def unwhitened(self, field: Tensor) -> Tensor:
-        """Return R' times a field of whitened coordinates."""
+        """Return R' times a field in whitened coordinates."""
         return self.structure.unwhiten(self.state, field)
 
 
 class Step(NamedTuple):
-    """A layer moves by `-scale * direction`, [*g, out, d]."""
+    """The step of one layer: it moves by `-scale * direction`, [*g, out, d]."""
 
     direction: Tensor
     scale: float
 
 
 class StepRule(ABC):
-    """A way to step.
+    """The base class of step rules.
 
-    A rule of your own is a subclass with a `name`, a `default_lr` and `steps`; what it keeps from one step to the next
-    it declares. `relfisher.testing.check_rule` checks it, `register_rule` lets it be chosen by its name.
+    To add a rule, define a subclass with a `name`, a `default_lr` and `steps`, and declare any tensors that it keeps
+    between steps. `relfisher.testing.check_rule` checks it; `register_rule` makes it available by name.
     """
 
-    #: Its name in `step_rule=`.
+    #: The name in `step_rule=`.
     name: ClassVar[str]
-    #: True if it whitens gradients: the factors are then roots R of the inverse.
+    #: True if the rule whitens gradients; the factors are then roots R of the inverse.
     needs_root: ClassVar[bool] = False
-    #: The learning rate and averaging, unless others are given.
+    #: The default learning rate and averaging.
     default_lr: ClassVar[float]
     default_averaging: ClassVar[float] = 0.0
-    #: True looks ahead: the gradient is added to its own momentum once more (Nesterov 1983).
+    #: True for Nesterov momentum: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
-    #: True if `steps` returns None whenever a gradient or a direction is not finite; else the optimizer checks both.
+    #: True if `steps` returns None whenever a gradient or direction is not finite; otherwise the optimizer checks both.
     checks_finite: ClassVar[bool] = False
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return what the rule keeps of a layer of the shape [*g, out, d], by its key; nothing by default.
+        """Return the rule's tensors for a layer of the shape [*g, out, d], by key; none by default.
 
-        The tensors are zeros before the first step. `steps` finds them in the state of a move and writes them in place;
+        The tensors are zero before the first step. `steps` finds them in the state of a move and updates them in place;
         they are saved, loaded and copied with the optimizer.
         """
         return {}
 
     @abstractmethod
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return a step for each move, or None to leave the step out."""
+        """Return one step per move, or None to skip the step."""
 
 
 def on_host(scalars: Sequence[Tensor]) -> list[float]:
-    """Return scalars, of one device or several, as numbers; it synchronizes with the device once."""
+    """Return scalars of one or several devices as numbers; synchronizes with the device once."""
     if not scalars:
         return []
     numbers: list[float] = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()

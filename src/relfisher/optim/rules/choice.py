@@ -1,4 +1,4 @@
-"""Which rule a name stands for."""
+"""The choice of a step rule by name."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ _NAMED: dict[str, type[StepRule]] = {rule.name: rule for rule in (Normalized, Sp
 
 
 def register_rule(kind: type[StepRule]) -> type[StepRule]:
-    """Let a step rule of your own be chosen by its name everywhere; `RNGD(step_rule=kind())` does so for one optimizer.
+    """Register a step rule under its name, for all optimizers; it can be used as a decorator.
+
+    `RNGD(step_rule=kind())` does the same for a single optimizer.
 
     Args:
-        kind: a subclass of `StepRule` with a new `name`, made without arguments; it may be decorated by this function.
+        kind: a subclass of `StepRule` with a `name`, whose constructor needs no arguments.
 
     Returns:
-        The rule.
+        The rule, unchanged.
 
     Raises:
-        TypeError: if it is no such subclass.
+        TypeError: if `kind` is not such a subclass.
         ValueError: if its name is taken.
     """
     return add_named("step rule", kind, StepRule, _NAMED, (_AUTO,))
 
 
 def rule_named(rule: object, model: nn.Module) -> StepRule:
-    """Return the rule that is asked for.
+    """Return a step rule by name; a rule is returned unchanged.
 
     Args:
-        rule: the rule itself, or its name; "auto" is "spectral" for language models and "normalized" for others.
-        model: what is trained.
+        rule: a rule or its name; "auto" is "spectral" for language models and "normalized" for others.
+        model: the model to train.
 
     Returns:
         The rule.
@@ -57,8 +59,8 @@ def rule_named(rule: object, model: nn.Module) -> StepRule:
 def _is_language_model(model: nn.Module) -> bool:
     """Return whether the last linear layer scores as many tokens as the largest embedding looks up.
 
-    Its gradients then come from many targets at once and have many directions, all of which the spectral step follows
-    alike. With few directions, as in a classifier of sequences, it would mostly follow noise.
+    The gradients of a language model come from many targets at once and have many significant directions, which the
+    spectral step follows equally. With few directions, as in a sequence classifier, it would mostly follow noise.
     """
     tokens = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -1,4 +1,4 @@
-"""The normalised step: the natural gradient's direction, of a fixed length."""
+"""The normalized step: the direction of the natural gradient, with fixed length."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ __all__ = ["Normalized", "NormalizedRule"]
 
 
 class NormalizedRule(StepRule):
-    """Steps of a fixed length, as long as gradients are not far smaller than they were.
+    """Steps of fixed length, unless gradients are much smaller than before.
 
-    A step has the root mean square `rms * lr`. Where all samples are fitted, what is left of a gradient is noise of a
-    few of them, and steps of the same length would walk off at random: where the size of what the step is made of is
-    below the share `noise_floor` of its geometric mean over the run so far, the step is shorter in proportion.
+    A step has the root mean square `rms * lr`. Once all samples are fitted, the remaining gradient is the noise of a
+    few samples, and steps of fixed length would be a random walk. Each step therefore has a size: the norm of the
+    tensor that it is computed from. If the size is below the share `noise_floor` of its geometric mean over the run,
+    the step is shortened in proportion.
 
     Args:
-        rms: of a layer's step, over the learning rate.
-        noise_floor: the share of the geometric mean of sizes below which steps shrink; 0 for steps that never do.
+        rms: the root mean square of a layer's step, relative to the learning rate.
+        noise_floor: the share of the geometric mean of sizes below which steps are shortened; 0 never shortens steps.
 
     Raises:
-        ValueError: if `rms` is not positive, or `noise_floor` negative.
+        ValueError: if `rms` is not positive, or `noise_floor` is negative.
     """
 
     default_lr = 3e-2
@@ -43,18 +44,18 @@ class NormalizedRule(StepRule):
         self.noise_floor = noise_floor
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the number of steps so far, the sum of their weights, and the weighted mean of their log norms."""
+        """Return the number of steps so far, the sum of their weights, and the weighted mean of their log sizes."""
         return {"log_norm_stats": Kept((3,), on_host=True, dtype=torch.float32)}
 
     def scaled(
         self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
     ) -> list[Step] | None:
-        """Return steps along directions, or None if one is not finite.
+        """Return steps along directions, or None if any is not finite.
 
         Args:
-            moves: what moves.
-            directions: one a move; one of length 0 stays so.
-            made_of: of each direction, what grows with the gradient as the direction itself may not.
+            moves: the moves.
+            directions: one direction per move; a zero direction gives a zero step.
+            made_of: the tensors whose norms are the sizes; they grow with the gradient, as directions may not.
         """
         if not directions:
             return []
@@ -68,7 +69,7 @@ class NormalizedRule(StepRule):
         ]
 
     def _length(self, move: Move, size: float) -> float:
-        """Return the root mean square of a step, and count its size."""
+        """Return the root mean square of a step, and update the statistics of sizes."""
         if size == 0:
             return 0.0
         kept = move.state["log_norm_stats"]
@@ -88,21 +89,21 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 class Normalized(NormalizedRule):
     """D = M (G + damping)^-1 for each layer, scaled to the root mean square `rms * lr`.
 
-    Nothing depends on the scale of the loss, and no gradient, however large, makes a long step; the learning rate means
-    what it means for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink by themselves but
-    where gradients have nearly vanished: average, or let the learning rate decay.
+    The step does not depend on the scale of the loss, and a large gradient cannot make it long. The learning rate means
+    the same as for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink on their own unless
+    gradients nearly vanish: use averaging, or decay the learning rate.
 
     Args:
-        rms: of a layer's step, over the learning rate.
+        rms: the root mean square of a layer's step, relative to the learning rate.
         noise_floor: see `NormalizedRule`.
 
     Raises:
-        ValueError: if `rms` is not positive, or `noise_floor` negative.
+        ValueError: if `rms` is not positive, or `noise_floor` is negative.
     """
 
     name = "normalized"
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, unless a direction is not finite."""
+        """Return the steps, or None if a direction is not finite."""
         directions = [move.preconditioned() for move in moves]
         return self.scaled(moves, directions, directions)

@@ -1,4 +1,4 @@
-"""The spectral step: the steepest descent under a bound on how far any whitened input moves the layer's response."""
+"""The spectral step: steepest descent under a bound on the response change for any whitened input."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from relfisher.validation import check_positive
 
 __all__ = ["Spectral", "polar_factor"]
 
-# The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps take singular values between
-# 0.01 and 1 to between 0.7 and 1.2.
+# The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps map singular values between 0.01
+# and 1 to values between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
-# From this width on products in bfloat16 are faster where the device has them.
+# From this width on, products in bfloat16 are faster on devices that support them.
 _WIDE = 128
 
-# Five iterations on m x n take 20 m^2 n + 10 m^3 operations, on the m x m Gram matrix 4 m^2 n + 34 m^3.
+# Operations of five iterations on an m x n matrix: 20 m^2 n + 10 m^3; on its m x m Gram matrix: 4 m^2 n + 34 m^3.
 _ELONGATED = 1.5
 
 
 class Spectral(NormalizedRule):
     """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
 
-    The layer's response to the input x~ changes by D x~. In coordinates u = R x~, in which the inputs have the unit
-    second moment up to the damping, that is orth(M R') u: all singular values are 1, so that no direction of the inputs
-    moves the response further than another. Among all D whose response change has a spectral norm of at most 1 over
-    such inputs, this one decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R, with Q
-    orthogonal, gives the same D, so that a Cholesky factor serves.
+    The layer's response to the input x~ changes by D x~. In the coordinates u = R x~, where the inputs have unit second
+    moment up to damping, this is orth(M R') u. All singular values are 1, so that no input direction moves the response
+    further than another. Among all D whose response change has a spectral norm of at most 1 over such inputs, this one
+    decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R with orthogonal Q gives the same D, so
+    that a Cholesky factor can be used.
 
-    Units that have one row of parameters each, such as the channels of a normalisation, take the normalised step.
+    Units with one row of parameters each, such as the channels of a normalization, use the normalized step.
 
     Args:
-        rms: of a layer's step, over the learning rate.
-        iterations: of Newton and Schulz, towards the polar factor.
-        noise_floor: see `NormalizedRule`; the size is that of M R'.
+        rms: the root mean square of a layer's step, relative to the learning rate.
+        iterations: the number of Newton-Schulz iterations for the polar factor.
+        noise_floor: see `NormalizedRule`; the size is the norm of M R'.
 
     Raises:
-        ValueError: if `rms` or `iterations` is not positive, or `noise_floor` negative.
+        ValueError: if `rms` or `iterations` is not positive, or `noise_floor` is negative.
     """
 
     name = "spectral"
@@ -55,7 +55,7 @@ class Spectral(NormalizedRule):
         self.iterations = iterations
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, unless a direction is not finite."""
+        """Return the steps, or None if a direction is not finite."""
         whitened = [move.whitened() for move in moves]
         directions = [move.unwhitened(self._orthogonal(field)) for move, field in zip(moves, whitened, strict=True)]
         return self.scaled(moves, directions, whitened)
@@ -65,17 +65,17 @@ class Spectral(NormalizedRule):
 
 
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
-    """Return about the nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations.
+    """Return the approximate nearest matrix with orthonormal rows or columns, by Newton-Schulz iterations.
 
-    Wide matrices in single precision are multiplied in bfloat16 where the device does so by itself: the result differs
-    by 1 % of its norm, less than five iterations leave to be done.
+    Wide matrices in single precision are multiplied in bfloat16 on devices with hardware support. This changes the
+    result by 1 % of its norm, less than the error of five iterations.
 
     Args:
-        matrix: one, or a batch of them.
-        iterations: five take singular values above 1 % of the norm to between 0.7 and 1.2.
+        matrix: a matrix or a batch of matrices.
+        iterations: the number of iterations; five map singular values above 1 % of the norm to between 0.7 and 1.2.
 
     Returns:
-        U V' of the singular value decomposition U S V', about; zeros for zeros.
+        Approximately U V' of the singular value decomposition U S V'; zero for a zero matrix.
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
@@ -89,7 +89,7 @@ def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[
 
 @cache
 def _multiplies_bfloat16(device_type: str) -> bool:
-    """Return whether a device has products in bfloat16 of its own; others emulate them slowly."""
+    """Return whether a device has native bfloat16 products; other devices emulate them slowly."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -106,7 +106,7 @@ def _plain(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n
 
 
 def _by_gram(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
-    """Return the same from the m x m Gram matrix alone: an iteration multiplies x by a polynomial of it."""
+    """Return the same result using the m x m Gram matrix: each iteration multiplies x by a polynomial of it."""
     a, b, c = _COEFFICIENTS
     gram = x @ x.mT
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""The trust region: the natural gradient step of each layer, of bounded length in the metric."""
+"""The trust region: the natural gradient step of each layer, with bounded length in the metric."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["TrustRegion"]
 
 
 class TrustRegion(StepRule):
-    """D = (G + damping)^-1 M for each layer, shortened where it moves the layer's response too far.
+    """D = (G + damping)^-1 M for each layer, shortened if it moves the layer's response too far.
 
-    The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>: to second order, twice
-    the Kullback-Leibler divergence of the layer's response after the step from that before, or more, since the metric
-    is damped. It is at most `bound`, whatever other layers do. A step within it has the learning rate's own length, so
-    that steps shrink with the gradient. Where a scheduler lowers the learning rate, the lengths that are allowed shrink
-    in proportion, so that a schedule acts on every step.
+    The squared length of a layer's step in the damped metric, equation (10), is lr^2 <D, M>. To second order it is
+    twice the Kullback-Leibler divergence between the layer's responses before and after the step, or more because of
+    the damping. It is at most `bound`, regardless of other layers. A step within the bound keeps the length given by
+    the learning rate, so that steps shrink with the gradient. If a scheduler lowers the learning rate, the maximum
+    length shrinks in proportion, so that the schedule affects every step.
 
     Args:
-        bound: on the squared length of each layer's step; None for no bound.
+        bound: the bound on the squared length of each layer's step; None for no bound.
 
     Raises:
         ValueError: if the bound is not positive.
@@ -40,7 +40,7 @@ class TrustRegion(StepRule):
         self.bound = bound
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, unless a length is not finite or not positive."""
+        """Return the steps, or None if a squared length is not finite or is negative."""
         directions = [move.preconditioned() for move in moves]
         lengths = _squared_lengths(moves, directions)
         if not all(0 <= length < math.inf for length in lengths):
@@ -51,7 +51,7 @@ class TrustRegion(StepRule):
         ]
 
     def _shortening(self, move: Move, length: float) -> float:
-        """Return what a step of this squared length is multiplied by."""
+        """Return the factor that shortens a step of the given squared length."""
         bound = math.inf if self.bound is None else self.bound * move.annealing**2
         return math.sqrt(bound / length) if length > bound else 1.0
 
