@@ -77,8 +77,8 @@ class Structure(ABC):
             root: True if the factors are roots of the inverse.
 
         Returns:
-            "ema_weight", the number of "updates", each of `tensors`, and for each of these its "inverse" or "root" (prefixed with the tensor's
-            name for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
+            "ema_weight", the number of "updates", each of `tensors`, and for each of these its "inverse" or "root"
+            (prefixed with the tensor's name for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
         """
         kept = {"ema_weight": Kept((), on_host=True), "updates": Kept((), on_host=True, dtype=torch.float32)}
         for name, size in self.shapes(shape).items():
