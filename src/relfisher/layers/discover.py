@@ -73,7 +73,8 @@ def register_layer(kind: type[Layer]) -> type[Layer]:
 def check_kinds(kinds: Iterable[object]) -> None:
     """Raise TypeError unless all are subclasses of `Layer` that name their modules in `kinds`."""
     for kind in kinds:
-        if not (isinstance(kind, type) and issubclass(kind, Layer) and getattr(kind, "kinds", None)):
+        modules = getattr(kind, "kinds", None)
+        if not (isinstance(kind, type) and issubclass(kind, Layer) and isinstance(modules, tuple) and modules):
             raise TypeError(f"a layer kind must be a subclass of Layer that names its modules in `kinds`, got {kind!r}")
 
 
@@ -120,12 +121,12 @@ def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
     Returns:
         New layers. Instances of a subclass are supported if they compute in the same way as their base class.
     """
-    if _is_transformers_conv1d(module):
-        return TransposedLinearLayer.found_in(name, module)
     for kind in [*extra, *_REGISTERED]:
         found = _found(name, module, [kind])
         if found:
             return found
+    if _is_transformers_conv1d(module):
+        return TransposedLinearLayer.found_in(name, module)
     return _found(name, module, _KINDS)
 
 

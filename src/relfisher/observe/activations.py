@@ -124,6 +124,8 @@ def check_responses(responses: object) -> None:
             )
         if isinstance(made, type) or not (isinstance(made, UnitResponse) or callable(made)):
             raise TypeError(f"the response of {activation!r} must be a UnitResponse, or make one of it; got {made!r}")
+        if not isinstance(made, UnitResponse) and (not is_module or activation in _FUNCTIONS):
+            raise TypeError(f"the response of {activation!r}, of which torch calls a function, must be a UnitResponse")
 
 
 def response_of(
@@ -141,7 +143,7 @@ def response_of(
         The response, or None if the function is not a known activation.
     """
     name = canonical_name(function)
-    for activation, made in {**_REGISTERED, **(responses or {})}.items():
+    for activation, made in [*(responses or {}).items(), *_REGISTERED.items()]:
         if name == _function_name(activation) and isinstance(made, UnitResponse):
             return made
     options = _options(function, args, kwargs)
@@ -163,9 +165,14 @@ def response_of(
 
 def response_of_module(module: nn.Module, responses: Responses) -> UnitResponse | None:
     """Return the response of the units before a user-defined module; None if the module is not an activation."""
-    for activation, made in {**_REGISTERED, **responses}.items():
-        if isinstance(activation, type) and activation not in _FUNCTIONS and isinstance(module, activation):
-            return made if isinstance(made, UnitResponse) else made(module)
+    for given in (responses, _REGISTERED):
+        for kind in type(module).__mro__:  # the closest class first
+            if kind in given and kind not in _FUNCTIONS:
+                made = given[kind]
+                response = made if isinstance(made, UnitResponse) else made(module)
+                if not isinstance(response, UnitResponse | None):
+                    raise TypeError(f"the response of {kind!r} must be a UnitResponse, got {response!r}")
+                return response
     return None
 
 

@@ -15,6 +15,7 @@ from relfisher.evaluation import evaluation_mode
 from relfisher.layers import Call, Layer, Rows, Sampling, layers_of
 from relfisher.metric import Metric
 from relfisher.observe.activations import Responses
+from relfisher.observe.hooks import Hook
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.trace import Trace
 from relfisher.responses import Response, UnitResponse
@@ -129,8 +130,11 @@ def survey(
     samples: dict[Layer, int] = {}
 
     def see(layer: Layer, call: Call) -> None:
-        units = math.prod(layer.shape[:-1]) if layer.followed else layer.out
-        samples[layer] = samples.get(layer, 0) + layer.pre_activation(call).numel() // units
+        if layer.followed:
+            count = layer.pre_activation(call).numel() // math.prod(layer.shape[:-1])
+        else:
+            count = layer.rows(call, Sampling()).z.shape[-2]
+        samples[layer] = samples.get(layer, 0) + count
 
     return _run(model, named, inputs, see, loss, responses), samples
 
@@ -163,7 +167,8 @@ def _run(
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_of(layer), with_kwargs=True, prepend=True) for layer in layers.values()
+        layer.module.register_forward_hook(Hook(hook_of(layer)), with_kwargs=True, prepend=True)
+        for layer in layers.values()
     ]
     try:
         with evaluation_mode(model), trace:

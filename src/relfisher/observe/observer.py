@@ -97,7 +97,7 @@ class Observer:
         """
         twin = Observer(model, self._responses, self._limit)
         twin.add(copy.deepcopy(list(self._samplers), memo))
-        for name in ("roles", "due", "uninitialized", "readings", "heads", "_new", "_outputs"):
+        for name in ("roles", "due", "uninitialized", "readings", "heads", "_new", "_missed", "_outputs"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -120,7 +120,9 @@ class Observer:
     def resolve(self) -> dict[Layer, Role]:
         """Return new roles since the last call, also for layers that ran outside the model's own forward pass."""
         if self._unresolved:
-            batches, self._unresolved = self._unresolved[::-1], []  # gradients flow from the last layer to the first
+            # Gradients flow from the last layer to the first. A layer that was refused since has no samples.
+            batches = [batch for batch in self._unresolved[::-1] if batch.layer in self._samplers]
+            self._unresolved = []
             layers = list(dict.fromkeys(batch.layer for batch in batches if batch.layer not in self.roles))
             named = ", ".join(layer.name for layer in layers if layer.followed)
             if named:

@@ -32,6 +32,10 @@ _LOOKS = frozenset(["get", "detach"])
 _CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
 
 
+#: Tensors by their identity, and the layers that they are of.
+_Watched = dict[int, tuple[Layer, Tensor]]
+
+
 class _Consumer(NamedTuple):
     """A function that took a pre-activation: its name, its response, and whether it is a softmax over the units."""
 
@@ -86,7 +90,9 @@ class Trace(TorchFunctionMode):
             response = response_of_module(module, self._responses)
             if response is not None and module not in self._layers:
                 self._activations[module] = response
-        self._inside: list[nn.Module] = []  # user-defined activations that are being called
+        # User-defined activations that are being called, the versions of their inputs, and what was watched before:
+        # what happens inside does not count as a consumer of it.
+        self._inside: list[tuple[nn.Module, dict[int, int], _Watched, _Watched]] = []
         # Outputs of unfinished calls, their versions, and their numbers of consumers before.
         self._shown_calls: dict[Layer, tuple[Tensor, int, int]] = {}
         self._shown: dict[int, tuple[Layer, Tensor]] = {}
@@ -104,7 +110,9 @@ class Trace(TorchFunctionMode):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         for module in self._activations:
-            self._handles.append(module.register_forward_pre_hook(self._enter_activation, prepend=True))
+            self._handles.append(
+                module.register_forward_pre_hook(self._enter_activation, with_kwargs=True, prepend=True)
+            )
             self._handles.append(
                 module.register_forward_hook(self._leave_activation, with_kwargs=True, always_call=True)
             )
@@ -141,21 +149,31 @@ class Trace(TorchFunctionMode):
                     self._replace(layer, *shown, final)
 
     @_disable_dynamo
-    def _enter_activation(self, module: nn.Module, args: object) -> None:
-        self._inside.append(module)
+    def _enter_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = _tensors([*args, *kwargs.values()])
+        versions = {id(z): z._version for z in tensors if id(z) in self._shown}
+        self._inside.append((module, versions, self._shown, self._activated))
+        self._shown, self._activated = {}, {}
 
     @_disable_dynamo
     def _leave_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module not in self._inside:
+        places = [place for place, entered in enumerate(self._inside) if entered[0] is module]
+        if not places:
             return
-        del self._inside[self._inside.index(module) :]
-        if self._inside or not isinstance(output, Tensor):
+        _, versions, shown, activated = self._inside[places[-1]]
+        del self._inside[places[-1] :]
+        self._shown, self._activated = {**self._shown, **shown}, {**self._activated, **activated}
+        if not isinstance(output, Tensor):
             return
-        for tensor in _tensors([*args, *kwargs.values()]):
-            if id(tensor) in self._shown:
-                layer = self._shown[id(tensor)][0]
+        for tensor in list(_tensors([*args, *kwargs.values()])):
+            if id(tensor) in activated:
+                self._followers.setdefault(activated[id(tensor)][0], []).append(None)
+            if id(tensor) in versions:
+                layer = shown[id(tensor)][0]
                 response = self._activations[module]
                 self._consumers[layer].append(_Consumer(type(module).__name__, response, softmax=False))
+                if output is tensor or tensor._version != versions[id(tensor)]:  # it stands where z was
+                    self._shown.pop(id(tensor), None)
                 self._activated[id(output)] = (layer, output)
 
     def _replace(self, layer: Layer, z: Tensor, version: int, consumers: int, final: Tensor) -> None:
@@ -182,8 +200,6 @@ class Trace(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._inside:
-            return func(*args, **kwargs)
         tensors = list(_tensors([*args, *kwargs.values()]))
         given = [id(each) for each in tensors]
         taken = {place: self._shown[place] for place in given if place in self._shown}
@@ -252,9 +268,12 @@ class Trace(TorchFunctionMode):
 
     def response(self, layer: Layer) -> UnitResponse:
         """Return the response of a registered layer."""
-        found = {consumer.response for consumer in self._consumers.get(layer, [])}
-        only = found.pop() if len(found) == 1 else None
-        return LinearGaussian() if only is None else only
+        return self._only(layer) or LinearGaussian()
+
+    def _only(self, layer: Layer) -> UnitResponse | None:
+        """Return the response that all consumers of a layer's output make; None if they differ."""
+        found = [consumer.response for consumer in self._consumers.get(layer, [])]
+        return found[0] if found and all(each == found[0] for each in found) else None
 
     def unresolved(self, layer: Layer) -> list[str]:
         """Return the functions that took a layer's output and are neither activations nor listed in `JOINING`."""
@@ -263,7 +282,8 @@ class Trace(TorchFunctionMode):
 
     def following(self, layer: Layer) -> Layer | None:
         """Return the linear layer that takes a layer's activated units, if nothing else does."""
-        if len({consumer.response for consumer in self._consumers.get(layer, [])}) != 1:
+        consumers = self._consumers.get(layer, [])
+        if not consumers or any(each.response != consumers[0].response for each in consumers):
             return None
         followers = set(self._followers.get(layer, []))
         return followers.pop() if len(followers) == 1 else None
@@ -288,6 +308,7 @@ class Trace(TorchFunctionMode):
         self._weights.clear()
         self._shown_calls.clear()
         self._raw.clear()
+        self._inside.clear()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -77,8 +77,8 @@ def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
 
     Args:
         layer: the layer.
-        rules: one rule for all layers, or rules by layer, as in `MetricOptions`. If the name of one structure is given
-            for all, embeddings use the diagonal instead, since other structures take tokens^2 numbers there.
+        rules: one rule for all layers, or rules by layer, as in `MetricOptions`. If one structure is given for all
+            layers, embeddings use the diagonal instead, since other structures take tokens^2 numbers there.
 
     Returns:
         The rule; "auto" if no rule matches the layer.
@@ -86,10 +86,9 @@ def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
     Raises:
         ValueError: if the layer does not support the structure.
     """
-    if isinstance(rules, str) and rules not in {"auto", FALLBACK} and layer.structures[0] == Diagonal.name:
-        return Diagonal.name
     if not isinstance(rules, Mapping):
-        return rules
+        kept = isinstance(rules, str) and rules in {"auto", FALLBACK}
+        return rules if kept or layer.structures[0] != Diagonal.name else Diagonal.name
     rule = entry(rules, layer) or "auto"
     name = rule.name if isinstance(rule, Structure) else rule
     if name in _BUILT_IN and name not in layer.structures:
@@ -165,6 +164,15 @@ def _seen_factors(role: Role, rank: int | None) -> KroneckerFactors | None:
     if role.is_head:
         return KroneckerFactors(Categorical(), rank=rank)
     return None if role.following is None else KroneckerFactors(through=role.following.module, rank=rank)
+
+
+def possible(layer: Layer, rule: Rule) -> list[Structure]:
+    """Return structures of all shapes that a rule may choose for a layer, whatever its role."""
+    role = Role(layer.own_response)
+    if rule not in ("auto", "published"):
+        return [_structure(layer, role, rule, 0, at_an_end=False)]
+    names = dict.fromkeys([*layer.structures, Diagonal.name])
+    return [_named(name, role, rank) for name in names for rank in (None, _RANK)]
 
 
 def candidates(layer: Layer, role: Role) -> list[Structure]:

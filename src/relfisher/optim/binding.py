@@ -75,7 +75,8 @@ class Binding:
         Returns:
             The newly assigned layers, and the parts of each layer that are not owned by this optimizer.
         """
-        before, found = self.place, _homes(self.known, groups)
+        ruled = [layer for layer in self.known if self.rules.get(layer) != FALLBACK]
+        before, found = self.place, _homes(ruled, groups)
         self.place = {layer: found.get(layer, place) for layer, place in before.items()} | found
         new = [layer for layer in self.place if layer not in before]
         return new, {layer: _not_owned(layer, groups) for layer in self.place}

@@ -14,13 +14,16 @@ __all__ = ["check", "moved", "restore"]
 
 def check(
     groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], declared: Mapping[Tensor, Mapping[str, Kept]]
-) -> None:
-    """Raise ValueError unless a state can be loaded into an optimizer.
+) -> dict[Tensor, Mapping[str, Any]]:
+    """Raise ValueError unless a state can be loaded into an optimizer; return what it has for each parameter.
 
     Args:
         groups: the groups of the optimizer.
         state_dict: the state to load.
-        declared: the declared tensors of each parameter.
+        declared: the declared tensors of each parameter, in the order of the groups.
+
+    Returns:
+        The saved state by parameter.
 
     Raises:
         ValueError: if anything is missing or different; the message says what.
@@ -29,6 +32,9 @@ def check(
     saved = state_dict["param_groups"]
     _check_names(groups, saved)
     _check_shapes(groups, saved, state_dict["state"], declared)
+    places = [place for group in saved for place in group["params"]]
+    pairs = zip(declared, places, strict=False)  # torch says so if there are more of either
+    return {parameter: state_dict["state"].get(place, {}) for parameter, place in pairs}
 
 
 def restore(
@@ -83,6 +89,11 @@ def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None
         if missing:
             names = ", ".join(map(repr, missing))
             raise ValueError(f"state_dict must be that of an RNGD optimizer, but its groups lack {names}")
+        if saved["kind"] != own["kind"]:
+            raise ValueError(
+                f"state_dict has a group of the kind {saved['kind']!r} where this optimizer has one of the kind "
+                f"{own['kind']!r}: load it into an optimizer with the same structures"
+            )
 
 
 def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
@@ -130,6 +141,8 @@ def _check_shapes(
     for (name, parameter), place in zip(have, places, strict=False):
         for key, kept in wanted[parameter].items():
             tensor = states.get(place, {}).get(key)
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise ValueError(f"the saved {key} of {name!r} must be a tensor, got {tensor!r:.200}")
             if tensor is not None and tuple(tensor.shape) != kept.shape:
                 raise ValueError(
                     f"state_dict does not match the parameters: the {key} of {name!r} has the shape "

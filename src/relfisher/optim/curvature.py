@@ -8,7 +8,8 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,11 @@ from relfisher.observe import Observer, Reading, Responses, Role
 from relfisher.optim.assignment import FALLBACK, Rule, assign
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
+from relfisher.optim.ownership import Owner, Ownership
 from relfisher.optim.record import Record
-from relfisher.structures import Inversion, Kept, State, Structure
+from relfisher.structures import Inversion, State, Structure
 
-__all__ = ["Curvature", "Owner"]
-
-
-@runtime_checkable
-class Owner(Protocol):
-    """An object that declares tensors in the state of a layer."""
-
-    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the tensors for a layer of the shape [*g, out, d], by key."""
+__all__ = ["Curvature"]
 
 
 class Curvature:
@@ -51,6 +45,7 @@ class Curvature:
         states: one state per parameter; a layer's state is that of its weight, or else of its first owned parameter.
             Code that saves and loads states may replace this mapping.
         observer: the observer of the layers.
+        ownership: who keeps which tensors in the states.
     """
 
     def __init__(
@@ -84,10 +79,7 @@ class Curvature:
         self._health = health
         self._options = options
         self._schedule = options.schedule
-        self._root = root
-        self._owners = tuple(owners)
-        self._optional = tuple(optional)
-        self._fallback = fallback
+        self.ownership = Ownership(root=root, owners=owners, optional=optional, fallback=fallback)
         self.observer = Observer(model, responses, options.stats_samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
@@ -103,7 +95,7 @@ class Curvature:
         for record in twin.records.values():
             record.metric_in_use = None
         twin.states = defaultdict(dict)
-        twin._owners = copy.deepcopy(self._owners, memo)
+        twin.ownership = copy.deepcopy(self.ownership, memo)
         twin.observer = self.observer.twin(twin_model, memo)
         return twin
 
@@ -118,7 +110,9 @@ class Curvature:
             not_owned: the attributes of the parts of each layer that this optimizer does not train.
         """
         new = [layer for layer in layers if rules[layer] != FALLBACK]
-        self.records.update({layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new})
+        records = {layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new}
+        self.ownership.check_keys([*self.records.values(), *records.values()])
+        self.records.update(records)
         self.observer.add(new)
         if self._options.bias_correction:  # otherwise the average starts at the identity
             self.observer.uninitialized.update(new)
@@ -134,7 +128,7 @@ class Curvature:
         record.not_owned = not_owned
         if record.key is not before:
             old = self.states[before]
-            moved = {key: old.pop(key) for key in old.keys() - self._fallback_keys(layer)}
+            moved = {key: old.pop(key) for key in old.keys() - self.ownership.fallback_keys(layer)}
             self.states[record.key].update(moved)
 
     def state(self, record: Record, structure: Structure) -> State:
@@ -157,19 +151,14 @@ class Curvature:
             return state
         if metric is None:
             self._create(record, structure)
-        elif not self._fits(layer, structure, state):
-            if self._holds_something(state):
-                mine = {key: kept.shape for key, kept in structure.declares(layer.shape, root=self._root).items()}
-                held = {key: tuple(value.shape) for key, value in state.items() if key not in self._beside(layer)}
-                raise ValueError(
-                    f"the loaded metric of {layer.name!r} has the shapes {held}, but the structure "
-                    f"{structure.label(layer.shape)!r} needs {mine}: load it into an optimizer with the same structure"
-                )
-            for key in state.keys() - self._beside(layer):
+        elif not self.ownership.fits(layer, structure, state):
+            if self.ownership.holds_statistics(state):
+                raise self.ownership.mismatch(record, [structure], state)
+            for key in state.keys() - self.ownership.beside(layer):
                 del state[key]
             self._create(record, structure)
         elif metric.device != device:
-            hosted = {key for key, kept in self.declares(record).items() if kept.on_host}
+            hosted = {key for key, kept in self.ownership.declares(record).items() if kept.on_host}
             state.update({key: value.to(device) for key, value in state.items() if key not in hosted})
         record.metric_in_use = state["metric"]
         return state
@@ -200,7 +189,7 @@ class Curvature:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
             raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
         record = names[name]
-        if record.structure is None or not self._holds_something(self.state(record, record.structure)):
+        if record.structure is None or not self.ownership.holds_statistics(self.state(record, record.structure)):
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
         return record.structure.operator(self.state(record, record.structure), record.layer.shape)
 
@@ -243,9 +232,13 @@ class Curvature:
         for layer, record in self.records.items():
             state = self.states[record.key]
             record.trainable_before = [bool(each) for each in state["trainable"]] if "trainable" in state else None
-            if self._holds_something(state):
+            if self.ownership.holds_statistics(state):
                 self.observer.uninitialized.discard(layer)
-                self.observer.heads[layer] = bool(state["is_head"])
+                is_head = self.observer.heads[layer] = bool(state["is_head"])
+                role = record.role
+                if role is not None and role.is_head is not None and role.is_head != is_head:
+                    role = self.observer.roles[layer] = replace(role, is_head=is_head)
+                    self._settle({layer: role})
             elif self._options.bias_correction:
                 self.observer.uninitialized.add(layer)
             if record.structure is not None:
@@ -259,16 +252,6 @@ class Curvature:
             for place, module in enumerate(modules)
             if self._schedule.statistics_due(iteration, place, len(modules))
         }
-
-    def declares(self, record: Record) -> dict[str, Kept]:
-        """Return all tensors that the state of a layer may contain, by key."""
-        kept = {"trainable": Kept((len(record.layer.parts),), on_host=True, dtype=torch.float32)}
-        kept["is_head"] = Kept((), on_host=True, dtype=torch.float32)
-        for owner in (*self._owners, *self._optional):
-            kept |= owner.declares(record.layer.shape)
-        if record.structure is not None:
-            kept |= record.structure.declares(record.layer.shape, root=self._root)
-        return kept
 
     def tell_without_metric(self, iteration: int) -> None:
         """Warn once per layer that has a gradient but was never seen and, at iteration 0, about layers with neither."""
@@ -293,7 +276,7 @@ class Curvature:
                 record.structure = None
                 self.observer.readings.pop(layer, None)
                 state = self.states[record.key]
-                for key in state.keys() - self._fallback_keys(layer):
+                for key in state.keys() - self.ownership.fallback_keys(layer):
                     del state[key]
         kept = {layer: role for layer, role in roles.items() if role.refused is None}
         for layer, structure in self._assigned(kept).items():
@@ -310,27 +293,7 @@ class Curvature:
         """Create the state of a metric without statistics."""
         layer, identity, state = record.layer, not self._options.bias_correction, self.states[record.key]
         device = layer.weight.device
-        state.update(structure.create(layer.shape, layer.dtype, device, identity=identity, root=self._root))
+        state.update(structure.create(layer.shape, layer.dtype, device, identity=identity, root=self.ownership.root))
         state["trainable"] = torch.tensor(record.trainable(), dtype=torch.float32)
         state["is_head"] = torch.tensor(float(record.role is not None and bool(record.role.is_head)))
-        self.complete(layer, self._owners)
-
-    def _beside(self, layer: Layer) -> set[str]:
-        """Return the keys in a layer's state that do not belong to its structure."""
-        owners = (*self._owners, *self._optional)
-        owned = (key for owner in owners for key in owner.declares(layer.shape))
-        return {"trainable", "is_head", *owned, *self._fallback_keys(layer)}
-
-    def _fallback_keys(self, layer: Layer) -> set[str]:
-        return set() if self._fallback is None else set(self._fallback.declares(layer.shape))
-
-    def _holds_something(self, state: State) -> bool:
-        return "updates" in state and float(state["updates"]) > 0
-
-    def _fits(self, layer: Layer, structure: Structure, state: State) -> bool:
-        """Return whether a state fits the structure and the layer's shape and dtype."""
-        wanted = structure.declares(layer.shape, root=self._root)
-        return state.keys() - self._beside(layer) == wanted.keys() and all(
-            state[key].shape == kept.shape and state[key].dtype == (kept.dtype or layer.dtype)
-            for key, kept in wanted.items()
-        )
+        self.complete(layer, self.ownership.owners)

@@ -125,6 +125,8 @@ class Preconditioner(Watching):
         Raises:
             ValueError: if it belongs to other layers.
         """
+        if not isinstance(state_dict, Mapping) or not {"iteration", "layers"} <= state_dict.keys():
+            raise ValueError("state_dict must be that of a Preconditioner, with its iteration and layers")
         records = self._curvature.records.values()
         mine, saved = {record.name for record in records}, set(state_dict["layers"])
         if mine != saved:
@@ -132,11 +134,15 @@ class Preconditioner(Watching):
                 f"state_dict is of other layers: it lacks {sorted(mine - saved)} and has "
                 f"{sorted(saved - mine)} in addition"
             )
+        for record in records:
+            self._curvature.ownership.check(record, state_dict["layers"][record.name])
         self._iteration = int(state_dict["iteration"])
         for record in records:
             state = self._curvature.states[record.key]
             state.clear()
-            state.update(moved(state_dict["layers"][record.name], record.key, self._curvature.declares(record)))
+            state.update(
+                moved(state_dict["layers"][record.name], record.key, self._curvature.ownership.declares(record))
+            )
         self._curvature.recall()
         self._curvature.advance(self._iteration)
 

@@ -300,7 +300,9 @@ class RNGD(Watching, torch.optim.Optimizer):
             ValueError: if it belongs to another kind of optimizer or other parameters, or if metrics have other shapes.
         """
         declared = self._declared()
-        check(self.param_groups, state_dict, declared)
+        saved = check(self.param_groups, state_dict, self._declared(structures=False))
+        for record in self._curvature.records.values():
+            self._curvature.ownership.check(record, saved.get(record.key, {}))
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
         restore(self.state, state_dict, declared)
@@ -326,13 +328,12 @@ class RNGD(Watching, torch.optim.Optimizer):
         group = self.param_groups[self._binding.place[record.layer]]
         return self._inversions.of(record.layer, record.role, float(group["damping"]))
 
-    def _declared(self) -> dict[Tensor, dict[str, Kept]]:
-        """Return the declared tensors of each parameter, in the order of the groups."""
+    def _declared(self, *, structures: bool = True) -> dict[Tensor, dict[str, Kept]]:
+        """Return the declared tensors of each parameter, in the order of the groups, with or without structures'."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         declared = {parameter: Fallback.declares(tuple(parameter.shape)) for parameter in parameters}
-        for layer in self._binding.place:
-            record = self._curvature.records[layer]
-            declared[record.key] = self._curvature.declares(record) | declared[record.key]
+        for record in self._curvature.records.values():
+            declared[record.key] |= self._curvature.ownership.declares(record, structures=structures)
         return declared
 
 

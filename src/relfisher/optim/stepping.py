@@ -67,6 +67,8 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
     steps = rule.steps([each.move for each in moving])
     if steps is None or not (rule.checks_finite or all_finite([step.direction for step in steps])):
         return False
+    if len(steps) != len(moving):
+        raise ValueError(f"{type(rule).__name__}.steps must return a step a move, got {len(steps)} for {len(moving)}")
     for group in groups:
         if group["weight_decay"] and group["kind"] == METRIC:
             moved = {p for each in moving for p in each.record.layer.parameters if p.grad is not None}

@@ -78,7 +78,8 @@ class Structure(ABC):
 
         Returns:
             "ema_weight", the number of "updates", each of `tensors`, and for each of these its "inverse" or "root"
-            (prefixed with the tensor's name for all but the first). A factor of low rank is a basis V and a "scale", for scale * (I - V V').
+            (prefixed with the tensor's name for all but the first). A factor of low rank is a basis V and a "scale",
+            for scale * (I - V V').
         """
         kept = {"ema_weight": Kept((), on_host=True), "updates": Kept((), on_host=True, dtype=torch.float32)}
         for name, size in self.shapes(shape).items():

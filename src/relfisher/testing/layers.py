@@ -53,6 +53,11 @@ def _check_one(layer: Layer, module: nn.Module, arguments: tuple[Any, ...], rtol
         if before.x.shape[-1] != layer.d or before.z.shape[-1] != layer.out:
             raise AssertionError(f"{layer.name} needs rows of [n, {layer.d}] and [n, {layer.out}], got {before}")
         same(f"{layer.name}: z against W x~", before.z, before.x @ matrix.mT, rtol)
+        if layer.followed:
+            said = layer.pre_activation(Call(arguments, {}, module(*arguments))).flatten()
+            if said.numel() != before.z.numel():
+                raise AssertionError(f"{layer.name} must say followed = False: z is not what its module returns")
+            same(f"{layer.name}: z against the module's output", before.z.flatten().sort()[0], said.sort()[0], rtol)
         step = torch.linspace(-1, 1, matrix.numel(), dtype=matrix.dtype).reshape(matrix.shape)
         _add(layer, step, 1.0)
         try:
