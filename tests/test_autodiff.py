@@ -6,11 +6,19 @@ from functools import partial
 import pytest
 import reference
 import torch
-from builders import mlp
+from builders import Following, mlp
 from cases import RESPONSES, UNITS, Problem, assert_close, problem, problems
 from hypothesis import given
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Beta, Categorical, Exponential, Independent, Normal, OneHotCategorical
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Exponential,
+    Independent,
+    NegativeBinomial,
+    Normal,
+    OneHotCategorical,
+)
 
 from relfisher import as_function, fisher, layer_metric, observed_fisher, relative_fisher, responses
 
@@ -99,13 +107,16 @@ def test_a_scalar_parameter_of_one_scalar_response() -> None:
     assert float(metric.to_dense()) == pytest.approx((2 * 3 / 2) ** 2)
 
 
+class Unknown(Exponential):
+    """A subclass may have any density: it has no closed form."""
+
+
 SAMPLED = {
-    "Exponential(rate)": (lambda theta: Exponential(theta), [2.0], [[0.25]]),
-    "Exponential(exp)": (lambda theta: Exponential(torch.exp(theta).expand(3, 1)), [0.4], [[1.0]]),
-    "independent normals": (
-        lambda theta: Independent(Normal(theta.expand(4, 2), 0.5), 1), [0.1, 0.2], [[4.0, 0.0], [0.0, 4.0]],
-    ),
-}  # fmt: skip
+    "Exponential(rate)": (lambda theta: Unknown(theta), [2.0], [[0.25]]),
+    "Exponential(exp)": (lambda theta: Unknown(torch.exp(theta).expand(3, 1)), [0.4], [[1.0]]),
+    "joined": (lambda theta: Independent(Unknown(theta.expand(4, 2)), 1), [0.1, 0.2], [[100.0, 0.0], [0.0, 25.0]]),
+    "NegativeBinomial": (lambda theta: NegativeBinomial(3.0, logits=theta), [0.0], [[1.5]]),
+}
 
 
 @pytest.mark.parametrize(("distribution", "theta", "exact"), SAMPLED.values(), ids=SAMPLED)
@@ -116,7 +127,7 @@ def test_sampled_metrics_lie_within_their_standard_errors(distribution, theta, e
 
 
 def test_the_standard_error_is_that_of_repeated_estimates() -> None:
-    distribution = lambda theta: Exponential(torch.exp(theta).expand(2))  # noqa: E731
+    distribution = lambda theta: Unknown(torch.exp(theta).expand(2))  # noqa: E731
     runs = [relative_fisher(distribution, torch.zeros(1), draws=40, seed=seed) for seed in range(60)]
     spread = float(torch.stack([run.to_dense() for run in runs]).std())
     stated = float(torch.stack([run.standard_error for run in runs]).square().mean().sqrt())
@@ -124,14 +135,10 @@ def test_the_standard_error_is_that_of_repeated_estimates() -> None:
 
 
 def test_more_draws_make_a_smaller_standard_error() -> None:
-    distribution = lambda theta: Independent(Normal(theta, 1.0), 1)  # noqa: E731
+    distribution = lambda theta: Independent(type("Own", (Normal,), {})(theta, 1.0), 1)  # noqa: E731
     metrics = [relative_fisher(distribution, torch.zeros(2), draws=draws) for draws in (40, 640)]
     ratio = metrics[0].standard_error / metrics[1].standard_error
     torch.testing.assert_close(ratio, torch.full((2, 2), 4.0), rtol=0.5, atol=0)
-
-
-def beta(theta: Tensor) -> Beta:
-    return Beta(theta[0], theta[1])
 
 
 def test_a_sampler_of_ones_own() -> None:
@@ -145,7 +152,7 @@ def test_a_sampler_of_ones_own() -> None:
 
 
 def test_draws_follow_the_seed_and_spare_the_global_state() -> None:
-    make = partial(relative_fisher, beta, torch.tensor([2.0, 3.0]), draws=10)
+    make = partial(relative_fisher, Unknown, torch.tensor([2.0, 3.0]), draws=10)
     before = torch.get_rng_state()
     first, again, other = make(seed=1), make(seed=1), make(seed=2)
     assert torch.equal(torch.get_rng_state(), before)
@@ -200,6 +207,125 @@ def test_positions_are_samples() -> None:
     observed = observed_fisher(stacked, p.theta, y, responses.Categorical())
     assert observed.samples == 6
     assert_close(observed.to_dense(), expected)
+
+
+# The same response of [2 samples, 3 positions, 2 units or classes], as the library's and as torch's.
+PAIRS = {
+    "classes": (responses.Categorical(), lambda z: Categorical(logits=z)),
+    "one-hot": (responses.Categorical(), lambda z: OneHotCategorical(logits=z)),
+    "units": (responses.SigmoidBernoulli(), lambda z: Bernoulli(logits=z)),
+    "joined units": (responses.SigmoidBernoulli(), lambda z: Independent(Bernoulli(logits=z), 1)),
+    "normal": (responses.LinearGaussian(0.5), lambda z: Normal(z, 0.5)),
+    "sampled": (responses.SigmoidBernoulli(), lambda z: type("Own", (Bernoulli,), {})(logits=z)),
+}
+
+
+@pytest.mark.parametrize(("response", "distribution"), PAIRS.values(), ids=PAIRS)
+def test_responses_and_distributions_have_one_convention_of_positions(response, distribution) -> None:
+    p = problem(n=6, out=2)
+    z = lambda theta: affine(p, theta).reshape(2, 3, 2)  # noqa: E731
+    expected = layer_metric(p.x, p.weight, p.bias, response).to_dense()
+    for found, positions in (
+        (relative_fisher(z, p.theta, response), 1),
+        (relative_fisher(lambda theta: distribution(z(theta)), p.theta), 1),
+        (relative_fisher(z, p.theta, response, samples=2), 3),
+        (relative_fisher(lambda theta: distribution(z(theta)), p.theta, samples=2), 3),
+    ):
+        assert found.samples == 6 / positions
+        assert_close(found.to_dense(), positions * expected)
+        assert_close(found @ torch.eye(len(p.theta)).double(), positions * expected)
+
+
+def test_independent_makes_positions_part_of_a_sample() -> None:
+    p = problem(n=6, out=2)
+    joined = lambda theta: Independent(Categorical(logits=affine(p, theta).reshape(2, 3, 2)), 1)  # noqa: E731
+    found = relative_fisher(joined, p.theta)
+    assert found.samples == 2
+    assert_close(found.to_dense(), 3 * layer_metric(p.x, p.weight, p.bias, responses.Categorical()).to_dense())
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "linear", "softmax"])
+def test_observed_metrics_and_log_probabilities_have_the_same_convention(name: str) -> None:
+    p, response = problem(n=6, out=2), RESPONSES[name][0]
+    z = lambda theta: affine(p, theta).reshape(2, 3, 2)  # noqa: E731
+    y = torch.zeros(2, 3, dtype=torch.long) if name == "softmax" else torch.zeros(2, 3, 2).double()
+    expected = layer_metric(p.x, p.weight, p.bias, response).to_dense()
+    assert_close(observed_fisher(z, p.theta, y, response).to_dense(), expected)
+    assert_close(observed_fisher(z, p.theta, y, response, samples=2).to_dense(), 3 * expected)
+    log_prob = lambda theta, y: response.log_prob(z(theta), y)  # noqa: E731
+    samples = 6 if name == "softmax" else None  # log-probabilities [2, 3] would be two samples of three units
+    assert_close(observed_fisher(log_prob, p.theta, y, samples=samples).to_dense(), expected)
+    values = response.outcomes(2)
+    if values is not None:
+        given_outcomes = [torch.tensor(value) + torch.zeros_like(y) for value in values]
+        found = relative_fisher(log_prob, p.theta, outcomes=given_outcomes, samples=samples)
+        assert_close(found.to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sums"),
+    [([0], "0.598688"), ([0, 1, 1], "1.4"), ([0, 1, 2], "1.59869")],
+    ids=["missing", "twice", "new"],
+)
+def test_outcomes_must_be_complete(outcomes: list[int], sums: str) -> None:
+    def log_prob(theta: Tensor, y: int) -> Tensor:
+        return torch.nn.functional.logsigmoid(torch.where(torch.tensor(y == 1), theta, -theta))
+
+    with pytest.raises(ValueError, match=f"outcomes must be all values of y.* must sum to 1, got sums from {sums}"):
+        relative_fisher(log_prob, torch.tensor([-0.4]), outcomes=outcomes)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+TOKENS = torch.tensor([[0, 1, 2], [2, 2, 0]])
+SEQUENCE = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+WITHOUT_DERIVATIVES = {
+    "attention": (Attending, SEQUENCE),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), SEQUENCE),
+    "transformer": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 2), SEQUENCE),
+    "bag": (lambda: nn.EmbeddingBag(3, 4, padding_idx=0), TOKENS),
+    "bag of maxima": (lambda: nn.EmbeddingBag(3, 4, mode="max"), TOKENS),
+    "padding": (lambda: nn.Embedding(3, 4, padding_idx=0), TOKENS),
+    "recurrent": (lambda: Following(nn.LSTM(4, 4, batch_first=True), torch.tanh), SEQUENCE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "x"), WITHOUT_DERIVATIVES.values(), ids=WITHOUT_DERIVATIVES)
+def test_products_and_matrices_are_one_metric_for_every_layer(layer, x: Tensor) -> None:
+    """Against the Jacobian by reverse mode, an output at a time, and the information of a softmax."""
+    model = nn.Sequential(layer(), nn.Linear(4, 3)).double().eval()
+    metric = fisher(model, x, responses.Categorical())
+    z = model(x).reshape(-1, 3)
+    eta = torch.softmax(z, -1).detach()
+    expected = torch.zeros(metric.shape, dtype=torch.float64)
+    for row, p in zip(z, eta, strict=True):
+        gradients = [torch.autograd.grad(out, list(model.parameters()), retain_graph=True) for out in row]
+        jacobian = torch.stack([torch.cat([part.reshape(-1) for part in gradient]) for gradient in gradients])
+        expected += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(z)
+    assert_close(metric.to_dense(), expected)
+    assert_close(metric @ torch.eye(len(expected)).double(), expected)
+    assert_close(metric @ torch.ones(len(expected)).double(), expected.sum(1))
+
+
+def test_observed_metric_of_attention_is_the_expected_one_of_its_canonical_head() -> None:
+    model = nn.Sequential(Attending(), nn.Linear(4, 3)).double()
+    function, parameters = as_function(model, SEQUENCE, ["1.weight", "1.bias"])
+    observed = observed_fisher(function, parameters, torch.zeros(2, 3), responses.Categorical())
+    assert_close(observed.to_dense(), relative_fisher(function, parameters, responses.Categorical()).to_dense())
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=str)
+def test_gradients_that_are_no_derivatives_are_refused(option: dict) -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, **option), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no embedding with max_norm or scale_grad_by_freq, but '0' has it"):
+        fisher(model, TOKENS, responses.Categorical())
 
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "softmax", "linear"])

@@ -11,10 +11,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "relfisher"
 
 # A module imports from its own level or from levels above it in this list.
 LEVELS = (
-    {"shapes", "validation", "memory", "evaluation", "registry"},
+    {"shapes", "validation", "memory", "evaluation", "registry", "distributions"},
     {"information", "moments"},
     {"responses"},
     {"metric"},
+    {"pullback"},
     {"autodiff"},
     {"structures"},
     {"layers"},

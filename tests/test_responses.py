@@ -143,6 +143,16 @@ def test_smooth_relu_does_not_overflow_and_stays_above_the_hard_one(z: float) ->
     assert (smooth - hard <= 0.1 * math.log(2) + 1e-6 * abs(z)).all()
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@given(exponent=st.floats(-320, -20), iota=st.floats(0, 0.9))
+def test_a_smooth_relu_of_any_width_is_the_hard_one_away_from_zero(kind, exponent: float, iota: float) -> None:
+    z = torch.tensor([-5.0, -1e-3, 1e-3, 5.0, 1e30], dtype=kind)
+    smooth = responses.SmoothReLUGaussian(10**exponent, iota)
+    torch.testing.assert_close(smooth.activation(z), functional.leaky_relu(z, iota))
+    torch.testing.assert_close(smooth.information(z), torch.where(z > 0, 1.0, iota).to(kind).square())
+    assert float(smooth.slope(torch.zeros((), dtype=kind))) == pytest.approx((1 + iota) / 2)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_softmax_is_stable_in_single_precision(scale: float) -> None:
     z = scale * torch.tensor([[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]])

@@ -3,6 +3,10 @@
 A subsystem is a function of its parameters. Everything else that it uses, inputs and other parameters alike, is the
 reference theta_f. `relative_fisher` computes (9), `fisher` the global metric (5), `observed_fisher` the Hessian form
 (3).
+
+The last axis of a pre-activation holds units or classes. All axes before it hold samples and positions, and the metric
+is a mean over them: logits [n, positions, classes] are n * positions samples. With `samples=n` it is the mean over n
+samples of the sum over positions.
 """
 
 from __future__ import annotations
@@ -13,76 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal
-from torch.func import functional_call, hessian, jacrev, jvp, vjp, vmap
+from torch.distributions import Distribution
+from torch.func import functional_call, grad, jacrev
 
-from relfisher.evaluation import evaluation_mode
-from relfisher.memory import check_fits
+from relfisher.distributions import coordinates, has_closed_form, samples_of
+from relfisher.evaluation import differentiable, evaluation_mode
 from relfisher.metric import DenseMetric, Metric
+from relfisher.pullback import PullbackMetric, as_rows
 from relfisher.responses import Response
-from relfisher.shapes import Float
-from relfisher.validation import check_finite, check_floating, check_interval
+from relfisher.validation import check_finite, check_floating, check_integer, check_interval
 
-__all__ = ["PullbackMetric", "as_function", "fisher", "observed_fisher", "relative_fisher"]
+__all__ = ["as_function", "fisher", "observed_fisher", "relative_fisher"]
 
 Parameters = Tensor | Mapping[str, Tensor]
-
-
-class PullbackMetric(Metric):
-    """The metric J' F J of the parameters of a pre-activation z(theta), J = dz / dtheta by automatic differentiation.
-
-    A product takes one forward-mode and one reverse-mode pass. The matrix is formed only if it is requested.
-
-    Args:
-        pre_activation: the function from flat parameters [D] to z [n, out].
-        theta: the flat parameters.
-        response: the response of the subsystem given z.
-        parameter_shape: the shape of the parameters; None for [D].
-    """
-
-    def __init__(
-        self,
-        pre_activation: Callable[[Tensor], Tensor],
-        theta: Float[Tensor, "D"],
-        response: Response,
-        parameter_shape: tuple[int, ...] | None = None,
-    ) -> None:
-        z = _rows(pre_activation(theta)).detach()
-        super().__init__(parameter_shape or (theta.numel(),), z.shape[0], theta.dtype, theta.device)
-        self._pre_activation = lambda parameters: _rows(pre_activation(parameters))
-        self._theta = theta
-        self._out = z.shape[1]
-        self.information = response.operator(z)
-
-    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        pull = vjp(self._pre_activation, self._theta)[1]
-
-        def column(vector: Tensor) -> Tensor:
-            field = jvp(self._pre_activation, (self._theta,), (vector,))[1]
-            image: Tensor = pull(self.information.apply(field))[0]
-            return image / self.samples
-
-        product: Tensor = vmap(column, in_dims=1, out_dims=1)(vectors)
-        return product.detach()
-
-    def _direct_sum_shape(self) -> tuple[int, int]:
-        return 1, self._theta.numel()
-
-    def _jacobian(self) -> Float[Tensor, "n out D"]:
-        numbers = self.samples * self._out * self._theta.numel()
-        check_fits("the Jacobian of all samples", numbers, self.dtype, self.device, "use @ or fewer samples")
-        jacobian: Tensor = jacrev(self._pre_activation)(self._theta)
-        return jacobian.detach()
-
-    def _direct_sum(self) -> Float[Tensor, "q b b"]:
-        jacobian = self._jacobian()
-        image = self.information.apply(jacobian.permute(2, 0, 1)).reshape(self.shape[0], -1)
-        return (image @ jacobian.reshape(-1, self.shape[0]) / self.samples).unsqueeze(0)
-
-    def diagonal(self) -> Float[Tensor, "D"]:
-        """Return the diagonal of J' F J."""
-        field = self._jacobian().permute(2, 0, 1)
-        return (field * self.information.apply(field)).sum((1, 2)) / self.samples
 
 
 def relative_fisher(
@@ -94,18 +41,25 @@ def relative_fisher(
     sampler: Callable[[Any], Any] | None = None,
     draws: int = 1000,
     seed: int = 0,
+    samples: int | None = None,
 ) -> Metric:
     """Return the relative Fisher information metric of a subsystem of your own. Definition 1, equation (9).
 
     The subsystem is a function of its parameters, of one of three forms:
 
-    - with `response`: `subsystem(parameters)` is the pre-activation [n, out]. The metric is exact and matrix-free.
-    - with `outcomes` or `sampler`: `subsystem(parameters, y)` is ln p(y_n), [n] or [n, units]. The metric is exact for
-      a finite list of outcomes, each one y for all samples, or a Monte Carlo mean over draws of
-      `sampler(parameters)`.
-    - otherwise: `subsystem(parameters)` is a `torch.distributions.Distribution` of the response, with the samples along
-      its first batch dimension. The metric is exact if the support is finite, in closed form for a `Normal`, and a
-      Monte Carlo mean over the distribution's `sample` otherwise.
+    - with `response`: `subsystem(parameters)` is the pre-activation [n, out], or [n, positions, out]. The metric is
+      exact and matrix-free.
+    - with `outcomes` or `sampler`: `subsystem(parameters, y)` is ln p(y), one number per sample [n], or per unit
+      [n, units], [n, positions, units]. The metric is exact for a complete list of outcomes, each one y for all
+      samples, or a Monte Carlo mean over draws of `sampler(parameters)`.
+    - otherwise: `subsystem(parameters)` is a `torch.distributions.Distribution`. Batch axes hold samples and positions;
+      the last of several batch axes holds the units of a sample if the distribution is of single numbers, such as
+      `Normal` or `Bernoulli`, but not if it is of classes or vectors. `Independent` makes units or positions part of
+      one sample. The metric is exact, in closed form, for Bernoulli, Beta, Binomial, Categorical, Cauchy, Chi2,
+      Dirichlet, Exponential, Gamma, Geometric, Gumbel, HalfNormal, InverseGamma, Laplace, LogNormal, LogisticNormal,
+      LowRankMultivariateNormal, Multinomial, MultivariateNormal, Normal, OneHotCategorical, Poisson and VonMises, for
+      `Independent` of any of these, and for a `TransformedDistribution` of them by bijections without parameters. It is
+      exact if torch enumerates the support. Otherwise it is a Monte Carlo mean over the distribution's `sample`.
 
     Args:
         subsystem: the subsystem, as described above.
@@ -115,94 +69,127 @@ def relative_fisher(
         sampler: a function that draws y for all samples at the given parameters.
         draws: the number of Monte Carlo draws of the whole response, at least 2.
         seed: the seed of the draws; the global random state is restored afterwards.
+        samples: the number to divide the sum over all samples, positions and units by; None for samples times
+            positions. With n, the metric is the mean over n samples of the sum over positions.
 
     Returns:
-        The metric [D, D], averaged over the n samples and summed over the units of each sample, where D counts the
-        parameters in the order in which they are given. A Monte Carlo metric has the standard error of each entry as
-        `standard_error`.
+        The metric [D, D], averaged over samples and positions and summed over units, where D counts the parameters in
+        the order in which they are given. Its `standard_error` is None if it is exact, and the standard error of each
+        entry if it is a Monte Carlo mean.
 
     Raises:
-        ValueError: if there is no parameter, a parameter is not finite, or more than one of `response`, `outcomes` and
-            `sampler` is given.
+        ValueError: if there is no parameter, a parameter is not finite, more than one of `response`, `outcomes` and
+            `sampler` is given, or the probabilities of the outcomes do not sum to 1.
         TypeError: if none of them is given and the subsystem does not return a distribution.
     """
     if sum(way is not None for way in (response, outcomes, sampler)) > 1:
         raise ValueError("give at most one of response, outcomes and sampler")
+    if samples is not None:
+        check_integer("samples", samples)
     theta, shape, restore = _flatten(parameters)
     if response is not None:
-        return PullbackMetric(lambda flat: subsystem(restore(flat)), theta, response, shape)
+        return PullbackMetric(lambda flat: subsystem(restore(flat)), theta, response, shape, samples)
+    subsystem = differentiable()(subsystem)
     if outcomes is not None:
         values = list(outcomes)
         log_prob = lambda flat: torch.stack([subsystem(restore(flat), y) for y in values])  # noqa: E731
-        return _enumerated(log_prob, theta, shape)
+        return _enumerated(log_prob, theta, shape, samples)
     if sampler is not None:
         draw = lambda: sampler(restore(theta))  # noqa: E731
-        return _sampled(lambda flat, y: subsystem(restore(flat), y), draw, theta, shape, draws, seed)
+        return _sampled(lambda flat, y: subsystem(restore(flat), y), draw, theta, shape, draws, seed, samples)
     distribution = subsystem(restore(theta))
     if not isinstance(distribution, Distribution):
         raise TypeError(
             f"subsystem must return a torch.distributions.Distribution, got {type(distribution).__name__}: "
             "give response, outcomes or sampler if it returns a tensor"
         )
+    samples = samples or samples_of(distribution)
+    if has_closed_form(distribution):
+        jacobian: Tensor = jacrev(lambda flat: coordinates(subsystem(restore(flat)), distribution))(theta)
+        rows = jacobian.reshape(-1, theta.numel())
+        return DenseMetric(rows.T @ rows / samples, shape, samples)
     if distribution.has_enumerate_support:
         support = distribution.enumerate_support()
-        return _enumerated(lambda flat: subsystem(restore(flat)).log_prob(support), theta, shape)
-    if isinstance(distribution, Normal):
-        return _normal(lambda flat: subsystem(restore(flat)), theta, shape)
+        return _enumerated(lambda flat: subsystem(restore(flat)).log_prob(support), theta, shape, samples)
     return _sampled(
-        lambda flat, y: subsystem(restore(flat)).log_prob(y), distribution.sample, theta, shape, draws, seed
+        lambda flat, y: subsystem(restore(flat)).log_prob(y), distribution.sample, theta, shape, draws, seed, samples
     )
 
 
-def fisher(model: nn.Module, inputs: Any, response: Response, names: Sequence[str] | None = None) -> Metric:
+def fisher(
+    model: nn.Module,
+    inputs: Any,
+    response: Response,
+    names: Sequence[str] | None = None,
+    *,
+    samples: int | None = None,
+) -> Metric:
     """Return the global Fisher information metric of a model. Equation (5).
 
     Args:
-        model: its output is the pre-activation of the response: logits for `Categorical()`, for instance.
+        model: its output is the pre-activation of the response: logits [n, classes] or [n, positions, classes] for
+            `Categorical()`, for instance.
         inputs: the arguments of the model: a tensor, or a tuple of arguments.
         response: the response whose pre-activation is the model's output.
         names: the parameters of the metric; None for all trainable ones. The other parameters are the reference, so
             that the result is a diagonal block of the full metric (proposition 2).
+        samples: as in `relative_fisher`: None for the mean over samples and positions, n for the mean over n samples of
+            the sum over positions.
 
     Returns:
-        The metric of the flattened parameters, in the order of `names`, or of `model.named_parameters()`.
+        The metric of the flattened parameters, in the order of `names`, or of `model.named_parameters()`. The row of an
+        embedding's `padding_idx` is frozen, so that its entries are 0.
+
+    Raises:
+        ValueError: as in `as_function`.
     """
     function, parameters = as_function(model, inputs, names)
-    return relative_fisher(function, parameters, response)
+    return relative_fisher(function, parameters, response, samples=samples)
 
 
 def observed_fisher(
-    subsystem: Callable[..., Any], parameters: Parameters, y: Any, response: Response | None = None
+    subsystem: Callable[..., Any],
+    parameters: Parameters,
+    y: Any,
+    response: Response | None = None,
+    *,
+    samples: int | None = None,
 ) -> DenseMetric:
     """Return the observed metric, minus the mean Hessian of the log-likelihood at observations. Equation (3).
 
     Unlike the expected metric, it need not be positive semi-definite.
 
     Args:
-        subsystem: with `response`, `subsystem(parameters)` is the pre-activation [n, out]; without it,
-            `subsystem(parameters, y)` is ln p(y_n), [n] or [n, units].
+        subsystem: with `response`, `subsystem(parameters)` is the pre-activation [n, out] or [n, positions, out];
+            without it, `subsystem(parameters, y)` is ln p(y), one number per sample [n], or per unit [n, units],
+            [n, positions, units].
         parameters: one tensor, or tensors by name.
         y: the observed responses.
         response: the response of the subsystem given its pre-activation.
+        samples: the number to divide the sum over all samples, positions and units by; None for samples times
+            positions. With n, the metric is the mean over n samples of the sum over positions.
 
     Returns:
-        The matrix [D, D], a mean over samples. Positions of a pre-activation [n, positions, out] count as samples.
+        The matrix [D, D], a mean over samples and positions and a sum over units.
 
     Raises:
         ValueError: if there is no parameter, or a parameter or y is not finite.
     """
+    if samples is not None:
+        check_integer("samples", samples)
     theta, shape, restore = _flatten(parameters)
     if isinstance(y, Tensor) and y.is_floating_point():
         check_finite("y", y)
 
+    @differentiable()
     def log_likelihood(flat: Tensor) -> Tensor:
         known = restore(flat)
         return (subsystem(known, y) if response is None else response.log_prob(subsystem(known), y)).sum()
 
     with torch.no_grad():
         terms = subsystem(restore(theta)) if response is not None else subsystem(restore(theta), y)
-    samples = _rows(terms).shape[0] if response is not None else len(terms) if terms.ndim else 1
-    return DenseMetric(-hessian(log_likelihood)(theta) / samples, shape, samples)
+    samples = samples or (as_rows(terms).shape[0] if response is not None else _count(terms))
+    return DenseMetric(-jacrev(grad(log_likelihood))(theta) / samples, shape, samples)
 
 
 def as_function(
@@ -219,8 +206,12 @@ def as_function(
         The function from parameters by name to the model's output, and the parameters by name.
 
     Raises:
-        ValueError: if a name is not a parameter of the model, or there is no parameter.
+        ValueError: if a name is not a parameter of the model, there is no parameter, or an embedding has `max_norm` or
+            `scale_grad_by_freq`, so that its gradients are not derivatives.
     """
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False) or getattr(module, "max_norm", None) is not None:
+            raise ValueError(f"model must have no embedding with max_norm or scale_grad_by_freq, but {name!r} has it")
     own = dict(model.named_parameters())
     chosen = [name for name, parameter in own.items() if parameter.requires_grad] if names is None else list(names)
     missing = [name for name in chosen if name not in own]
@@ -238,9 +229,9 @@ def as_function(
     return function, {name: reference[name] for name in chosen}
 
 
-def _rows(z: Tensor) -> Float[Tensor, "n out"]:
-    """Reshape a pre-activation to [n, out]: positions count as samples, and a vector is one unit."""
-    return z.unsqueeze(-1) if z.ndim <= 1 else z.flatten(0, -2)
+def _count(log_prob: Tensor) -> int:
+    """Return the number of samples and positions of log-probabilities [n], or with the units along the last axis."""
+    return math.prod(log_prob.shape[:-1] if log_prob.ndim > 1 else log_prob.shape)
 
 
 def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Any]]:
@@ -266,26 +257,23 @@ def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[
     return theta, (theta.numel(),), restore
 
 
-def _enumerated(log_prob: Callable[[Tensor], Tensor], theta: Tensor, shape: tuple[int, ...]) -> DenseMetric:
+def _enumerated(
+    log_prob: Callable[[Tensor], Tensor], theta: Tensor, shape: tuple[int, ...], samples: int | None
+) -> DenseMetric:
     """Return sum_y p(y) s(y) s(y)', averaged over samples and summed over units, from log-probs [outcomes, n, ...]."""
     weights = log_prob(theta).exp()
+    total = weights.sum(0)
+    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=max(1e-6, torch.finfo(total.dtype).eps ** 0.5)):
+        raise ValueError(
+            "outcomes must be all values of y, each once: their probabilities must sum to 1, got sums from "
+            f"{float(total.min()):.6g} to {float(total.max()):.6g}"
+        )
     scores: Tensor = jacrev(log_prob)(theta)
     flat = scores.reshape(-1, theta.numel())
     # An outcome of probability 0 contributes nothing, but its score may not be finite.
     flat = torch.where(weights.reshape(-1, 1) > 0, flat, torch.zeros_like(flat))
-    samples = weights.shape[1] if weights.ndim > 1 else 1
+    samples = samples or _count(total)
     return DenseMetric((flat * weights.reshape(-1, 1)).T @ flat / samples, shape, samples)
-
-
-def _normal(distribution: Callable[[Tensor], Normal], theta: Tensor, shape: tuple[int, ...]) -> DenseMetric:
-    """Return the metric of a Gaussian response whose mean and scale may both depend on the parameters."""
-    scale = distribution(theta).scale.detach().reshape(-1, 1)
-    of_mean: Tensor = jacrev(lambda flat: distribution(flat).loc.expand(distribution(flat).batch_shape))(theta)
-    of_scale: Tensor = jacrev(lambda flat: distribution(flat).scale.expand(distribution(flat).batch_shape))(theta)
-    mean = of_mean.reshape(-1, theta.numel()) / scale
-    spread = of_scale.reshape(-1, theta.numel()) * (math.sqrt(2) / scale)
-    samples = of_mean.shape[0] if of_mean.ndim > 1 else 1
-    return DenseMetric((mean.T @ mean + spread.T @ spread) / samples, shape, samples)
 
 
 def _sampled(
@@ -295,22 +283,22 @@ def _sampled(
     shape: tuple[int, ...],
     draws: int,
     seed: int,
+    samples: int | None,
 ) -> DenseMetric:
     """Return the mean of s(y) s(y)' over draws of y, with its standard error."""
     check_interval("draws", draws, 2, math.inf)
     total = theta.new_zeros(theta.numel(), theta.numel())
     squares = torch.zeros_like(total)
-    samples = 1
     with torch.random.fork_rng(devices=[] if theta.device.type == "cpu" else [theta.device]):
         torch.manual_seed(seed)
         for _ in range(draws):
             y = draw()
             scores: Tensor = jacrev(lambda flat, y=y: log_prob(flat, y))(theta)
-            samples = scores.shape[0] if scores.ndim > 1 else 1
+            samples = samples or _count(scores[..., 0])
             rows = scores.reshape(-1, theta.numel())
             one = rows.T @ rows / samples
             total += one
             squares += one.square()
     mean = total / draws
     variance = (squares / draws - mean.square()).clamp(min=0) * (draws / (draws - 1))
-    return DenseMetric(mean, shape, samples, standard_error=(variance / draws).sqrt())
+    return DenseMetric(mean, shape, samples or 1, standard_error=(variance / draws).sqrt())

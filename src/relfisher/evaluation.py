@@ -1,13 +1,31 @@
-"""Put a model in evaluation mode temporarily, since its metric is that of the function used for inference."""
+"""Run a model the way its metric needs: in evaluation mode, and by operations that have all derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["evaluation_mode"]
+__all__ = ["differentiable", "evaluation_mode"]
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Run attention and transformer layers without fused kernels, which lack derivatives of their derivatives.
+
+    Yields:
+        Nothing.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

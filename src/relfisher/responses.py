@@ -211,6 +211,10 @@ class ReLUGaussian(_Gaussian):
         return (z > 0).to(z.dtype).mul_(1 - self.iota).add_(self.iota)
 
 
+# In widths of its transition, where a smoothed ReLU is the identity to all digits of float64.
+_FAR = 40.0
+
+
 @dataclass(frozen=True)
 class SmoothReLUGaussian(_Gaussian):
     """A smoothed (P)ReLU: f(z) = omega ln(exp(iota z / omega) + exp(z / omega)). Equations (17), (18), (40), (41).
@@ -235,11 +239,20 @@ class SmoothReLUGaussian(_Gaussian):
 
     def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return the smoothed activation, in a form that does not overflow."""
-        return self.omega * torch.logaddexp(self.iota * z / self.omega, z / self.omega)
+        widths = self._widths(z)
+        below = self.iota * z + self._width(z) * functional.softplus(widths, threshold=_FAR)
+        return torch.where(widths > _FAR, z, below)
 
     def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return iota + (1 - iota) sigm((1 - iota) z / omega)."""
-        return self.iota + (1 - self.iota) * torch.sigmoid(z * ((1 - self.iota) / self.omega))
+        return self.iota + (1 - self.iota) * torch.sigmoid(self._widths(z))
+
+    def _width(self, z: Float[Tensor, "*n"]) -> float:
+        """Return omega, but at least the smallest normal number of z's dtype."""
+        return max(self.omega, torch.finfo(z.dtype).tiny)
+
+    def _widths(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        return (1 - self.iota) * z / self._width(z)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""The metric of a pre-activation that is any differentiable function of the parameters, without forming a matrix."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vjp, vmap
+
+from relfisher.evaluation import differentiable
+from relfisher.memory import check_fits
+from relfisher.metric import Metric
+from relfisher.responses import Response
+from relfisher.shapes import Float
+
+__all__ = ["PullbackMetric", "as_rows"]
+
+
+def as_rows(z: Tensor) -> Float[Tensor, "n out"]:
+    """Reshape a pre-activation to [n, out]: positions count as samples, and a vector is one unit."""
+    return z.unsqueeze(-1) if z.ndim <= 1 else z.flatten(0, -2)
+
+
+class PullbackMetric(Metric):
+    """The metric J' F J of the parameters of a pre-activation z(theta), J = dz / dtheta by automatic differentiation.
+
+    J is the derivative by reverse mode, as in training: a row of `padding_idx`, whose gradient is 0, is frozen. A
+    product takes one pass backwards, one through the derivative of that pass, and no matrix. Where torch does not have
+    that derivative, as for `EmbeddingBag`, it takes the Jacobian of all samples.
+
+    Args:
+        pre_activation: the function from flat parameters [D] to z [n, out], or [n, positions, out].
+        theta: the flat parameters.
+        response: the response of the subsystem given z.
+        parameter_shape: the shape of the parameters; None for [D].
+        samples: the number of samples to average over; None for n, or n * positions.
+    """
+
+    #: None: the metric is exact.
+    standard_error: Tensor | None = None
+
+    def __init__(
+        self,
+        pre_activation: Callable[[Tensor], Tensor],
+        theta: Float[Tensor, "D"],
+        response: Response,
+        parameter_shape: tuple[int, ...] | None = None,
+        samples: int | None = None,
+    ) -> None:
+        rows: Callable[[Tensor], Tensor] = lambda parameters: as_rows(pre_activation(parameters))  # noqa: E731
+        self._pre_activation = differentiable()(rows)
+        self._theta = theta
+        z = self._pre_activation(theta).detach()
+        super().__init__(parameter_shape or (theta.numel(),), samples or z.shape[0], theta.dtype, theta.device)
+        self._zeros = torch.zeros_like(z)
+        self.information = response.operator(z)
+
+    def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
+        pull = vjp(self._pre_activation, self._theta)[1]
+        push = vjp(lambda field: pull(field)[0], self._zeros)[1]
+
+        def column(vector: Tensor) -> Tensor:
+            image: Tensor = pull(self.information.apply(push(vector)[0]))[0]
+            return image / self.samples
+
+        try:
+            product: Tensor = vmap(column, in_dims=1, out_dims=1)(vectors)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            jacobian = self._jacobian()
+            image = self.information.apply((jacobian @ vectors).movedim(-1, 0))
+            product = torch.einsum("noD,kno->Dk", jacobian, image) / self.samples
+        return product.detach()
+
+    def _direct_sum_shape(self) -> tuple[int, int]:
+        return 1, self._theta.numel()
+
+    def _jacobian(self) -> Float[Tensor, "n out D"]:
+        numbers = self._zeros.numel() * self._theta.numel()
+        check_fits("the Jacobian of all samples", numbers, self.dtype, self.device, "use @ or fewer samples")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # some of torch's backward passes
+            jacobian: Tensor = jacrev(self._pre_activation)(self._theta)
+        return jacobian.detach()
+
+    def _direct_sum(self) -> Float[Tensor, "q b b"]:
+        jacobian = self._jacobian()
+        image = self.information.apply(jacobian.permute(2, 0, 1)).reshape(self.shape[0], -1)
+        return (image @ jacobian.reshape(-1, self.shape[0]) / self.samples).unsqueeze(0)
+
+    def diagonal(self) -> Float[Tensor, "D"]:
+        """Return the diagonal of J' F J."""
+        field = self._jacobian().permute(2, 0, 1)
+        return (field * self.information.apply(field)).sum((1, 2)) / self.samples
