@@ -72,8 +72,8 @@ class EveryKind(nn.Module):
 
     def forward(self, tokens):
         h = torch.relu(self.batch(self.conv(self.embed(tokens).mT))).mT
-        h = self.norm(h + self.attention(h, h, h)[0])
-        h = self.slope(h.mT).mT
+        h = h + self.attention(h, h, h)[0]
+        h = self.norm(self.slope(h.mT).mT)
         h = h + self.lstm(h)[0]
         h = h + self.gru(h)[0]
         h = self.rms(torch.relu(self.up(self.group(h.mT))).mT)

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from relfisher import balance, compare, fisher, module_metric, relative_fisher, responses, unbalance
+from relfisher import (
+    balance,
+    compare,
+    fisher,
+    layer_metric,
+    module_metric,
+    relative_fisher,
+    responses,
+    unbalance,
+)
 
 BERNOULLI = responses.SigmoidBernoulli()
 
@@ -148,3 +157,114 @@ def test_a_zero_metric_cannot_be_balanced_and_leaves_the_model_alone() -> None:
     with pytest.raises(ValueError, match="the metric of '0' is zero on these inputs"):
         balance(model, inputs(n=5, width=3), BERNOULLI)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+class Heads(nn.Module):
+    """Two layers that could be the output, of which `join` makes it."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.main, self.other = (nn.Linear(3, 2, dtype=torch.float64) for _ in range(2))
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.main(x), self.other(x))
+
+
+OUTPUTS = {
+    "the first": lambda main, _: main,
+    "in another tensor": lambda main, _: main.clone(),
+    "flattened": lambda main, _: main.reshape(2, 3, 2),
+}
+
+
+@pytest.mark.parametrize("join", OUTPUTS.values(), ids=OUTPUTS)
+def test_the_response_is_that_of_the_layer_that_makes_the_output(join) -> None:
+    model, x = Heads(join), inputs(n=6, width=3)
+    main, other = compare(model, x, responses.Categorical())
+    assert (main.response, other.response) == (responses.Categorical(), responses.LinearGaussian())
+    assert main.relative.top == pytest.approx(main.global_block.top)
+    assert other.global_block.trace == 0
+    seen = torch.cat([x, torch.ones(6, 1).double()], dim=1)
+    scales = balance(model, x, responses.Categorical())
+    largest = torch.linalg.eigvalsh(module_metric(Heads(join), "main", x, responses.Categorical()).to_dense())[-1]
+    assert scales["main"] == pytest.approx(float(largest) ** -0.5)
+    assert scales["other"] == pytest.approx(float(torch.linalg.eigvalsh(seen.T @ seen / 6)[-1]) ** -0.5)
+
+
+def test_of_equal_outputs_the_one_in_memory_counts() -> None:
+    model = Heads(lambda main, _: main)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    main, other = compare(model, inputs(n=6, width=3), responses.Categorical())
+    assert (main.response, other.response) == (responses.Categorical(), responses.LinearGaussian())
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda main, _: 10 * main,
+        lambda main, other: main + other,
+        lambda main, _: main.mul_(10),
+        lambda main, _: main.T,
+        lambda main, other: (main, other),
+    ],
+    ids=["scaled", "sum", "in place", "transposed", "both"],
+)
+@pytest.mark.parametrize("call", [balance, compare])
+def test_an_output_that_no_layer_makes_is_refused(call, join) -> None:
+    model = Heads(join)
+    with pytest.raises(ValueError, match=r"model must return the output of a linear layer.*\('main', 'other'\)"):
+        call(model, inputs(n=6, width=3), responses.Categorical())
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+def test_the_last_call_of_a_layer_may_be_the_output() -> None:
+    """The tanh of the first call, and the softmax of the second."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(torch.tanh(self.cell(x)))
+
+    model, x = Twice(), inputs(n=6, width=3)
+    second = torch.tanh(model.cell(x)).detach()
+    weight, bias = model.cell.weight.detach(), model.cell.bias.detach()
+    calls = ((x, responses.TanhBernoulli()), (second, responses.Categorical()))
+    expected = sum(layer_metric(seen, weight, bias, response).to_dense() for seen, response in calls) / 2
+    (row,) = compare(model, x, responses.Categorical())
+    assert row.response == responses.Categorical()
+    assert row.relative.trace == pytest.approx(float(expected.trace()))
+    before = model(x).detach()
+    balance(model, x, responses.Categorical())
+    assert_close(model(x).detach(), before)
+
+
+def tied(kind: str) -> nn.Module:
+    model = mlp(sizes=(3, 3, 3))
+    if kind == "weights":
+        model[2].weight = model[0].weight
+    elif kind == "biases":
+        model[2].bias = model[0].bias
+    else:
+        model = nn.Sequential(nn.Embedding(3, 3), nn.Linear(3, 3)).double()
+        model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("weights", "0.weight and 2.weight"), ("biases", "0.bias and 2.bias"), ("embedding", "0.weight and 1.weight")],
+)
+@pytest.mark.parametrize("call", [balance, compare])
+def test_tied_parameters_are_refused(call, kind: str, names: str) -> None:
+    model = tied(kind)
+    x = torch.tensor([0, 2]) if kind == "embedding" else inputs(n=6, width=3)
+    before = model(x).detach()
+    with pytest.raises(ValueError, match=f"model must not tie parameters, but these are one: {names}"):
+        call(model, x, responses.Categorical())
+    assert torch.equal(model(x), before)

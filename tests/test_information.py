@@ -1,5 +1,7 @@
 """Each kind of information as an operator: products, diagonals and matrices agree, and are what they stand for."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -18,6 +20,8 @@ KINDS = (
     "pulled back softmax",
     "pulled back linear",
     "pulled back twice",
+    "joined",
+    "joined units",
 )
 
 
@@ -27,6 +31,7 @@ def make(kind: str, given_problem: Problem) -> Information:
     following = torch.tanh(z) @ weight.T + given_problem.next_bias
     slope = 1 - torch.tanh(z).square()
     through = information.Diagonal(torch.sigmoid(following))
+    rest, sizes = replace(given_problem, x=given_problem.x[1:]), (1, len(z) - 1)
     match kind:
         case "isotropic":
             return information.Isotropic(2.5, z)
@@ -40,6 +45,10 @@ def make(kind: str, given_problem: Problem) -> Information:
             return information.PulledBack(information.Softmax(torch.softmax(following, -1)), weight, slope)
         case "pulled back linear":
             return information.PulledBack(information.Isotropic(0.5, following), weight, slope)
+        case "joined":
+            return information.Joined((information.Softmax(torch.softmax(z[:1], -1)), make("diagonal", rest)), sizes)
+        case "joined units":
+            return information.Joined((information.Isotropic(2.5, z[:1]), make("diagonal", rest)), sizes)
     turn = weight.T @ weight + torch.eye(z.shape[1], dtype=z.dtype)
     return information.PulledBack(information.PulledBack(through, weight, slope), turn, slope)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from relfisher.autodiff import fisher
 from relfisher.layers import Layer, layers_of
 from relfisher.metric import Metric
-from relfisher.observe import observe
+from relfisher.observe import metric_of, observe
 from relfisher.responses import Response
 
 __all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "unbalance"]
@@ -50,7 +50,7 @@ class LayerComparison:
 
     Attributes:
         name: the name of the layer.
-        response: the response of its units.
+        response: the response of its units, in the last call if they differ between calls.
         parameters: the number of parameters, D.
         relative: the spectrum of the RFIM.
         global_block: the spectrum of the layer's diagonal block of the FIM.
@@ -88,29 +88,27 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
     """Compare each linear layer's relative metric with its block of the global metric. Section 4.
 
     The rank of a hidden layer's RFIM is at most n * out. The rank of the global metric is at most n times the number of
-    independent outcomes of `response`. For the last layer the two metrics are equal.
+    independent outcomes of `response`. For the output layer, if it is called once, the two metrics are equal.
 
     Args:
-        model: the model, whose output is the pre-activation of the response.
+        model: the model. What one of its linear layers returns is its output [n, out] or [n, positions, out], possibly
+            reshaped, and the pre-activation of the response. Positions count as samples.
         inputs: the arguments of the model, with n samples: a tensor, or a tuple of arguments.
-        response: the response of the model's output, which is also that of the last layer.
+        response: the response of the model's output, which is also that of the output layer. The response of every
+            other layer is that of the activation after it.
         top: the number of largest eigenvalues to keep.
 
     Returns:
         The comparison, with one row per layer that the forward pass reached.
 
     Raises:
-        ValueError: if a layer is parametrized, so that its parameters are not its weight and bias.
+        ValueError: if a layer is parametrized, so that its parameters are not its weight and bias, or tied to another
+            module, or no linear layer returns the model's output.
     """
-    layers = _plain_layers(model)
-    seen = observe(model, layers, inputs)
-    last = next(reversed(seen), None)
     table = []
-    for name, (rows, found) in seen.items():
-        said = response if name == last else found
-        relative = layers[name].metric(rows, said)
+    for name, (layer, said, relative) in _relative_metrics(model, inputs, response).items():
         prefix = f"{name}." if name else ""
-        names = [f"{prefix}{key}" for key, _ in layers[name].module.named_parameters()]
+        names = [f"{prefix}{key}" for key, _ in layer.module.named_parameters()]
         block = fisher(model, inputs, response, names)
         table.append(
             LayerComparison(name, said, relative.shape[0], Spectrum.of(relative, top), Spectrum.of(block, top))
@@ -118,12 +116,36 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
     return Comparison(tuple(table))
 
 
+def _relative_metrics(model: nn.Module, inputs: Any, response: Response) -> dict[str, tuple[Layer, Response, Metric]]:
+    """Return each linear layer that was reached, the response of its last call, and its relative metric, by name."""
+    layers = _plain_layers(model)
+    seen = observe(model, layers, inputs)
+    if not any(call.is_output for calls in seen.values() for call in calls):
+        named = ", ".join(map(repr, seen)) or "none"
+        raise ValueError(
+            "model must return the output of a linear layer, since that is the layer whose response is `response`; it "
+            f"returns the output of none of the layers that ran ({named})"
+        )
+    said = {
+        name: [replace(call, response=response) if call.is_output else call for call in calls]
+        for name, calls in seen.items()
+    }
+    return {name: (layers[name], calls[-1].response, metric_of(layers[name], calls)) for name, calls in said.items()}
+
+
 def _plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the linear layers by name, after checking that none is parametrized."""
+    """Return the linear layers by name, after checking that none is parametrized, and none tied."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     taken = [name for name, module in modules.items() if parametrize.is_parametrized(module)]
     if taken:
         raise ValueError(f"model must not be parametrized, but {', '.join(taken)} is: call unbalance first")
+    owners: dict[nn.Parameter, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(parameter, []).append(key)
+    tied = [" and ".join(names) for names in owners.values() if len(names) > 1]
+    if tied:
+        raise ValueError(f"model must not tie parameters, but these are one: {'; '.join(tied)}")
     return {name: layer for name, module in modules.items() for layer in layers_of(name, module)}
 
 
@@ -151,26 +173,23 @@ def balance(model: nn.Module, inputs: Any, response: Response) -> dict[str, floa
     Args:
         model: the model, which is changed in place; create the optimizer afterwards.
         inputs: the arguments of the model: a tensor, or a tuple of arguments.
-        response: the response of the model's output, which is also that of the last layer.
+        response: the response of the model's output, which is also that of the output layer, as in `compare`.
 
     Returns:
         The scale of each layer, by name.
 
     Raises:
-        ValueError: if a layer is already parametrized, or its metric is zero.
+        ValueError: as in `compare`, or if the metric of a layer is zero.
     """
-    layers = _plain_layers(model)
-    seen = observe(model, layers, inputs)
-    last = next(reversed(seen), None)
+    layers = _relative_metrics(model, inputs, response)
     scales: dict[str, float] = {}
-    for name, (rows, found) in seen.items():
-        said = response if name == last else found
-        largest = float(layers[name].metric(rows, said).eigvalsh(1))
+    for name, (_, _, metric) in layers.items():
+        largest = float(metric.eigvalsh(1))
         if not largest > 0:
             raise ValueError(f"the metric of {name!r} is zero on these inputs, so that it cannot be scaled to 1")
         scales[name] = largest**-0.5
     for name, scale in scales.items():
-        module = layers[name].module
+        module = layers[name][0].module
         for key in [key for key, _ in module.named_parameters()]:
             parametrize.register_parametrization(module, key, _Scaled(scale))
     return scales

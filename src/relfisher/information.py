@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["Diagonal", "Information", "Isotropic", "PulledBack", "Softmax"]
+__all__ = ["Diagonal", "Information", "Isotropic", "Joined", "PulledBack", "Softmax"]
 
 
 class Information(ABC):
@@ -184,3 +184,43 @@ class PulledBack(Information):
         if isinstance(self.following, Isotropic):
             return self.following.value * (self.weight.T @ self.weight) * (self.slope.T @ self.slope)
         return self.dense().sum(0)
+
+
+@dataclass(frozen=True)
+class Joined(Information):
+    """The matrices of several batches of samples, one batch after another, about the same units.
+
+    Args:
+        parts: the information of each batch.
+        sizes: the number of samples of each batch.
+    """
+
+    parts: tuple[Information, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def is_diagonal(self) -> bool:  # type: ignore[override]  # known once the parts are
+        """Whether the matrices of all batches are diagonal."""
+        return all(part.is_diagonal for part in self.parts)
+
+    @property
+    def out(self) -> int:
+        """The number of units."""
+        return self.parts[0].out
+
+    def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Apply the matrices of each batch to its samples."""
+        pieces = zip(self.parts, torch.split(field, list(self.sizes), dim=-2), strict=True)
+        return torch.cat([part.apply(piece) for part, piece in pieces], dim=-2)
+
+    def diagonal(self) -> Float[Tensor, "n out"]:
+        """Return the diagonals of all batches."""
+        return torch.cat([part.diagonal() for part in self.parts])
+
+    def dense(self) -> Float[Tensor, "n out out"]:
+        """Return the matrices of all batches."""
+        return torch.cat([part.dense() for part in self.parts])
+
+    def total(self) -> Float[Tensor, "out out"]:
+        """Return the sum over all batches."""
+        return torch.stack([part.total() for part in self.parts]).sum(0)

@@ -7,7 +7,7 @@ from cases import assert_close
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relfisher import layer_metric, module_metric
+from relfisher import layer_metric, module_metric, relative_fisher
 from relfisher.responses import (
     ActivationGaussian,
     Categorical,
@@ -72,21 +72,65 @@ class Repeated(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("activations", "response"),
+    ("activations", "expected"),
     [
-        ((torch.tanh, torch.tanh), TanhBernoulli()),
-        ((functional.gelu, functional.gelu), ActivationGaussian(functional.gelu)),
-        ((functional.gelu, torch.tanh), LinearGaussian()),
+        ((torch.tanh, torch.tanh), (TanhBernoulli(), TanhBernoulli())),
+        ((functional.gelu, functional.gelu), (ActivationGaussian(functional.gelu),) * 2),
+        ((functional.gelu, torch.tanh), (ActivationGaussian(functional.gelu), TanhBernoulli())),
+        ((torch.tanh, lambda z: z), (TanhBernoulli(), LinearGaussian())),
     ],
-    ids=["tanh", "gelu", "two kinds"],
+    ids=["tanh", "gelu", "two kinds", "tanh and linear"],
 )
-def test_repeated_calls_are_samples(activations, response: Response) -> None:
+def test_repeated_calls_are_samples_with_a_response_each(activations, expected: tuple[Response, Response]) -> None:
     model, x = Repeated(*activations), inputs(n=4, width=3)
     second = activations[0](model.cell(x)).detach()
     weight, bias = model.cell.weight.detach(), model.cell.bias.detach()
+    calls = zip((x, second), expected, strict=True)
+    dense = torch.stack([layer_metric(seen, weight, bias, said).to_dense() for seen, said in calls]).mean(0)
     metric = module_metric(model, "cell", x)
     assert metric.samples == 8
-    assert_close(metric.to_dense(), layer_metric(torch.cat([x, second]), weight, bias, response).to_dense())
+    assert_close(metric.to_dense(), dense)
+    assert_close(metric @ torch.eye(12).double(), dense)
+    assert_close(metric.diagonal(), dense.diagonal())
+
+
+def test_a_stated_response_holds_for_all_calls() -> None:
+    model, x = Repeated(functional.gelu, torch.tanh), inputs(n=4, width=3)
+    seen = torch.cat([x, functional.gelu(model.cell(x)).detach()])
+    expected = layer_metric(seen, model.cell.weight.detach(), model.cell.bias.detach(), Categorical())
+    assert_close(module_metric(model, "cell", x, Categorical()).to_dense(), expected.to_dense())
+
+
+def test_repeated_calls_of_groups_have_a_response_each() -> None:
+    model = Repeated(torch.tanh, torch.relu)
+    model.cell = nn.Conv1d(4, 4, 1, groups=2, dtype=torch.float64)
+    x = inputs(n=5, width=4).unsqueeze(2)
+    second = torch.tanh(model.cell(x)).detach()
+    metric = module_metric(model, "cell", x).to_dense()
+    for group in range(2):
+        part = slice(2 * group, 2 * group + 2)
+        weight, bias = model.cell.weight.detach()[part].squeeze(2), model.cell.bias.detach()[part]
+        blocks = [
+            layer_metric(seen[:, part].squeeze(2), weight, bias, said).to_dense()
+            for seen, said in ((x, TanhBernoulli()), (second, ReLUGaussian()))
+        ]
+        assert_close(metric[6 * group : 6 * group + 6, 6 * group : 6 * group + 6], (blocks[0] + blocks[1]) / 2)
+
+
+def test_inputs_of_later_calls_are_given() -> None:
+    """The metric through both calls is another one: its Jacobian has the dependence of the second input."""
+    model, x = Repeated(torch.tanh, torch.tanh), inputs(n=4, width=3)
+    names = {key: value.detach() for key, value in model.named_parameters()}
+
+    def unrolled(parameters: dict[str, Tensor]) -> Tensor:
+        weight, bias = parameters["cell.weight"], parameters["cell.bias"]
+        first = x @ weight.T + bias
+        return torch.cat([first, torch.tanh(first) @ weight.T + bias])
+
+    through = relative_fisher(unrolled, names, TanhBernoulli()).to_dense()
+    order = torch.cat([torch.arange(9).reshape(3, 3), torch.arange(9, 12).reshape(3, 1)], dim=1).reshape(-1)
+    given_inputs = module_metric(model, "cell", x).to_dense()
+    assert (through[order][:, order] - given_inputs).norm() > 0.05 * given_inputs.norm()
 
 
 def test_inputs_that_are_overwritten_later_are_kept() -> None:

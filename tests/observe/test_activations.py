@@ -1,5 +1,7 @@
 """The response of a layer is that of the code that takes its outputs, written in whatever way."""
 
+import copy
+
 import pytest
 import torch
 from builders import Code, inputs
@@ -7,7 +9,8 @@ from cases import assert_close
 from torch import nn
 from torch.nn import functional
 
-from relfisher import layer_metric, module_metric, responses
+from relfisher import RNGD, layer_metric, module_metric, responses
+from relfisher.observe import ResponseWarning
 from relfisher.responses import (
     ActivationGaussian,
     ELUGaussian,
@@ -17,6 +20,15 @@ from relfisher.responses import (
     SigmoidBernoulli,
     TanhBernoulli,
 )
+
+PER_UNIT = nn.PReLU(3, dtype=torch.float64)
+PER_UNIT.weight.data = torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64)
+
+
+def slopes(below: float | list[float]) -> Response:
+    """Return the response of units with these slopes below 0."""
+    return ActivationGaussian(lambda z: torch.where(z > 0, z, torch.tensor(below, dtype=z.dtype) * z))
+
 
 CODE = {
     "F.relu": (functional.relu, ReLUGaussian()),
@@ -34,6 +46,14 @@ CODE = {
         lambda z: functional.gelu(z, approximate="tanh"),
         ActivationGaussian(lambda z: functional.gelu(z, approximate="tanh")),
     ),
+    "leaky, steep": (lambda z: functional.leaky_relu(z, 1.5), slopes(1.5)),
+    "leaky, falling": (nn.LeakyReLU(-0.2), slopes(-0.2)),
+    "PReLU": (nn.PReLU(init=0.3, dtype=torch.float64), slopes(0.3)),
+    "PReLU, steep": (nn.PReLU(init=1.5, dtype=torch.float64), slopes(1.5)),
+    "PReLU, falling": (nn.PReLU(init=-0.2, dtype=torch.float64), slopes(-0.2)),
+    "PReLU of each unit": (PER_UNIT, slopes([0.3, -0.2, 1.5])),
+    "F.prelu": (lambda z: functional.prelu(z, PER_UNIT.weight), slopes([0.3, -0.2, 1.5])),
+    "prelu": (lambda z: z.prelu(PER_UNIT.weight), slopes([0.3, -0.2, 1.5])),
     "softplus": (nn.Softplus(beta=2.0), ActivationGaussian(lambda z: functional.softplus(z, 2.0))),
     "silu in place": (nn.SiLU(inplace=True), ActivationGaussian(functional.silu)),
     "hardtanh_": (functional.hardtanh_, ActivationGaussian(functional.hardtanh)),
@@ -59,3 +79,56 @@ def test_response_is_that_of_the_code_that_follows(activation, response: Respons
 
 def test_all_responses_are_public() -> None:
     assert {type(response).__name__ for _, response in CODE.values()} <= set(responses.__all__)
+
+
+def test_slopes_that_are_learned_count_as_they_are() -> None:
+    """The response follows the parameter, and its copy the copy."""
+    model, x = Code(nn.PReLU(3, dtype=torch.float64)), inputs(n=7, width=3)
+    optimizer = RNGD(model)
+    model(x).sum().backward()
+    optimizer.step()
+    twin, other = copy.deepcopy((model, optimizer))
+    twin.activation.weight.data += 1
+    z = torch.tensor([[-1.0, -1.0, 2.0]], dtype=torch.float64)
+    for network, trained in ((model, optimizer), (twin, other)):
+        response = next(layer.role.response for layer in trained.layers if layer.name == "fc")
+        slope = torch.cat([network.activation.weight[:2].detach(), torch.ones(1)])
+        assert_close(response.information(z), slope.square().unsqueeze(0))
+    assert repr(response) == "ActivationGaussian(function=prelu, sigma=1.0)"
+
+
+def test_slopes_of_the_channels_of_a_convolution() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.PReLU(3)).double()
+    model[1].weight.data = PER_UNIT.weight.data
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    rows = x.movedim(1, -1).reshape(-1, 2)
+    expected = layer_metric(rows, model[0].weight.detach()[..., 0], model[0].bias.detach(), slopes([0.3, -0.2, 1.5]))
+    assert_close(module_metric(model, "0", x).to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(3, 4), nn.PReLU(4)), (2, 4, 3)),  # a slope for each position
+        (nn.Sequential(nn.LayerNorm(3), nn.PReLU(3)), (5, 3)),
+        (nn.Sequential(nn.Conv1d(2, 4, 1, groups=2), nn.PReLU(4)), (5, 2, 3)),
+    ],
+    ids=["positions", "normalization", "groups"],
+)
+def test_slopes_that_are_not_those_of_a_units_response_are_named(model: nn.Module, shape: tuple[int, ...]) -> None:
+    optimizer = RNGD(model)
+    with pytest.warns(ResponseWarning, match="the activation is not known: 0 feeds prelu"):
+        model(torch.randn(shape))
+    optimizer.close()
+    assert torch.equal(
+        module_metric(model, "0", torch.ones(shape)).to_dense(),
+        module_metric(model[0], "", torch.ones(shape)).to_dense(),
+    )
+
+
+def test_a_response_for_prelu_can_be_stated() -> None:
+    model, x = Code(nn.PReLU(dtype=torch.float64)), inputs(n=7, width=3)
+    optimizer = RNGD(model, responses={nn.PReLU: ReLUGaussian(0.5)})
+    model(x).sum().backward()
+    optimizer.step()
+    assert next(layer.role.response for layer in optimizer.layers if layer.name == "fc") == ReLUGaussian(0.5)

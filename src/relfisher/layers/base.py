@@ -167,6 +167,11 @@ class Layer(ABC):
         return self.shape[-2]
 
     @property
+    def unit_axis(self) -> int | None:
+        """The axis of the module's output that holds the units; None if several groups of units share it."""
+        return -1 if len(self.shape) == 2 else None
+
+    @property
     def own_response(self) -> UnitResponse:
         """The response that the layer itself defines: linear, if an activation after it may determine the response."""
         return LinearGaussian()

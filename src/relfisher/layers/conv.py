@@ -51,6 +51,11 @@ class ConvLayer(Layer):
         shape = (out, patch + len(parts) - 1)
         return cls(name, module, parts, shape if module.groups == 1 else (module.groups, *shape))
 
+    @property
+    def unit_axis(self) -> int | None:
+        """The axis of the channels; None if they are in groups."""
+        return -1 - len(self.kernel) if self.module.groups == 1 else None
+
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the patches and the outputs. A mask may cover whole images or output positions."""
         dimensions = len(self.kernel)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from relfisher.responses import (
     ActivationGaussian,
@@ -25,6 +26,8 @@ __all__ = [
     "Responses",
     "canonical_name",
     "check_responses",
+    "is_softmax_call",
+    "looks_up",
     "register_activation",
     "response_of",
     "response_of_module",
@@ -41,8 +44,8 @@ Responses = Mapping[Activation, Made]
 
 # Element-wise and differentiable activations with a Gaussian response: nu = f'(z)^2 / sigma^2.
 _GENERIC = frozenset(
-    "celu gelu hardshrink hardsigmoid hardswish hardtanh logsigmoid log_sigmoid mish relu6 rrelu selu silu softplus "
-    "softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
+    "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid log_sigmoid mish relu6 rrelu selu "
+    "silu softplus softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
 )
 
 #: Functions that pass the pre-activation on, reshaped or in part.
@@ -60,7 +63,7 @@ JOINING = frozenset(
     "feature_alpha_dropout max_pool1d max_pool2d max_pool3d boolean_dispatch avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d mean sum max min amax logsumexp div truediv neg pow cat stack einsum where masked_fill "
-    "embedding embedding_bag prelu lstm gru rnn_tanh rnn_relu pad interpolate pixel_shuffle normalize topk "
+    "embedding embedding_bag lstm gru rnn_tanh rnn_relu pad interpolate pixel_shuffle normalize topk "
     "kl_div smooth_l1_loss l1_loss huber_loss binary_cross_entropy conv_transpose1d conv_transpose2d "
     "conv_transpose3d local_response_norm cosine_similarity addmm addcmul lerp glu roll flip index_select gather "
     "pack_padded_sequence".split()
@@ -78,6 +81,7 @@ _FUNCTIONS: dict[type[nn.Module], str] = {
     nn.LeakyReLU: "leaky_relu",
     nn.LogSigmoid: "logsigmoid",
     nn.Mish: "mish",
+    nn.PReLU: "prelu",
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
     nn.SELU: "selu",
@@ -129,7 +133,11 @@ def check_responses(responses: object) -> None:
 
 
 def response_of(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], responses: Responses | None = None
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    responses: Responses | None = None,
+    units: int | None = None,
 ) -> UnitResponse | None:
     """Return the response of the units whose pre-activation is the first argument of a call.
 
@@ -138,6 +146,8 @@ def response_of(
         args: its positional arguments.
         kwargs: its keyword arguments.
         responses: responses by activation, which take precedence over registered and built-in ones.
+        units: the number of units along axis 1 of the first argument, each of which may have a slope of PReLU of its
+            own; None if other things lie there.
 
     Returns:
         The response, or None if the function is not a known activation.
@@ -158,6 +168,8 @@ def response_of(
             return SigmoidBernoulli()
         case "elu" if options.get("alpha", 1.0) > 0:
             return ELUGaussian(alpha=options.get("alpha", 1.0))
+        case "prelu" if options["weight"].numel() in (1, units):
+            return ActivationGaussian(_Slopes(options["weight"]))
         case _ if name in _GENERIC:
             return ActivationGaussian(_Partial(function, tuple(sorted(options.items()))))
     return None
@@ -183,6 +195,22 @@ def canonical_name(function: Callable[..., Any]) -> str:
     return stripped[1:] if name.startswith(("__r", "__i")) and stripped[1:] in JOINING else stripped
 
 
+def is_softmax_call(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call is a softmax over the last axis of z, or a cross-entropy that contains one."""
+    axes = z.dim()
+    if not args or args[0] is not z:
+        return False
+    if name == "cross_entropy":
+        return axes == 2
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return name in ("softmax", "log_softmax") and axis in (-1, axes - 1)
+
+
+def looks_up(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function is a plain embedding lookup that changes neither the weight nor the gradient."""
+    return name == "embedding" and kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")
+
+
 def _function_name(activation: Activation) -> str | None:
     """Return the canonical function name of an activation of torch; None for a user-defined module."""
     return _FUNCTIONS.get(activation) if isinstance(activation, type) else canonical_name(activation)
@@ -203,7 +231,9 @@ def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     return {key: value for key, value in named.items() if key not in ("input", "self", "inplace")}
 
 
-_BUILTIN_OPTIONS = {"softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",)}
+_BUILTIN_OPTIONS = {
+    "softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",), "prelu": ("weight",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,3 +249,22 @@ class _Partial:
 
     def __repr__(self) -> str:
         return canonical_name(self.function)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """PReLU with slopes that are learned, one or one per unit. It follows them, and equals PReLU with the same ones."""
+
+    weight: Tensor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.prelu(z, self.weight.detach().to(z.dtype))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Slopes) and other.weight is self.weight
+
+    def __hash__(self) -> int:
+        return hash(self.weight)
+
+    def __repr__(self) -> str:
+        return "prelu"

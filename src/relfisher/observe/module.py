@@ -5,42 +5,48 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from relfisher.evaluation import evaluation_mode
+from relfisher.information import Joined
 from relfisher.layers import Call, Layer, Rows, Sampling, layers_of
-from relfisher.metric import Metric
+from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.trace import Trace
-from relfisher.responses import Response, UnitResponse
+from relfisher.pullback import as_rows
+from relfisher.responses import Response
 from relfisher.validation import check_finite
 
-__all__ = ["module_metric", "observe", "survey"]
+__all__ = ["Seen", "metric_of", "module_metric", "observe", "survey"]
 
 
 def module_metric(model: nn.Module, name: str, inputs: Any, response: Response | None = None) -> Metric:
     """Return the relative Fisher information metric of a layer inside a model. Equations (22), (23), (25).
 
     The model runs once, in evaluation mode, and is left unchanged. The reference theta_f consists of all parameters but
-    the layer's own.
+    the layer's own, and of the inputs of each call of the layer, as this run computed them. For the time steps of a
+    recurrent layer and the later calls of a layer that is called again, these inputs depend on the layer's own
+    parameters. The metric leaves out this dependence: it is that of one step at a time, for given states. For the
+    metric through all steps, write the unrolled pre-activations for `relative_fisher`.
 
     Args:
         model: the model.
         name: the module's dotted name, as in `model.named_modules()`, or the name of one of its layers, such as
             "attention.out_proj".
         inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
-        response: the response of the layer's units; None for the response of the activation that follows, or a linear
-            response if no activation is recognized.
+        response: the response of the layer's units in all calls; None for the response of the activation that follows
+            each call, or a linear response if no activation is recognized.
 
     Returns:
         A metric of the layer's parameters [out, d], bias last, or [groups, out, d] if groups of units have different
-        inputs (grouped convolutions, the channels of a normalization). Positions and repeated calls count as samples.
+        inputs (grouped convolutions, the channels of a normalization). Positions and repeated calls count as samples:
+        the metric is a mean over all of them.
 
     Raises:
         ValueError: if there is no such layer, or the forward pass does not reach it.
@@ -50,9 +56,36 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
     seen = observe(model, {name: layer}, inputs).get(name)
     if seen is None:
         raise ValueError(f"the forward pass did not reach {name!r} with these inputs")
-    rows, found = layer.spelled_out(seen[0]), seen[1]
-    check_finite(f"the input of {name!r}", rows.x)
-    return layer.metric(rows, response or found)
+    seen = [replace(call, rows=layer.spelled_out(call.rows)) for call in seen]
+    check_finite(f"the input of {name!r}", torch.cat([call.rows.x for call in seen], dim=-2))
+    return metric_of(layer, seen, response)
+
+
+def metric_of(layer: Layer, calls: Sequence[Seen], response: Response | None = None) -> Metric:
+    """Return the metric of a layer over the samples of all of its calls.
+
+    Args:
+        layer: the layer.
+        calls: its calls.
+        response: the response of its units in all calls; None for that of each call.
+
+    Returns:
+        The metric, with one information for all samples where the calls have the same response.
+    """
+    said = [response or call.response for call in calls]
+    if all(each == said[0] for each in said):
+        rows = [torch.cat(each, dim=-2) for each in zip(*(call.rows for call in calls), strict=True)]
+        return layer.metric(Rows(*rows), said[0])
+    return _joined([layer.metric(call.rows, each) for call, each in zip(calls, said, strict=True)])
+
+
+def _joined(metrics: Sequence[Any]) -> Metric:
+    """Return the metric over the samples of several metrics of the same layer."""
+    if isinstance(metrics[0], GroupedMetric):
+        return GroupedMetric([_joined(group) for group in zip(*(metric.metrics for metric in metrics), strict=True)])
+    sizes = tuple(metric.samples for metric in metrics)
+    information = Joined(tuple(metric.information for metric in metrics), sizes)
+    return LayerMetric(information, torch.cat([metric.x for metric in metrics]), bias=False)
 
 
 def _named(model: nn.Module, name: str) -> Layer:
@@ -78,8 +111,23 @@ def _named(model: nn.Module, name: str) -> Layer:
     return found[0]
 
 
-def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[str, tuple[Rows, UnitResponse]]:
-    """Run a model in evaluation mode and return the samples and responses of some of its layers.
+@dataclass(frozen=True)
+class Seen:
+    """One call of a layer.
+
+    Args:
+        rows: its samples.
+        response: the response of the layer's units in this call, as the activation after it makes it.
+        is_output: whether the model returned what the call did, possibly reshaped or copied.
+    """
+
+    rows: Rows
+    response: Response
+    is_output: bool
+
+
+def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[str, list[Seen]]:
+    """Run a model in evaluation mode and return the calls of some of its layers.
 
     Args:
         model: the model; it is left unchanged.
@@ -87,24 +135,35 @@ def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[
         inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
 
     Returns:
-        The samples and the response of each layer that was reached, in the order of the forward pass.
+        The calls of each layer that was reached, by name, in the order of the forward pass. At most one of them is the
+        output.
     """
-    seen: dict[Layer, list[Rows]] = {}
+    calls: list[tuple[Layer, Rows, int]] = []
 
     def see(layer: Layer, call: Call) -> None:
         rows = layer.rows(call, Sampling())
         # Later in-place operations may overwrite both.
-        seen.setdefault(layer, []).append(Rows(rows.x.clone(), rows.z.clone()))
+        z = layer.output(call.output)
+        calls.append((layer, Rows(rows.x.clone(), rows.z.clone()), 0 if z is None else z.data_ptr()))
 
-    roles = _run(model, layers, inputs, see)
+    roles, trace, output = _run(model, layers, inputs, see)
+    said = {each: iter(trace.responses(each)) for each in roles if each.followed}
+    last = _output_among(calls, output)
     names = {layer: name for name, layer in layers.items()}
-    return {
-        names[layer]: (
-            Rows(torch.cat([rows.x for rows in calls], dim=-2), torch.cat([rows.z for rows in calls], dim=-2)),
-            roles[layer].response,
-        )
-        for layer, calls in seen.items()
-    }
+    seen: dict[str, list[Seen]] = {}
+    for place, (layer, rows, _) in enumerate(calls):
+        response = next(said[layer]) if layer in said else roles[layer].response
+        seen.setdefault(names[layer], []).append(Seen(rows, response, place == last))
+    return seen
+
+
+def _output_among(calls: Sequence[tuple[Layer, Rows, int]], output: Any) -> int | None:
+    """Return the place of the call that computed the model's output: the same values, at best in the same memory."""
+    if not isinstance(output, Tensor):
+        return None
+    final = as_rows(output.detach())
+    equal = [place for place, (_, rows, _) in enumerate(calls) if torch.equal(rows.z.to(final.dtype), final)]
+    return max(equal, key=lambda place: (calls[place][2] == output.data_ptr(), place), default=None)
 
 
 def survey(
@@ -136,7 +195,7 @@ def survey(
             count = layer.rows(call, Sampling()).z.shape[-2]
         samples[layer] = samples.get(layer, 0) + count
 
-    return _run(model, named, inputs, see, loss, responses), samples
+    return _run(model, named, inputs, see, loss, responses)[0], samples
 
 
 @torch.enable_grad()
@@ -147,8 +206,8 @@ def _run(
     see: Callable[[Layer, Call], None],
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
-) -> dict[Layer, Role]:
-    """Run a model, pass on each call of a layer, and return the roles of the layers that were reached or refused."""
+) -> tuple[dict[Layer, Role], Trace, Any]:
+    """Run a model, pass on each call of a layer, and return the roles of layers, reached or refused, and more."""
     arguments = list(inputs.values()) if isinstance(inputs, Mapping) else list(_tuple(inputs))
     trace = Trace(layers.values(), model, inputs=arguments, responses=responses)
     reached: dict[Layer, Tensor] = {}
@@ -183,7 +242,7 @@ def _run(
         gradients = torch.autograd.grad(loss(output), [reached[layer] for layer in heads], allow_unused=True)
         for layer, gradient in zip(heads, gradients, strict=True):
             roles[layer] = replace(roles[layer], is_head=gradient is not None and is_softmax_gradient(gradient))
-    return roles
+    return roles, trace, output
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:

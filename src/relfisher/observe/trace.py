@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from relfisher.observe.activations import (
     RESHAPING,
     Responses,
     canonical_name,
+    is_softmax_call,
+    looks_up,
     response_of,
     response_of_module,
 )
@@ -32,16 +35,30 @@ _LOOKS = frozenset(["get", "detach"])
 _CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
 
 
-#: Tensors by their identity, and the layers that they are of.
-_Watched = dict[int, tuple[Layer, Tensor]]
-
-
 class _Consumer(NamedTuple):
     """A function that took a pre-activation: its name, its response, and whether it is a softmax over the units."""
 
     name: str
     response: UnitResponse | None
     softmax: bool
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a layer: the functions that took its output, and the identity of the output before it is reshaped."""
+
+    layer: Layer
+    consumers: list[_Consumer] = field(default_factory=list)
+    output: int = 0
+
+    def units(self, z: Tensor) -> int | None:
+        """Return the number of units along axis 1 of the output or a part of it; None if other things lie there."""
+        axis = self.layer.unit_axis
+        return self.layer.out if id(z) == self.output and axis is not None and axis % z.ndim == 1 else None
+
+
+#: Tensors by their identity, and the calls that they are of.
+_Watched = dict[int, tuple[_Call, Tensor]]
 
 
 class Trace(TorchFunctionMode):
@@ -93,11 +110,11 @@ class Trace(TorchFunctionMode):
         # User-defined activations that are being called, the versions of their inputs, and what was watched before:
         # what happens inside does not count as a consumer of it.
         self._inside: list[tuple[nn.Module, dict[int, int], _Watched, _Watched]] = []
-        # Outputs of unfinished calls, their versions, and their numbers of consumers before.
-        self._shown_calls: dict[Layer, tuple[Tensor, int, int]] = {}
-        self._shown: dict[int, tuple[Layer, Tensor]] = {}
-        self._consumers: dict[Layer, list[_Consumer]] = {}
-        self._activated: dict[int, tuple[Layer, Tensor]] = {}
+        # Unfinished calls, their outputs and the versions of these.
+        self._shown_calls: dict[Layer, tuple[_Call, Tensor, int]] = {}
+        self._shown: _Watched = {}
+        self._calls: dict[Layer, list[_Call]] = {}
+        self._activated: _Watched = {}
         # The linear layer of each function that took a layer's activated units; None for any other function.
         self._followers: dict[Layer, list[Layer | None]] = {}
         # The model's inputs, and tensors computed from them without parameters.
@@ -146,7 +163,7 @@ class Trace(TorchFunctionMode):
             final = None if shown is None or output is None else layer.output(output)
             if shown is not None and final is not None:
                 with torch._C.DisableTorchFunction():
-                    self._replace(layer, *shown, final)
+                    self._replace(*shown, final)
 
     @_disable_dynamo
     def _enter_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,33 +184,32 @@ class Trace(TorchFunctionMode):
             return
         for tensor in list(_tensors([*args, *kwargs.values()])):
             if id(tensor) in activated:
-                self._followers.setdefault(activated[id(tensor)][0], []).append(None)
+                self._followers.setdefault(activated[id(tensor)][0].layer, []).append(None)
             if id(tensor) in versions:
-                layer = shown[id(tensor)][0]
+                call = shown[id(tensor)][0]
                 response = self._activations[module]
-                self._consumers[layer].append(_Consumer(type(module).__name__, response, softmax=False))
+                call.consumers.append(_Consumer(type(module).__name__, response, softmax=False))
                 if output is tensor or tensor._version != versions[id(tensor)]:  # it stands where z was
                     self._shown.pop(id(tensor), None)
-                self._activated[id(output)] = (layer, output)
+                self._activated[id(output)] = (call, output)
 
-    def _replace(self, layer: Layer, z: Tensor, version: int, consumers: int, final: Tensor) -> None:
+    def _replace(self, call: _Call, z: Tensor, version: int, final: Tensor) -> None:
         """Continue with the output after other hooks: the same values, maybe in another tensor, or different ones."""
         if z._version != version:
             return  # changed in place, which the trace has seen
         if final is z or (z.shape == final.shape and torch.equal(z.detach(), final.detach())):
-            del self._consumers[layer][consumers:]  # uses inside hooks do not count
-            self._note(layer, final)
+            call.consumers.clear()  # uses inside hooks do not count
+            call.output = id(final)
+            self._shown[id(final)] = (call, final)
         elif id(final) not in self._shown:
-            self._consumers[layer].append(_Consumer("a forward hook", None, softmax=False))
+            call.consumers.append(_Consumer("a forward hook", None, softmax=False))
 
     def show(self, layer: Layer, z: Tensor) -> None:
-        """Register a layer's output."""
-        self._shown_calls[layer] = z, z._version, len(self._consumers.get(layer, ()))
-        self._note(layer, z)
-
-    def _note(self, layer: Layer, z: Tensor) -> None:
-        self._shown[id(z)] = (layer, z)
-        self._consumers.setdefault(layer, [])
+        """Register the output of a call of a layer."""
+        call = _Call(layer, output=id(z))
+        self._calls.setdefault(layer, []).append(call)
+        self._shown_calls[layer] = call, z, z._version
+        self._shown[id(z)] = (call, z)
 
     @_disable_dynamo  # dynamo must not compile the tracing
     def __torch_function__(
@@ -210,22 +226,23 @@ class Trace(TorchFunctionMode):
         self._note_weights(name, kwargs, tensors, result)
         self._note_raw(tensors, result)
         if name in RESHAPING and args and id(args[0]) in taken:
-            layer = taken[id(args[0])][0]
+            call = taken[id(args[0])][0]
             for part in _tensors(result if isinstance(result, tuple | list) else [result]):
-                self._note(layer, part)
+                self._shown[id(part)] = (call, part)
         elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
-            for place, (layer, z) in taken.items():
+            for place, (call, z) in taken.items():
                 in_place = z._version != versions[place]
                 if result is z and not in_place:
                     continue  # a cast to the dtype that it already has
-                response = response_of(func, args, kwargs, self._responses) if args and args[0] is z else None
-                self._consumers[layer].append(_Consumer(name, response, _is_softmax(name, z, args, kwargs)))
+                first = bool(args) and args[0] is z
+                response = response_of(func, args, kwargs, self._responses, call.units(z)) if first else None
+                call.consumers.append(_Consumer(name, response, is_softmax_call(name, z, args, kwargs)))
                 if in_place:  # the pre-activation was overwritten by the activation
                     del self._shown[place]
                 if response is not None:
-                    self._activated[id(result)] = (layer, result)
-            for layer, activated in units:
-                self._follow(layer, activated, name, args, result)
+                    self._activated[id(result)] = (call, result)
+            for call, activated in units:
+                self._follow(call, activated, name, args, result)
         return result
 
     def _note_weights(self, name: str, kwargs: Mapping[str, Any], tensors: Sequence[Tensor], result: Any) -> None:
@@ -243,7 +260,7 @@ class Trace(TorchFunctionMode):
             return
         if any(id(each) not in self._weights for each in tensors):
             for layer in outside:
-                if not (isinstance(layer.module, nn.Linear) and _looks_up(name, kwargs)):
+                if not (isinstance(layer.module, nn.Linear) and looks_up(name, kwargs)):
                     self.misused.setdefault(layer, name)
         else:
             self._weights.update({id(each): (outside[0], each) for each in made if id(each) not in self._weights})
@@ -256,45 +273,46 @@ class Trace(TorchFunctionMode):
             parts = _tensors(result if isinstance(result, tuple | list) else [result])
             self._raw.update({id(each): each for each in parts})
 
-    def _follow(self, layer: Layer, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
+    def _follow(self, call: _Call, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
         """Record the function that takes the activated units of a layer."""
         if name in _CARRYING and isinstance(result, Tensor) and result.shape[-1:] == activated.shape[-1:]:
-            self._activated[id(result)] = (layer, result)
+            self._activated[id(result)] = (call, result)
         else:
             linear = name == "linear" and args[0] is activated
             follower = self._weights.get(id(args[1]), (None,))[0] if linear else None
             is_linear = follower is not None and isinstance(follower.module, nn.Linear)
-            self._followers.setdefault(layer, []).append(follower if is_linear else None)
+            self._followers.setdefault(call.layer, []).append(follower if is_linear else None)
 
     def response(self, layer: Layer) -> UnitResponse:
         """Return the response of a registered layer."""
-        return self._only(layer) or LinearGaussian()
+        return _only(self._consumers(layer)) or LinearGaussian()
 
-    def _only(self, layer: Layer) -> UnitResponse | None:
-        """Return the response that all consumers of a layer's output make; None if they differ."""
-        found = [consumer.response for consumer in self._consumers.get(layer, [])]
-        return found[0] if found and all(each == found[0] for each in found) else None
+    def responses(self, layer: Layer) -> list[UnitResponse]:
+        """Return the response of each call of a registered layer."""
+        return [_only(call.consumers) or LinearGaussian() for call in self._calls.get(layer, [])]
+
+    def _consumers(self, layer: Layer) -> list[_Consumer]:
+        return [consumer for call in self._calls.get(layer, []) for consumer in call.consumers]
 
     def unresolved(self, layer: Layer) -> list[str]:
         """Return the functions that took a layer's output and are neither activations nor listed in `JOINING`."""
-        consumers = self._consumers.get(layer, [])
+        consumers = self._consumers(layer)
         return sorted({each.name for each in consumers if not each.response and each.name not in JOINING})
 
     def following(self, layer: Layer) -> Layer | None:
         """Return the linear layer that takes a layer's activated units, if nothing else does."""
-        consumers = self._consumers.get(layer, [])
-        if not consumers or any(each.response != consumers[0].response for each in consumers):
+        if _only(self._consumers(layer)) is None:
             return None
         followers = set(self._followers.get(layer, []))
         return followers.pop() if len(followers) == 1 else None
 
     def is_output(self, layer: Layer) -> bool:
         """Return whether no function took a layer's output."""
-        return self._consumers.get(layer) == []
+        return layer in self._calls and not self._consumers(layer)
 
     def is_softmax(self, layer: Layer) -> bool:
         """Return whether a layer's outputs went into a softmax over its units, and nowhere else."""
-        consumers = self._consumers.get(layer, [])
+        consumers = self._consumers(layer)
         return bool(consumers) and all(consumer.softmax for consumer in consumers)
 
     def reads_input(self, layer: Layer) -> bool:
@@ -311,6 +329,12 @@ class Trace(TorchFunctionMode):
         self._inside.clear()
 
 
+def _only(consumers: Sequence[_Consumer]) -> UnitResponse | None:
+    """Return the response that all consumers make; None if they differ."""
+    found = [consumer.response for consumer in consumers]
+    return found[0] if found and all(each == found[0] for each in found) else None
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the tensors among the values, including those inside lists and tuples, one level deep."""
     for value in values:
@@ -318,19 +342,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (item for item in value if isinstance(item, torch.Tensor))
-
-
-def _is_softmax(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call is a softmax over the last axis of z, or a cross-entropy that contains one."""
-    axes = z.dim()
-    if not args or args[0] is not z:
-        return False
-    if name == "cross_entropy":
-        return axes == 2
-    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    return name in ("softmax", "log_softmax") and axis in (-1, axes - 1)
-
-
-def _looks_up(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a function is a plain embedding lookup that changes neither the weight nor the gradient."""
-    return name == "embedding" and kwargs.get("max_norm") is None and not kwargs.get("scale_grad_by_freq")
