@@ -37,7 +37,11 @@ __all__ = [
 
 
 class Response(ABC):
-    """The conditional distribution p(y | z) of a layer's response given its pre-activation z, [..., out]."""
+    """The conditional distribution p(y | z) of a layer's response given its pre-activation z, [..., out].
+
+    The last axis holds units or classes. The axes before it hold samples and positions, whose responses are independent
+    given z; a metric is a mean over all of them.
+    """
 
     @abstractmethod
     def information(self, z: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out"] | Float[Tensor, "*n out out"]:

@@ -98,10 +98,10 @@ def metrics(module, *args):
     return {name: module_metric(model, f"layer.{name}", args).to_dense() for name in names}
 
 
-@supports("metric of input and recurrent weights equals the definition, to 1e-8")
+@supports("metric of input and recurrent weights is that of each step for given inputs and states, to 1e-8")
 @kinds
 @given(sizes=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 2)), bias=st.booleans())
-def test_metrics_equal_the_definition(kind, sizes, bias):
+def test_metrics_are_those_of_each_step_for_given_states(kind, sizes, bias):
     length, n, inputs, size = sizes
     torch.manual_seed(length + 7 * n)
     module = KINDS[kind](inputs, size, bias=bias).double()
