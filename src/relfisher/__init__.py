@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from relfisher.logistic import LogisticRegression
     from relfisher.metric import (
         BatchedMetric,
+        JointMetric,
         Metric,
         TransformedMetric,
         layer_metric,
@@ -46,6 +47,7 @@ __all__ = [
     "AdamWOptions",
     "BatchedMetric",
     "Inversion",
+    "JointMetric",
     "Layer",
     "LogisticRegression",
     "Metric",
@@ -82,7 +84,9 @@ _NAMES = {
     "diagnostics": "balance compare unbalance",
     "layers": "Layer register_layer",
     "logistic": "LogisticRegression",
-    "metric": "BatchedMetric Metric TransformedMetric layer_metric neuron_metric softmax_metric two_layer_metric",
+    "metric": (
+        "BatchedMetric JointMetric Metric TransformedMetric layer_metric neuron_metric softmax_metric two_layer_metric"
+    ),
     "observe": "module_metric register_activation",
     "optim": "RNGD AdamWOptions MetricOptions Preconditioner coverage plan register_rule register_structure",
     "optim.rules": "StepRule TrustRegion",

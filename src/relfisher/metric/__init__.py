@@ -6,15 +6,18 @@ from relfisher.metric.closed_forms import layer_metric, neuron_metric, softmax_m
 from relfisher.metric.combined import BatchedMetric, GroupedMetric, TransformedMetric
 from relfisher.metric.dense import DenseMetric
 from relfisher.metric.iterative import ConvergenceWarning
+from relfisher.metric.joint import AdjustedMetric, JointMetric
 from relfisher.metric.layer import LayerMetric
 
 __all__ = [
+    "AdjustedMetric",
     "BatchedMetric",
     "BlockMetric",
     "ConvergenceWarning",
     "DenseMetric",
     "DiagonalMetric",
     "GroupedMetric",
+    "JointMetric",
     "KroneckerMetric",
     "LayerMetric",
     "Metric",
