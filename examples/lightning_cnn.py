@@ -39,7 +39,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> tuple[list[RNGD], list[torch.optim.lr_scheduler.LRScheduler]]:
         """Return the optimizer and a scheduler that lowers its learning rates after each epoch."""
-        optimizer = RNGD(self)
+        optimizer = RNGD(self, lr=5e-2)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 

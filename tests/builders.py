@@ -225,7 +225,7 @@ def structures_by_weight(optimizer):
         state = optimizer.state.get(parameter, {})
         if "metric" in state and float(state["ema_weight"]) > 0:
             # The channels of a normalisation are groups of one unit each.
-            axes = state["lead"].ndim if "lead" in state else 3 if parameter.ndim == 1 else 2
+            axes = state["momentum"].ndim if "momentum" in state else 3 if parameter.ndim == 1 else 2
             kind = {-1: "diagonal", 0: "shared", 1: "neuron"}[state["metric"].ndim - axes]
             found[name] = "kronecker" if "output" in state else kind
     return found

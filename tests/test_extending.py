@@ -109,7 +109,7 @@ class Nameless(StepRule):
 
 
 class Taken(StepRule):
-    name = "auto"
+    name = "spectral"
 
     def steps(self, moves):
         return []
@@ -122,7 +122,7 @@ class Taken(StepRule):
         (relfisher.register_structure, nn.Linear, TypeError, "a structure must be a subclass of Structure"),
         (relfisher.register_structure, Structure, TypeError, "a structure must be a subclass of Structure with a name"),
         (relfisher.register_rule, Nameless, TypeError, "a step rule must be a subclass of StepRule with a name"),
-        (relfisher.register_rule, Taken, ValueError, "the name of a step rule must be a new one, got 'auto'"),
+        (relfisher.register_rule, Taken, ValueError, "the name of a step rule must be a new one, got 'spectral'"),
     ],
 )
 def test_what_cannot_be_registered_is_named(register, given, kind, message):

@@ -27,7 +27,7 @@ class Run:
     def __init__(self, *, batch=32, **options):
         self.accelerator = Accelerator(cpu=True, **options)
         model = network()
-        optimizer = RNGD(model)
+        optimizer = RNGD(model, lr=3e-2)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
         loader = DataLoader(TensorDataset(*gratings(128, size=8)), batch)
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(

@@ -42,7 +42,7 @@ CASES = {"gpt2": (gpt2, sequences), "bert": (bert, classified)}
 
 
 def train(model, data, folder, *, resume=None, warmup=None, **options):
-    optimizer = RNGD(model, fallback=AdamWOptions(lr=1e-2))
+    optimizer = RNGD(model, lr=5e-2, fallback=AdamWOptions(lr=1e-2))
     scheduler = warmup and get_linear_schedule_with_warmup(optimizer, warmup, options["max_steps"])
     trainer = Trainer(model, arguments(folder, **options), train_dataset=data, optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=resume)

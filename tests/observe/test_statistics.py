@@ -151,7 +151,7 @@ def test_statistics_of_some_samples_are_near_those_of_all(layer):
     )  # fmt: skip
     found = []
     for limit in (None, 1000):
-        optimizer = RNGD(model, lr=1e-9, metric=MetricOptions(stats_samples=limit))
+        optimizer = RNGD(model, lr=1e-9, step_rule="trust-region", metric=MetricOptions(stats_samples=limit))
         optimizer.zero_grad()
         model(x).sum().backward()
         optimizer.step()

@@ -107,5 +107,5 @@ def test_a_next_layer_of_zeros_says_nothing_yet():
     for seed in range(4):
         step(model, optimizer, batch(seed), classified)
     assert optimizer.health.failed_refreshes == 0
-    assert not torch.equal(optimizer.state[model[2].weight]["output_inverse"], torch.eye(4, dtype=torch.float64))
+    assert not torch.equal(optimizer.state[model[2].weight]["output_root"], torch.eye(4, dtype=torch.float64))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -186,7 +186,14 @@ def test_the_state_is_there_before_the_first_step_and_as_large_afterwards():
     before = {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
     step(model, optimizer, inputs())
     assert before == {index: set(state) for index, state in optimizer.state_dict()["state"].items()}
-    assert {key for state in before.values() for key in state} >= {"metric", "inverse", "ema_weight", "lead", "exp_avg"}
+    assert {key for state in before.values() for key in state} >= {
+        "metric",
+        "root",
+        "ema_weight",
+        "lead",
+        "momentum",
+        "exp_avg",
+    }
 
 
 def test_a_watched_model_can_be_saved_whole():

@@ -31,7 +31,13 @@ def test_parameters_without_a_metric_are_trained_by_adamw(decay, betas):
 
 def test_a_model_that_is_left_to_the_fallback_is_trained_by_adamw_alone():
     model, twin = mlp(), mlp()
-    optimizer = RNGD(model, metric=MetricOptions(structure="fallback"), fallback=AdamWOptions(lr=0.02))
+    optimizer = RNGD(
+        model,
+        averaging=0.0,
+        weight_decay=0.0,
+        metric=MetricOptions(structure="fallback"),
+        fallback=AdamWOptions(lr=0.02),
+    )
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.0)
     for seed in range(5):
         assert step(model, optimizer, batch(seed), classified) == pytest.approx(
@@ -44,7 +50,7 @@ def test_tied_weights_are_trained_by_the_fallback_and_not_twice():
     model = mlp(sizes=(6, 6, 6))
     model[2].weight = model[0].weight
     twin = copy.deepcopy(model)
-    optimizer = RNGD(model, fallback=AdamWOptions(lr=0.01))
+    optimizer = RNGD(model, averaging=0.0, weight_decay=0.0, fallback=AdamWOptions(lr=0.01))
     params = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(params) == len(set(params)) == 3
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0)

@@ -110,18 +110,18 @@ def test_a_batch_metric_that_is_not_finite_is_left_out():
 
 def test_a_metric_that_cannot_be_factorised_leaves_the_last_good_inverse():
     model = mlp(nn.ReLU)
-    optimizer = RNGD(model, metric=MetricOptions(refresh_interval=5, warmup_refreshes=()))
+    optimizer = RNGD(model, fit="plain", metric=MetricOptions(refresh_interval=5, warmup_refreshes=()))
     train(model, optimizer, 5)
-    good = {id(p): optimizer.state[p]["inverse"].clone() for p in model.parameters() if p in optimizer.state}
+    good = {id(p): optimizer.state[p]["root"].clone() for p in model.parameters() if "root" in optimizer.state[p]}
     for parameter in model.parameters():
-        if parameter in optimizer.state:
+        if "metric" in optimizer.state[parameter]:
             optimizer.state[parameter]["metric"].neg_()
     with pytest.warns(HealthWarning, match="could not be factorised"):
         train(model, optimizer, 5, first=5)  # each layer's inverse is due once
     assert optimizer.health.failed_refreshes == 3
     for parameter in model.parameters():
-        if parameter in optimizer.state:
-            assert torch.equal(optimizer.state[parameter]["inverse"], good[id(parameter)])
+        if "root" in optimizer.state[parameter]:
+            assert torch.equal(optimizer.state[parameter]["root"], good[id(parameter)])
             assert torch.isfinite(parameter).all()
 
 
@@ -131,7 +131,7 @@ def test_a_dead_unit_is_damped_with_its_neighbours():
         model[0].bias[0] = -100.0
     optimizer = RNGD(model, metric=MetricOptions(structure="neuron"))
     train(model, optimizer, 1)
-    inverse = optimizer.state[model[0].weight]["inverse"]
+    inverse = optimizer.state[model[0].weight]["root"]
     assert float(inverse[0].abs().max()) < 1e4
     assert optimizer.health.failed_refreshes == 0
 

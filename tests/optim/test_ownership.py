@@ -60,7 +60,7 @@ def test_a_state_from_before_the_first_step_resets_a_run():
     assert train(model, optimizer, 4) == first
 
 
-@pytest.mark.parametrize("key", ["metric", "inverse", "ema_weight", "is_head", "log_norm_stats"])
+@pytest.mark.parametrize("key", ["metric", "root", "ema_weight", "is_head", "log_norm_stats"])
 def test_a_state_that_lacks_something_changes_nothing(key):
     model = mlp()
     optimizer = RNGD(model)

@@ -26,7 +26,10 @@ def test_the_average_is_unbiased_from_the_first_batch_on():
     """A constant batch has its own metric as the average, however few batches were seen."""
     model = mlp(sizes=(6, 3))
     optimizer = RNGD(
-        model, lr=1e-6, damping=0.1, metric=MetricOptions(stats_interval=1, refresh_interval=1, structure="shared")
+        model,
+        lr=1e-6,
+        step_rule="trust-region",
+        metric=MetricOptions(stats_interval=1, refresh_interval=1, structure="shared"),
     )
     x, y = batch()
     augmented = augment(x)
@@ -103,7 +106,7 @@ def test_a_step_takes_the_inverse_that_was_refreshed_in_it():
     models = [mlp(), mlp()]
     options = {"structure": "shared", "stats_interval": 1, "warmup_refreshes": ()}
     often, rarely = (
-        RNGD(model, metric=MetricOptions(**options, refresh_interval=each))
+        RNGD(model, step_rule="trust-region", metric=MetricOptions(**options, refresh_interval=each))
         for model, each in zip(models, (1, 2), strict=True)
     )
     for seed in range(2):

@@ -85,7 +85,7 @@ def test_schedulers_reach_the_fallback_too():
         found = moved(model, optimizer, inputs())
         assert found == ({name for name, _ in model.named_parameters()} if rate else set())
         scheduler.step()
-        assert [group["lr"] for group in optimizer.param_groups] == [0.03 * rate, 1e-3 * rate]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.01 * rate, 1e-3 * rate]
 
 
 def test_schedulers_closures_and_weight_decay():

@@ -47,7 +47,7 @@ def test_weights_tied_in_functions_are_left_to_adamw(tie):
     assert len(caught) == 1
     learn(twin, other, tokens)
     assert_close_weights(model, twin)
-    assert sorted(optimizer.state[model.embed.weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.state[model.embed.weight]) == ["exp_avg", "exp_avg_sq", "lead", "step"]
     rows = {row.name: row for row in coverage(model, tokens)}
     assert rows["embed.weight"].by == "adamw"
     assert rows["embed.weight"].reason.startswith("tied: ")
@@ -119,7 +119,7 @@ def test_a_weight_is_left_to_adamw_where_looking_up_changes_it_or_its_gradient(o
     optimizer = RNGD(model)
     with pytest.warns(TiedWarning, match="head, tied: embedding uses its parameters outside its own calls"):
         learn(model, optimizer, tokens)
-    assert sorted(optimizer.state[model.head.weight]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.state[model.head.weight]) == ["exp_avg", "exp_avg_sq", "lead", "step"]
 
 
 def test_a_bias_that_is_named_once_more_and_used_is_left_to_adamw():
@@ -131,7 +131,7 @@ def test_a_bias_that_is_named_once_more_and_used_is_left_to_adamw():
     optimizer = RNGD(model)
     with pytest.warns(TiedWarning, match="head, tied: add uses its parameters outside its own calls"):
         learn(model, optimizer, tokens)
-    assert sorted(optimizer.state[model.bias]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert sorted(optimizer.state[model.bias]) == ["exp_avg", "exp_avg_sq", "lead", "step"]
 
 
 def test_a_tied_head_is_covered_under_the_name_of_its_parameter():

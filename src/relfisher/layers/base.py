@@ -162,6 +162,11 @@ class Layer(ABC):
         return self.shape[-1]
 
     @property
+    def fan_in(self) -> int:
+        """The number of inputs of a unit that one sample may have."""
+        return self.d
+
+    @property
     def out(self) -> int:
         """The number of units, per group if there are groups."""
         return self.shape[-2]

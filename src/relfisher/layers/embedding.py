@@ -28,6 +28,11 @@ class EmbeddingLayer(Layer):
         tokens, out = module.weight.shape
         return [cls(name, module, (Part("weight", torch.t),), (out, tokens))]
 
+    @property
+    def fan_in(self) -> int:
+        """Return 1: a sample has one token."""
+        return 1
+
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the sparse one-hot inputs and the outputs."""
         tokens, z = call.input().reshape(-1), self.pre_activation(call).reshape(-1, self.out)

@@ -1,60 +1,149 @@
-"""Schedule-free averaging of iterates, which replaces a learning-rate schedule. Defazio et al. 2024.
+"""The average of the iterates, which a model holds between steps, while its training passes run at the last iterate.
 
-The iterate z takes the steps, x is the weighted average of all z, and the model's weights, where gradients are taken,
-are y = (1 - share) z + share x.
+The iterate z takes the steps, and x is its average over the last part of the run. With t iterates so far and a window
+of the share a of them,
 
-Only `lead` is stored: z - x times the sum of the weights in the average so far, which needs no rescaling. If the
-model's weights are changed from outside, x and z move with them.
+    x <- x + c (z - x),  c = min(1, 1 / (a t)),
+
+which weighs the i-th iterate in proportion to i^(1/a - 1): polynomial-decay averaging, Shamir & Zhang 2013. Averages of
+iterates go back to Polyak & Juditsky 1992. A gradient at z has seen the noise of the steps, which one at x has not.
+
+Only the lead z - x is stored. If weights are changed from outside, x and z move with them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from relfisher.observe.hooks import Hook
 from relfisher.structures import Kept
 
-__all__ = ["Averaging", "growing"]
-
-# The first iterates are far from the later ones: weights grow during this many iterations.
-_YOUNG = 500
+__all__ = ["Averaging", "averaged"]
 
 
-def growing(iteration: int) -> float:
-    """Return the weight of an iteration, counted from 0, in an average; it grows to 1 during the first 500."""
-    return min(1.0, (iteration + 1) / _YOUNG) ** 2
+def averaged(parameter: Tensor) -> bool:
+    """Return whether a parameter is averaged: if it is trained, and not in half precision, too coarse for it."""
+    return parameter.requires_grad and torch.finfo(parameter.dtype).bits > 16
 
 
-class Averaging(NamedTuple):
-    """One iteration of the average.
+class Averaging:
+    """Moves a model's weights between the average and the last iterate.
+
+    A training pass with gradients, of the model or of one of its children, moves the weights to the iterate; the step
+    that follows moves them to the new average.
 
     Args:
-        share: the share of the average in the model's weights, in [0, 1).
-        before: the sum of the weights of all iterates so far.
-        weight: the weight of the iterate after this step.
+        model: the model.
+        optimizer: its optimizer. Its groups have the keys "averaging", the window's share of the run, "averaged", the
+            number of iterates so far, and "at_iterate". Its states have a "lead" for each averaged parameter.
     """
 
-    share: float
-    before: float
-    weight: float
+    def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._counts = False
+        hooked = [] if model is None else [model, *model.children()]
+        self._handles = [module.register_forward_pre_hook(Hook(self._enter)) for module in hooked]
 
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the lead of z over x for a layer of the shape [*g, out, d]."""
+        """Return the lead of z over x for a parameter of this shape."""
         return {"lead": Kept(shape)}
 
-    def change(self, direction: Tensor, scale: float, lead: Tensor) -> Tensor:
-        """Return the change of the model's weights when z moves by `-scale * direction`.
+    @staticmethod
+    def complete(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Create the leads of a group's parameters."""
+        for parameter in group["params"] if group["averaging"] else ():
+            if averaged(parameter):
+                states[parameter].setdefault("lead", torch.zeros_like(parameter))
 
-        Args:
-            direction: the direction of the step.
-            scale: the factor of the direction, which is subtracted.
-            lead: the lead of z before the step; updated in place.
-        """
-        lead.add_(direction, alpha=-scale * self.before)
-        if self.before == 0:
-            return direction * -scale
-        pulled = self.share * self.weight / (self.before * (self.before + self.weight))
-        return torch.mul(lead, pulled).add_(direction, alpha=-scale * (1 - self.share))
+    def to_iterate(self) -> None:
+        """Put the last iterate into the model."""
+        for group, params, leads in self._averaged(at_iterate=False):
+            if group["averaged"] and params:
+                torch._foreach_add_(params, leads)
+            group["at_iterate"] = True
+
+    def to_average(self) -> None:
+        """Put the average into the model."""
+        for group, params, leads in self._averaged(at_iterate=True):
+            if group["averaged"] and params:
+                torch._foreach_sub_(params, leads)
+            group["at_iterate"] = False
+
+    @contextmanager
+    def stepping(self) -> Iterator[Averaging]:
+        """Average the iterate that a step makes. Without a call of `count` inside, the average stays as it is."""
+        self.to_iterate()
+        self._counts = False
+        groups = list(self._averaged(at_iterate=True))
+        for _, params, leads in groups:  # for the time of the step, the leads hold x
+            torch._foreach_neg_(leads)
+            torch._foreach_add_(leads, params)
+        try:
+            yield self
+        finally:
+            for group, params, leads in groups:
+                group["averaged"] += self._counts
+                new = min(1.0, 1 / (group["averaging"] * group["averaged"])) if self._counts else 0.0
+                torch._foreach_neg_(leads)
+                torch._foreach_add_(leads, params)
+                torch._foreach_add_(params, leads, alpha=new - 1)
+                torch._foreach_mul_(leads, 1 - new)
+                group["at_iterate"] = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Put the average into the model for a while."""
+        moved = any(group["at_iterate"] for group in self._groups())
+        with torch.no_grad():
+            self.to_average()
+        try:
+            yield
+        finally:
+            if moved:
+                with torch.no_grad():
+                    self.to_iterate()
+
+    def count(self) -> None:
+        """Let the iterate of this step count."""
+        self._counts = True
+
+    def close(self) -> None:
+        """Put the average into the model, and remove the hooks."""
+        with torch.no_grad():
+            self.to_average()
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self.to_iterate()
+
+    def _averaged(self, *, at_iterate: bool) -> Iterator[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
+        """Return each averaged group that is at the iterate, or is not, with its parameters and their leads."""
+        optimizer = self._optimizer()
+        for group in self._groups():
+            if group["at_iterate"] == at_iterate:
+                params, leads = [], []
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+                    if "lead" in state:
+                        lead = state["lead"] = state["lead"].to(parameter)
+                        params.append(parameter)
+                        leads.append(lead)
+                if params:
+                    yield group, params, leads
+                else:
+                    group["at_iterate"] = not at_iterate
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the groups that are averaged; none once the optimizer is gone."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None else [group for group in optimizer.param_groups if group["averaging"]]

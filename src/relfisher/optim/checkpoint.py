@@ -7,20 +7,37 @@ from typing import Any
 
 from torch import Tensor
 
+from relfisher.optim.averaging import Averaging
+from relfisher.optim.curvature import Curvature
+from relfisher.optim.fallback import Fallback
 from relfisher.structures import Kept
 
-__all__ = ["check", "moved", "restore"]
+__all__ = ["check", "declared", "moved", "restore"]
+
+
+def declared(
+    groups: Iterable[Mapping[str, Any]], curvature: Curvature, *, structures: bool = True
+) -> dict[Tensor, dict[str, Kept]]:
+    """Return the declared tensors of each parameter, in the order of the groups, with or without structures'."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    found = {
+        parameter: {**Fallback.declares(tuple(parameter.shape)), **Averaging.declares(tuple(parameter.shape))}
+        for parameter in parameters
+    }
+    for record in curvature.records.values():
+        found[record.key] |= curvature.ownership.declares(record, structures=structures)
+    return found
 
 
 def check(
-    groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], declared: Mapping[Tensor, Mapping[str, Kept]]
+    groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], kept: Mapping[Tensor, Mapping[str, Kept]]
 ) -> dict[Tensor, Mapping[str, Any]]:
     """Raise ValueError unless a state can be loaded into an optimizer; return what it has for each parameter.
 
     Args:
         groups: the groups of the optimizer.
         state_dict: the state to load.
-        declared: the declared tensors of each parameter, in the order of the groups.
+        kept: the declared tensors of each parameter, in the order of the groups.
 
     Returns:
         The saved state by parameter.
@@ -31,28 +48,28 @@ def check(
     _check_groups(groups, state_dict)
     saved = state_dict["param_groups"]
     _check_names(groups, saved)
-    _check_shapes(groups, saved, state_dict["state"], declared)
+    _check_shapes(groups, saved, state_dict["state"], kept)
     places = [place for group in saved for place in group["params"]]
-    pairs = zip(declared, places, strict=False)  # torch says so if there are more of either
+    pairs = zip(kept, places, strict=False)  # torch says so if there are more of either
     return {parameter: state_dict["state"].get(place, {}) for parameter, place in pairs}
 
 
 def restore(
     states: MutableMapping[Tensor, dict[str, Any]],
     state_dict: Mapping[str, Any],
-    declared: Mapping[Tensor, Mapping[str, Kept]],
+    kept: Mapping[Tensor, Mapping[str, Kept]],
 ) -> None:
     """Restore the saved dtypes: torch casts a state to the dtype of its parameter, but metrics have their own dtype.
 
     Args:
         states: the optimizer's states, by parameter.
         state_dict: the loaded state.
-        declared: the declared tensors of each parameter, in the order of the groups.
+        kept: the declared tensors of each parameter, in the order of the groups.
     """
     places = [place for group in state_dict["param_groups"] for place in group["params"]]
-    for place, (parameter, kept) in zip(places, declared.items(), strict=True):
+    for place, (parameter, each) in zip(places, kept.items(), strict=True):
         if place in state_dict["state"]:
-            states[parameter].update(moved(state_dict["state"][place], parameter, kept))
+            states[parameter].update(moved(state_dict["state"][place], parameter, each))
 
 
 def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> dict[str, Any]:

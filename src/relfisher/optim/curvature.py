@@ -38,7 +38,7 @@ class Curvature:
         root: True if the factors are roots of the inverse.
         owners: owners of further tensors in the layers' states that exist from the start, such as the step rule.
         optional: owners of tensors that may exist, such as the momentum.
-        fallback: the optimizer of parameters without a metric, which stores its tensors in the same states.
+        beside: owners of tensors of single parameters, which are in the same states.
 
     Attributes:
         records: the records of the layers with a metric.
@@ -58,7 +58,7 @@ class Curvature:
         root: bool,
         owners: Sequence[Owner] = (),
         optional: Sequence[Owner] = (),
-        fallback: Owner | None = None,
+        beside: Sequence[Owner] = (),
     ) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             count = torch.distributed.get_world_size()
@@ -79,7 +79,7 @@ class Curvature:
         self._health = health
         self._options = options
         self._schedule = options.schedule
-        self.ownership = Ownership(root=root, owners=owners, optional=optional, fallback=fallback)
+        self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
@@ -128,7 +128,7 @@ class Curvature:
         record.not_owned = not_owned
         if record.key is not before:
             old = self.states[before]
-            moved = {key: old.pop(key) for key in old.keys() - self.ownership.fallback_keys(layer)}
+            moved = {key: old.pop(key) for key in old.keys() - self.ownership.keys_beside(layer)}
             self.states[record.key].update(moved)
 
     def state(self, record: Record, structure: Structure) -> State:
@@ -276,7 +276,7 @@ class Curvature:
                 record.structure = None
                 self.observer.readings.pop(layer, None)
                 state = self.states[record.key]
-                for key in state.keys() - self.ownership.fallback_keys(layer):
+                for key in state.keys() - self.ownership.keys_beside(layer):
                     del state[key]
         kept = {layer: role for layer, role in roles.items() if role.refused is None}
         for layer, structure in self._assigned(kept).items():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from relfisher.layers import plain_name
 from relfisher.optim.options import check_betas
-from relfisher.validation import check_interval, check_positive
+from relfisher.validation import check_integer, check_interval, check_positive
 
-__all__ = ["ADAMW", "METRIC", "check_options", "named", "names_of", "split"]
+__all__ = ["ADAMW", "METRIC", "check_options", "named", "names_of", "rate", "split"]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
@@ -24,10 +24,18 @@ def check_options(group: Mapping[str, Any]) -> None:
         value = group[name]
         check_positive(name, float(value) if isinstance(value, Tensor) else value)
     check_betas(group["fallback_betas"])
-    for name in ("momentum", "averaging"):
-        check_interval(name, group[name], 0, 1)
+    check_interval("momentum", group["momentum"], 0, 1)
+    check_interval("averaging", group["averaging"], 0, 1, closed="both")
     for name in ("weight_decay", "damping"):
         check_interval(name, group[name], 0, math.inf)
+    if group["total_steps"] is not None:
+        check_integer("total_steps", group["total_steps"])
+
+
+def rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a group's next step: `lr`, decayed by a cosine if the length of the run is known."""
+    lr, total = float(group["lr"]), group["total_steps"]
+    return lr if total is None else lr * (1 + math.cos(math.pi * min(1.0, group["iteration"] / total))) / 2
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

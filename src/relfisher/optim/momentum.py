@@ -29,5 +29,5 @@ class Momentum:
         """
         if not share:
             return gradient, gradient
-        velocity = gradient.clone() if last is None else gradient.add(last, alpha=share)
+        velocity = gradient.clone() if last is None else gradient.add(last.to(gradient), alpha=share)
         return (gradient.add(velocity, alpha=share) if nesterov else velocity), velocity

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from relfisher.layers import Layer, check_kinds
+from relfisher.layers import Layer, LinearLayer, check_kinds
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule, check_rules
 from relfisher.optim.matching import ROLES, check_keys, entry
@@ -14,10 +14,30 @@ from relfisher.optim.schedule import WARMUP, Schedule
 from relfisher.structures import Inversion
 from relfisher.validation import check_integer, check_interval, check_positive
 
-__all__ = ["AdamWOptions", "Damping", "Inversions", "MetricOptions"]
+__all__ = ["FITS", "AdamWOptions", "Damping", "Fit", "Inversions", "MetricOptions"]
 
 #: A multiple of the metric's mean eigenvalue, an `Inversion`, or either of these by layer.
 Damping = float | Inversion | Mapping[str, float | Inversion]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The default regularization.
+
+    Args:
+        weight_decay: the decoupled weight decay.
+        damping: the damping.
+        raw_power: the power of the inverse for linear layers that read the model's raw inputs.
+    """
+
+    weight_decay: float
+    damping: float
+    raw_power: float
+
+
+#: What the training is for. Noisy data are fitted to generalize: the metric of the raw inputs would make all their
+#: directions equal, those of noise among them. Where the training loss is the accuracy, all of the metric is used.
+FITS = {"generalize": Fit(0.1, 0.1, 0.0), "plain": Fit(0.0, 0.1, 1.0), "interpolate": Fit(0.0, 1e-4, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,8 @@ class MetricOptions:
             or the name of a registered structure; or a `Structure`. See `relfisher.optim.assign`. Embeddings use the
             diagonal unless a rule by layer says otherwise.
         structure_bytes: the memory limit in bytes for the metric and the inverse of one layer, used by "auto".
-        power: the power of the inverse, in [0, 1]: 1 for the natural gradient, 0 for the gradient.
+        power: the power of the inverse, in [0, 1]: 1 for the natural gradient, 0 for the gradient. None for 1, except
+            that `RNGD(fit="generalize")` has 0 for linear layers that read raw inputs, unless `damping` names them.
         decay: the share of the moving average that is kept per iteration, in [0, 1).
         stats_interval: the number of iterations between updates of the metric.
         stats_samples: the approximate maximum number of samples (rows of a batch, positions of a sequence or an image)
@@ -53,7 +74,7 @@ class MetricOptions:
 
     structure: Rule | Mapping[str, Rule] = "auto"
     structure_bytes: int = 256 << 20
-    power: float | Mapping[str, float] = 1.0
+    power: float | Mapping[str, float] | None = None
     decay: float = 0.995
     stats_interval: int = 20
     stats_samples: int | None = 256
@@ -67,7 +88,8 @@ class MetricOptions:
         check_rules(self.structure)
         check_positive("structure_bytes", self.structure_bytes)
         for power in self.power.values() if isinstance(self.power, Mapping) else [self.power]:
-            check_interval("power", power, 0, 1, closed="both")
+            if power is not None:
+                check_interval("power", power, 0, 1, closed="both")
         check_interval("decay", self.decay, 0, 1)
         if self.stats_samples is not None:
             check_integer("stats_samples", self.stats_samples)
@@ -130,13 +152,15 @@ class Inversions:
 
     Args:
         damping: the damping for all layers, or by layer.
-        power: the power for all layers, or by layer.
+        power: the power for all layers, or by layer; None for the default.
+        raw_power: the default for linear layers that read raw inputs, unless `damping` names them or is an
+            `Inversion`. It is 1 for others.
 
     Attributes:
         default: the damping of layers that no key matches, in groups without their own.
     """
 
-    def __init__(self, damping: Damping, power: float | Mapping[str, float]) -> None:
+    def __init__(self, damping: Damping, power: float | Mapping[str, float] | None, raw_power: float = 1.0) -> None:
         given = damping.values() if isinstance(damping, Mapping) else [damping]
         for each in given:
             if isinstance(each, Inversion):
@@ -145,11 +169,13 @@ class Inversions:
             else:
                 check_interval("damping", each, 0, math.inf)
         self._by_layer: Mapping[str, float | Inversion] = damping if isinstance(damping, Mapping) else {}
+        self._for_all = isinstance(damping, Inversion)
         if isinstance(damping, Inversion):
             self._base = damping
         else:
             self._base = Inversion() if isinstance(damping, Mapping) else Inversion(float(damping))
         self._power = power
+        self._raw_power = raw_power
         self.default = self._base.damping
 
     def check(self, layers: list[Layer]) -> None:
@@ -164,9 +190,21 @@ class Inversions:
             role: its role, if known.
             damping: the damping of its group, used if no key of `damping` matches the layer.
         """
-        own = entry(self._by_layer, layer, role)
-        found = (
-            own if isinstance(own, Inversion) else replace(self._base, damping=float(damping if own is None else own))
-        )
-        power = entry(self._power, layer, role) if isinstance(self._power, Mapping) else self._power
-        return found if power is None or power == 1.0 else replace(found, power=power)
+        own, power = self._of(layer, role)
+        if not isinstance(own, Inversion):
+            own = replace(self._base, damping=float(damping if own is None else own))
+        return own if power is None else replace(own, power=power)
+
+    def is_flat(self, layer: Layer, role: Role | None) -> bool:
+        """Return whether the gradient of a layer stays as it is: whether its inversion has the power 0."""
+        own, power = self._of(layer, role)
+        return (own.power if isinstance(own, Inversion) else self._base.power) == 0 if power is None else power == 0
+
+    def _of(self, layer: Layer, role: Role | None) -> tuple[float | Inversion | None, float | None]:
+        """Return the value of `damping` for a layer, and its power; None where neither names the layer."""
+        own = entry(self._by_layer, layer, role) if self._by_layer else None
+        if self._power is not None:
+            return own, entry(self._power, layer, role) if isinstance(self._power, Mapping) else self._power
+        given = own is not None or self._for_all
+        raw = not given and role is not None and role.reads_input and isinstance(layer, LinearLayer)
+        return own, self._raw_power if raw else None

@@ -31,16 +31,16 @@ class Ownership:
         root: True if the factors are roots of the inverse.
         owners: owners of tensors that exist from the start, such as the step rule.
         optional: owners of tensors that may exist, such as the momentum.
-        fallback: the optimizer of parameters without a metric, which stores its tensors in the same states.
+        beside: owners of tensors of single parameters, which are in the same states: the average, and AdamW.
     """
 
     def __init__(
-        self, *, root: bool, owners: Sequence[Owner], optional: Sequence[Owner], fallback: Owner | None
+        self, *, root: bool, owners: Sequence[Owner], optional: Sequence[Owner], beside: Sequence[Owner]
     ) -> None:
         self.root = root
         self.owners = tuple(owners)
         self._optional = tuple(optional)
-        self._fallback = fallback
+        self._beside = tuple(beside)
 
     def declares(self, record: Record, *, structures: bool = True) -> dict[str, Kept]:
         """Return all tensors that the state of a layer may contain, by key, with or without its structure's."""
@@ -62,7 +62,7 @@ class Ownership:
                     f"the layers {other.name!r} and {record.name!r} would keep their metrics with one parameter: a "
                     "layer needs a part of its own that is trained"
                 )
-            taken = {"trainable", "is_head", *self.fallback_keys(record.layer)}
+            taken = {"trainable", "is_head", *self.keys_beside(record.layer)}
             for structure in possible(record.layer, record.rule):
                 taken |= structure.declares(record.layer.shape, root=self.root).keys()
             for owner in (*self._optional, *self.owners):
@@ -114,11 +114,11 @@ class Ownership:
         """Return the keys in a layer's state that do not belong to its structure."""
         owners = (*self.owners, *self._optional)
         owned = (key for owner in owners for key in owner.declares(layer.shape))
-        return {"trainable", "is_head", *owned, *self.fallback_keys(layer)}
+        return {"trainable", "is_head", *owned, *self.keys_beside(layer)}
 
-    def fallback_keys(self, layer: Layer) -> set[str]:
-        """Return the keys in a parameter's state that belong to the fallback."""
-        return set() if self._fallback is None else set(self._fallback.declares(layer.shape))
+    def keys_beside(self, layer: Layer) -> set[str]:
+        """Return the keys in a parameter's state that belong to the parameter, not to its layer."""
+        return {key for owner in self._beside for key in owner.declares(layer.shape)}
 
     def holds_statistics(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a moving average was updated."""

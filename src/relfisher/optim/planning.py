@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from relfisher.layers import Layer, discover
 from relfisher.observe import Responses, Role, check_responses, survey
 from relfisher.optim.assignment import FALLBACK, assign, candidates, number_bytes, rule_for, state_bytes
+from relfisher.optim.averaging import averaged
 from relfisher.optim.groups import names_of
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.renamed import reject
@@ -73,17 +74,18 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One `LayerPlan` per layer, and the memory of the average and of AdamW; prints as a table.
+    """One `LayerPlan` per layer, and the memory of the average, the momentum and AdamW; prints as a table.
 
     Attributes:
         layers: the layers with a metric, in the order of the forward pass, followed by those that it did not reach.
-        averaging_bytes: the memory of the average of iterates, one number per parameter with a metric. It is not needed
-            with `averaging=0`, nor by step rules that do not average by default.
+        averaging_bytes: the memory of the average of iterates, one number per parameter; none with `averaging=0`.
+        momentum_bytes: the memory of the momentum, one number per parameter with a metric; none with `momentum=0`.
         fallback_bytes: the memory of the two moments of all parameters without a metric.
     """
 
     layers: tuple[LayerPlan, ...]
     averaging_bytes: int
+    momentum_bytes: int
     fallback_bytes: int
 
     def __iter__(self) -> Iterator[LayerPlan]:
@@ -91,8 +93,13 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """The memory of the optimizer's state with default averaging and without momentum, except for a few scalars."""
-        return sum(layer.chosen.bytes for layer in self.layers) + self.averaging_bytes + self.fallback_bytes
+        """The memory of the optimizer's state by default, except for a few scalars."""
+        return (
+            sum(layer.chosen.bytes for layer in self.layers)
+            + self.averaging_bytes
+            + self.momentum_bytes
+            + self.fallback_bytes
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "response", "structure", "state", "step", "refresh", "statistics", "instead")]
@@ -110,12 +117,13 @@ class Plan:
             )
             for layer in self.layers
         )
-        total, averaging, fallback = (
-            _size(value, "B", 1024) for value in (self.bytes, self.averaging_bytes, self.fallback_bytes)
+        total, averaging, momentum, fallback = (
+            _size(value, "B", 1024)
+            for value in (self.bytes, self.averaging_bytes, self.momentum_bytes, self.fallback_bytes)
         )
         return (
-            f"{_table(rows)}\nstate without momentum: {total}, {averaging} of it for the average (none with "
-            f"averaging=0), {fallback} for AdamW on parameters without a metric"
+            f"{_table(rows)}\nstate: {total}, {averaging} of it for the average (none with averaging=0), {momentum} "
+            f"for the momentum (none with momentum=0), {fallback} for AdamW on parameters without a metric"
         )
 
 
@@ -166,7 +174,8 @@ def plan(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     return Plan(
         tuple(rows),
-        averaging_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
+        averaging_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if averaged(p)),
+        momentum_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
         fallback_bytes=sum(2 * parameter.numel() * parameter.element_size() for parameter in rest),
     )
 

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging
 from relfisher.optim.binding import Binding
-from relfisher.optim.checkpoint import check, restore
+from relfisher.optim.checkpoint import check, declared, restore
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import ADAMW, METRIC, check_options
-from relfisher.optim.health import Health, all_finite
+from relfisher.optim.health import Health
 from relfisher.optim.momentum import Momentum
-from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions
+from relfisher.optim.options import FITS, AdamWOptions, Damping, Inversions, MetricOptions
+from relfisher.optim.published import PUBLISHED
 from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
-from relfisher.optim.rules import StepRule, TrustRegion
+from relfisher.optim.rules import StepRule
 from relfisher.optim.rules.choice import rule_named
-from relfisher.optim.stepping import moving_layers, take, take_fallback, unchecked_gradients
+from relfisher.optim.stepping import moving_layers, obstacle, take, take_fallback
 from relfisher.optim.watching import Watching
-from relfisher.responses import SmoothReLUGaussian
-from relfisher.structures import Inversion, Kept
-from relfisher.validation import check_instance
+from relfisher.structures import Inversion
+from relfisher.validation import check_instance, check_one_of
 
 __all__ = ["RNGD"]
 
@@ -38,35 +38,39 @@ __all__ = ["RNGD"]
 class RNGD(Watching, torch.optim.Optimizer):
     """Relative natural gradient descent for all layers that have a metric, AdamW for all other parameters.
 
-    A layer with gradient matrix M [out, d] moves along D = M (G + damping)^-1, where G is the running relative Fisher
-    information metric of the layer. By default each layer's step has a fixed length, 0.2 lr in its root mean square,
-    and schedule-free averaging (Defazio et al. 2024) replaces a learning-rate schedule.
+    A layer with gradient matrix M [out, d] moves in its relative Fisher information metric G. By default its step has
+    equal singular values in the metric and a fixed length, so that each unit moves by lr. Between steps the model holds
+    the average of the last tenth of all iterates, which replaces a learning-rate schedule: evaluate and save it as it
+    is. Passes in training mode with gradients run at the last iterate, which such a pass puts into the model.
 
     `relfisher.coverage` reports which layers have a metric, and why the others have none. Each parameter group is split
-    into one with metrics and one without. In the former, `lr`, `momentum`, `averaging`, `weight_decay`, `damping` and
-    `structure` apply; a layer belongs to the group of its weight, or of its bias if only that is given. In the latter,
-    AdamW runs with the group's `weight_decay`, `fallback_betas`, `fallback_eps` and `lr`. This `lr` is `fallback.lr`
-    unless a group consists of such parameters alone and has its own. A scheduler that sets learning rates to absolute
-    values, such as `OneCycleLR`, needs one value per resulting group.
+    into one with metrics and one without. In the former, `lr`, `momentum` and `damping` apply; a layer belongs to the
+    group of its weight, or of its bias if only that is given. In the latter, AdamW runs with `fallback_betas`,
+    `fallback_eps` and `lr`. This `lr` is `fallback.lr` unless a group consists of such parameters alone and has its
+    own. `averaging`, `weight_decay`, `total_steps` and `structure` are options of both. A scheduler that sets learning
+    rates to absolute values, such as `OneCycleLR`, needs one value per resulting group.
 
     Args:
         model: the module to train; its first training forward pass determines the responses of its layers.
         lr: the learning rate; None for the step rule's default.
         params: the parameters to train, as for any torch optimizer: parameters of the model, with or without names, or
             groups of them with their own options; None for all parameters of the model.
-        momentum: the share of the momentum that is kept per step, in [0, 1). It is applied to the gradient, before the
-            metric, so that the step rule determines the length of the step.
-        averaging: the share of the average in the model's weights, in [0, 1); 0 for no average, None for the step
-            rule's default. The weight of an iterate in the average is the square of the highest learning rate so far;
-            during the first 500 iterations it is smaller, in proportion to the square of the iteration number.
+        fit: "generalize" for noisy data, where validation matters; "interpolate" for functions and equations, where
+            the training loss is the accuracy; "plain" for neither; None for the step rule's default. It sets the
+            default weight decay (0.1, 0, 0) and damping (0.1, 1e-4, 0.1), and whether linear layers that read raw
+            inputs use their metric (no, yes, yes).
+        total_steps: the length of the run, over which learning rates decay to 0 by a cosine; None for no decay.
+        momentum: the share of the momentum that is kept per step, in [0, 1); None for the step rule's default. It is
+            applied to the gradient, before the metric, so that the step rule determines the length of the step.
+        averaging: the last share of the run that is averaged, in [0, 1]; 0 for no average, None for the step rule's
+            default. See `relfisher.optim.averaging`. Half precision is too coarse for it and has none.
         weight_decay: decoupled weight decay: parameters shrink by lr * weight_decay per step.
         damping: the multiple of the metric's mean eigenvalue (averaged over a layer's units) that is added to its
             diagonal; an `Inversion` for another unit; or either of these by layer, as in {"first": 10.0}, with keys as
             in `MetricOptions`. Batches of a few samples need 1e-2 or more.
-        step_rule: "normalized" (fixed length), "spectral" (fixed length, with equal singular values in the metric),
-            "trust-region" (the natural gradient with bounded length) or the name of a registered rule; or a
-            `StepRule`, such as `TrustRegion(bound)`. "auto" means "spectral" for a language model, whose last
-            `nn.Linear` scores as many tokens as its largest `nn.Embedding` looks up, and otherwise "normalized".
+        step_rule: "spectral" (equal singular values in the metric), "normalized" (along the natural gradient, with
+            fixed length), "trust-region" (the natural gradient with bounded length) or the name of a registered rule;
+            or a `StepRule`, such as `TrustRegion(bound)`.
         metric: the metric options.
         responses: responses by activation, which take precedence over registered and built-in ones, as in
             {nn.ReLU: SmoothReLUGaussian(1.0)}.
@@ -84,11 +88,13 @@ class RNGD(Watching, torch.optim.Optimizer):
         lr: float | None = None,
         *,
         params: Iterable[Any] | None = None,
-        momentum: float = 0.0,
+        fit: str | None = None,
+        total_steps: int | None = None,
+        momentum: float | None = None,
         averaging: float | None = None,
-        weight_decay: float = 0.0,
-        damping: Damping = 0.1,
-        step_rule: str | StepRule = "auto",
+        weight_decay: float | None = None,
+        damping: Damping | None = None,
+        step_rule: str | StepRule = "spectral",
         metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
         responses: Responses | None = None,
         fallback: AdamWOptions = AdamWOptions(),  # noqa: B008  # immutable
@@ -103,13 +109,17 @@ class RNGD(Watching, torch.optim.Optimizer):
         check_instance("metric", metric, MetricOptions)
         check_instance("fallback", fallback, AdamWOptions)
         check_responses(responses or {})
-        self._rule = rule_named(step_rule, model)
-        self._inversions = Inversions(damping, metric.power)
+        self._rule = rule_named(step_rule)
+        fit = self._rule.default_fit if fit is None else fit
+        check_one_of("fit", fit, tuple(FITS))
+        usual = FITS[fit]
+        self._inversions = Inversions(usual.damping if damping is None else damping, metric.power, usual.raw_power)
         defaults = {
             "lr": self._rule.default_lr if lr is None else lr,
-            "momentum": momentum,
+            "momentum": self._rule.default_momentum if momentum is None else momentum,
             "averaging": self._rule.default_averaging if averaging is None else averaging,
-            "weight_decay": weight_decay,
+            "weight_decay": usual.weight_decay if weight_decay is None else weight_decay,
+            "total_steps": total_steps,
             "damping": self._inversions.default,
             "fallback_lr": fallback.lr,
             "fallback_betas": tuple(fallback.betas),
@@ -127,14 +137,14 @@ class RNGD(Watching, torch.optim.Optimizer):
             responses or {},
             root=self._rule.needs_root,
             owners=(self._rule,),
-            optional=(Momentum, Averaging),
-            fallback=Fallback,
+            optional=(Momentum,),
+            beside=(Averaging, Fallback),
         )
         self._complete = False
         super().__init__(list(model.parameters()) if params is None else params, defaults)
         self._complete = True
         self._settle()
-        weakref.finalize(self, self._curvature.observer.close)
+        self._release()
 
     @classmethod
     def as_published(cls, model: nn.Module, lr: float = 1e-2) -> RNGD:
@@ -152,22 +162,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         Returns:
             The optimizer.
         """
-        return cls(
-            model,
-            lr,
-            damping=Inversion(1e-4, relative_to="trace", pooled=False),
-            step_rule=TrustRegion(None),
-            metric=MetricOptions(
-                structure="published",
-                stats_interval=1,
-                stats_samples=None,
-                refresh_interval=100,
-                warmup_refreshes=(),
-                bias_correction=False,
-                stagger=False,
-            ),
-            responses={nn.ReLU: SmoothReLUGaussian(1.0)},
-        )
+        return cls(model, lr, **PUBLISHED)
 
     @property
     def layers(self) -> tuple[LayerView, ...]:
@@ -216,7 +211,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         check_options(full)
         has_metric = group["kind"] == METRIC
         group["fallback_ratio"] = full["fallback_lr"] / (float(full["lr"]) or 1.0) if has_metric else 1.0
-        group |= {"peak_lr": 0.0, "averaged": 0.0}
+        group |= {"peak_lr": 0.0, "averaged": 0, "at_iterate": False}
         if self.param_groups:
             group["iteration"] = self._iteration
         super().add_param_group(group)
@@ -228,12 +223,14 @@ class RNGD(Watching, torch.optim.Optimizer):
             self._curvature.disown(layer, not_owned[layer])
         self._curvature.add(new, self._binding.rules, not_owned)
         for layer, place in self._binding.place.items():
-            if self.param_groups[place]["averaging"]:
-                self._curvature.complete(layer, [Averaging])
+            if self.param_groups[place]["momentum"]:
+                self._curvature.complete(layer, [Momentum])
         covered = self._binding.covered()
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
                 self.state[parameter].update(Fallback.create(parameter))
+        for group in self.param_groups:
+            Averaging.complete(group, self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -259,27 +256,41 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rates = [float(group["lr"]) for group in self.param_groups]
-        if not all(map(math.isfinite, rates)):
+        problem = obstacle(self._curvature, self.param_groups, self._rule)
+        if problem is not None:
             self._curvature.observer.drop()
-            self.health.skipped(self._iteration, f"the learning rates {rates} are not finite")
-            return loss
-        if not all_finite(unchecked_gradients(self._curvature, self.param_groups, self._rule)):
-            self._curvature.observer.drop()
-            self.health.skipped(self._iteration, "a gradient is not finite")
+            self._averaging.to_average()
+            self.health.skipped(self._iteration, problem)
             return loss
         self._curvature.update(self._iteration, self._inversion_of)
-        moving = moving_layers(self._curvature, self._binding.place, self.param_groups, self._rule)
-        if take(moving, self.param_groups, self._rule):
-            self._curvature.tell_without_metric(self._iteration)
-            take_fallback(moving, self.param_groups, self.state)
-        else:
-            self.health.skipped(self._iteration, "the preconditioned step is not finite")
+        moving = moving_layers(self._curvature, self._inversions, self._binding.place, self.param_groups, self._rule)
+        with self._averaging.stepping() as average:
+            if take(moving, self.param_groups, self._rule):
+                self._curvature.tell_without_metric(self._iteration)
+                take_fallback(moving, self.param_groups, self.state)
+                average.count()
+            else:
+                self.health.skipped(self._iteration, "the preconditioned step is not finite")
         iteration = self._iteration + 1
         for group in self.param_groups:
             group["iteration"] = iteration
         self._curvature.advance(iteration)
         return loss
+
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """Put the average of the iterates into the model inside this context.
+
+        It is there anyway between a step and the next training pass. This is for an evaluation after such a pass,
+        before its step or instead of it.
+        """
+        with self._averaging.inside():
+            yield
+
+    def close(self) -> None:
+        """Put the average into the model, and remove the hooks from it; the statistics no longer change."""
+        self._averaging.close()
+        super().close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and discard the samples that belong to them.
@@ -299,13 +310,13 @@ class RNGD(Watching, torch.optim.Optimizer):
         Raises:
             ValueError: if it belongs to another kind of optimizer or other parameters, or if metrics have other shapes.
         """
-        declared = self._declared()
-        saved = check(self.param_groups, state_dict, self._declared(structures=False))
+        kept = declared(self.param_groups, self._curvature)
+        saved = check(self.param_groups, state_dict, declared(self.param_groups, self._curvature, structures=False))
         for record in self._curvature.records.values():
             self._curvature.ownership.check(record, saved.get(record.key, {}))
         super().load_state_dict(state_dict)
         self._curvature.states = self.state
-        restore(self.state, state_dict, declared)
+        restore(self.state, state_dict, kept)
         self._curvature.recall()
         self._curvature.advance(self._iteration)
 
@@ -316,8 +327,14 @@ class RNGD(Watching, torch.optim.Optimizer):
         own = {key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED}
         twin.__setstate__(own)
         twin._curvature.states = twin.state
-        weakref.finalize(twin, twin._curvature.observer.close)
+        twin._release()
         return twin
+
+    def _release(self) -> None:
+        """Hook the average to the model, and arrange the end of all hooks with that of the optimizer."""
+        self._averaging = Averaging(self._curvature.model(), self)
+        for hooked in (self._averaging, self._curvature.observer):
+            weakref.finalize(self, hooked.close)
 
     @property
     def _iteration(self) -> int:
@@ -327,14 +344,6 @@ class RNGD(Watching, torch.optim.Optimizer):
     def _inversion_of(self, record: Record) -> Inversion:
         group = self.param_groups[self._binding.place[record.layer]]
         return self._inversions.of(record.layer, record.role, float(group["damping"]))
-
-    def _declared(self, *, structures: bool = True) -> dict[Tensor, dict[str, Kept]]:
-        """Return the declared tensors of each parameter, in the order of the groups, with or without structures'."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        declared = {parameter: Fallback.declares(tuple(parameter.shape)) for parameter in parameters}
-        for record in self._curvature.records.values():
-            declared[record.key] |= self._curvature.ownership.declares(record, structures=structures)
-        return declared
 
 
 _COPIED = (

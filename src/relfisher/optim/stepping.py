@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor
 
 from relfisher.layers import Layer
-from relfisher.optim.averaging import Averaging, growing
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import METRIC
+from relfisher.optim.groups import METRIC, rate
 from relfisher.optim.health import all_finite
 from relfisher.optim.momentum import Momentum
+from relfisher.optim.options import Inversions
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, StepRule
 
-__all__ = ["Moving", "moving_layers", "take", "take_fallback", "unchecked_gradients"]
+__all__ = ["Moving", "moving_layers", "obstacle", "take", "take_fallback"]
 
 Group = dict[str, Any]
 
@@ -32,12 +33,13 @@ class Moving(NamedTuple):
 
 
 def moving_layers(
-    curvature: Curvature, place: Mapping[Layer, int], groups: Sequence[Group], rule: StepRule
+    curvature: Curvature, inversions: Inversions, place: Mapping[Layer, int], groups: Sequence[Group], rule: StepRule
 ) -> list[Moving]:
     """Return the layers that have a gradient and a metric, without changing their states.
 
     Args:
         curvature: the metrics.
+        inversions: how they are inverted.
         place: the index of each layer's group.
         groups: all groups; their highest learning rates are updated.
         rule: the step rule that the moves are for.
@@ -56,9 +58,10 @@ def moving_layers(
         last = state.get("momentum") if group["momentum"] else None
         gradient = gradient.to(state["metric"].dtype)
         gradient, velocity = Momentum.added(gradient, last, group["momentum"], nesterov=rule.nesterov)
-        lr = float(group["lr"])
+        lr = rate(group)
         annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
-        found.append(Moving(record, group, Move(layer, structure, state, gradient, velocity, lr, annealing)))
+        flat = inversions.is_flat(layer, record.role)
+        found.append(Moving(record, group, Move(layer, structure, state, gradient, velocity, lr, annealing, flat)))
     return found
 
 
@@ -74,30 +77,26 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
             moved = {p for each in moving for p in each.record.layer.parameters if p.grad is not None}
             shrinking = [p for p in group["params"] if p in moved]
             if shrinking:
-                torch._foreach_mul_(shrinking, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(shrinking, 1 - rate(group) * group["weight_decay"])
     for (record, group, move), step in zip(moving, steps, strict=True):
         if group["momentum"]:
             move.state["momentum"] = move.velocity
-        if group["averaging"]:
-            lead = move.state["lead"] = _like(step.direction, move.state.get("lead"))
-            average = Averaging(group["averaging"], group["averaged"], _weight(group))
-            record.add_(average.change(step.direction, step.scale, lead), 1.0)
-        else:
-            record.add_(step.direction, -step.scale)
-    for group in groups:
-        group["averaged"] += _weight(group)
+        record.add_(step.direction, -step.scale)
     return True
 
 
-def unchecked_gradients(curvature: Curvature, groups: Iterable[Group], rule: StepRule) -> list[Tensor]:
-    """Return the gradients that must be checked for finite values.
+def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> str | None:
+    """Return why a step cannot be taken, if a learning rate or a gradient is not finite; otherwise None.
 
     If no statistics are pending and the step rule checks its results, the layers' gradients need no other check.
     """
+    rates = [float(group["lr"]) for group in groups]
+    if not all(map(math.isfinite, rates)):
+        return f"the learning rates {rates} are not finite"
     records = curvature.records.values() if rule.checks_finite and not curvature.observer.waiting else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)
-    return [p.grad for p in given if p.grad is not None]
+    return None if all_finite([p.grad for p in given if p.grad is not None]) else "a gradient is not finite"
 
 
 def take_fallback(
@@ -108,15 +107,4 @@ def take_fallback(
     for group in groups:
         rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
         if rest:
-            Fallback.step(rest, [states[p] for p in rest], group["lr"] * group["fallback_ratio"], group)
-
-
-def _weight(group: Group) -> float:
-    """Return the weight of the next iterate in the average."""
-    weight: float = group["peak_lr"] ** 2 * growing(group["iteration"])
-    return weight
-
-
-def _like(tensor: Tensor, kept: Tensor | None) -> Tensor:
-    """Return a stored tensor in the dtype and on the device of another, or zeros if it does not exist yet."""
-    return torch.zeros_like(tensor) if kept is None else kept.to(tensor)
+            Fallback.step(rest, [states[p] for p in rest], rate(group) * group["fallback_ratio"], group)

@@ -8,9 +8,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import relu, scaled_dot_product_attention
 
-__all__ = ["WIDTHS", "Normalization", "Transformer", "convolutions", "paper_network", "stack"]
+__all__ = [
+    "WIDTHS",
+    "Normalization",
+    "PatchTransformer",
+    "Transformer",
+    "convolutions",
+    "paper_network",
+    "residual",
+    "stack",
+]
 
 WIDTHS = (784, 64, 64, 64, 10)
 INITIAL_STD = 0.1
@@ -76,11 +85,47 @@ def convolutions() -> nn.Module:
     )
 
 
-class _Block(nn.Module):
-    """Causal attention, then a network for each position, both with normalized inputs."""
+class _Residual(nn.Module):
+    """Two convolutions with batch norm, added to their input, which is projected if its shape differs."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)])
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = relu(self.norms[0](self.first(x)))
+        result: Tensor = relu(self.norms[1](self.second(hidden)) + self.shortcut(x))
+        return result
+
+
+def residual(width: int = 12) -> nn.Module:
+    """Return a ResNet with three blocks of 1, 2 and 4 times a width, from images `[n, 784]` to logits `[n, 10]`."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, width, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        _Residual(width, width, 1),
+        _Residual(width, 2 * width, 2),
+        _Residual(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+
+
+class _Block(nn.Module):
+    """Attention, causal or not, then a network for each position, both with normalized inputs."""
+
+    def __init__(self, width: int, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.mixed = nn.Linear(width, width)
@@ -91,7 +136,7 @@ class _Block(nn.Module):
         """Add the block's output to the stream `[n, positions, width]`."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
         query, key, value = heads.movedim(-2, 1).unbind(-2)
-        seen = scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.mixed(seen.movedim(1, -2).flatten(-2))
         change: Tensor = self.network(self.network_norm(x))
         return x + change
@@ -104,7 +149,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.character = nn.Embedding(alphabet, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(_Block(width, causal=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, alphabet)
 
@@ -113,4 +158,23 @@ class Transformer(nn.Module):
         position = torch.arange(characters.shape[1], device=characters.device)
         stream = self.blocks(self.character(characters) + self.position(position))
         logits: Tensor = self.head(self.norm(stream))
+        return logits
+
+
+class PatchTransformer(nn.Module):
+    """A vision transformer: images in 16 patches of 7 x 7 pixels, whose mean it classifies."""
+
+    def __init__(self, width: int = 64, layers: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Linear(49, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(_Block(width, causal=False) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits `[n, 10]` of images `[n, 784]`."""
+        patches = images.view(-1, 4, 7, 4, 7).movedim(2, 3).reshape(-1, 16, 49)
+        stream = self.blocks(self.patch(patches) + self.position)
+        logits: Tensor = self.head(self.norm(stream).mean(1))
         return logits

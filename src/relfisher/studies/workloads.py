@@ -13,7 +13,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from relfisher.studies import text
 from relfisher.studies.data import Dataset, load
-from relfisher.studies.networks import Normalization, Transformer, convolutions, paper_network, stack
+from relfisher.studies.networks import (
+    Normalization,
+    PatchTransformer,
+    Transformer,
+    convolutions,
+    paper_network,
+    residual,
+    stack,
+)
 
 __all__ = ["WORKLOADS", "Samples", "Workload", "batches", "growing", "of_images", "samples"]
 
@@ -155,6 +163,8 @@ WORKLOADS = {
     "cnn": Workload(
         "two convolutions and two linear layers, ReLU, batch 128", "classes", 128, lambda _: convolutions()
     ),
+    "resnet": Workload("a ResNet of three blocks with batch norm, batch 100", "classes", 100, lambda _: residual()),
+    "vit": Workload("a vision transformer of two layers, batch 100", "classes", 100, lambda _: PatchTransformer()),
     "transformer": Workload(
         f"{TRANSFORMER_LAYERS} layers, width {TRANSFORMER_WIDTH}, {CONTEXT} characters, batch 16",
         "text",

@@ -26,6 +26,7 @@ class Move(NamedTuple):
         velocity: the momentum that is stored if the step is taken.
         lr: the learning rate.
         annealing: the ratio of the learning rate to the highest one so far, at most 1.
+        flat: True if the metric leaves the gradient as it is: it has the power 0.
     """
 
     layer: Layer
@@ -35,18 +36,19 @@ class Move(NamedTuple):
     velocity: Tensor
     lr: float
     annealing: float = 1.0
+    flat: bool = False
 
     def preconditioned(self) -> Tensor:
         """Return (G + damping)^-power times the gradient."""
-        return self.structure.precondition(self.state, self.gradient)
+        return self.gradient if self.flat else self.structure.precondition(self.state, self.gradient)
 
     def whitened(self) -> Tensor:
         """Return R times the gradient, for rules that need roots."""
-        return self.structure.whiten(self.state, self.gradient)
+        return self.gradient if self.flat else self.structure.whiten(self.state, self.gradient)
 
     def unwhitened(self, field: Tensor) -> Tensor:
         """Return R' times a field in whitened coordinates."""
-        return self.structure.unwhiten(self.state, field)
+        return field if self.flat else self.structure.unwhiten(self.state, field)
 
 
 class Step(NamedTuple):
@@ -67,9 +69,12 @@ class StepRule(ABC):
     name: ClassVar[str]
     #: True if the rule whitens gradients; the factors are then roots R of the inverse.
     needs_root: ClassVar[bool] = False
-    #: The default learning rate and averaging.
+    #: The default learning rate, momentum and averaging.
     default_lr: ClassVar[float]
+    default_momentum: ClassVar[float] = 0.0
     default_averaging: ClassVar[float] = 0.0
+    #: The default of `fit`; a decay of weights needs a rule whose steps do not vanish.
+    default_fit: ClassVar[str] = "plain"
     #: True for Nesterov momentum: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
     #: True if `steps` returns None whenever a gradient or direction is not finite; otherwise the optimizer checks both.

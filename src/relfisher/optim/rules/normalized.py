@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from relfisher.optim.averaging import growing
 from relfisher.optim.rules.base import Move, Step, StepRule, on_host
 from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_positive
 
 __all__ = ["Normalized", "NormalizedRule"]
 
+# The first gradients are not typical of the run: their sizes weigh less during this many steps.
+_YOUNG = 500
+
 
 class NormalizedRule(StepRule):
     """Steps of fixed length, unless gradients are much smaller than before.
 
-    A step has the root mean square `rms * lr`. Once all samples are fitted, the remaining gradient is the noise of a
-    few samples, and steps of fixed length would be a random walk. Each step therefore has a size: the norm of the
+    A step has the root mean square `lr * rms(move)`. Once all samples are fitted, the remaining gradient is the noise
+    of a few samples, and steps of fixed length would be a random walk. Each step therefore has a size: the norm of the
     tensor that it is computed from. If the size is below the share `noise_floor` of its geometric mean over the run,
     the step is shortened in proportion.
 
     Args:
-        rms: the root mean square of a layer's step, relative to the learning rate.
         noise_floor: the share of the geometric mean of sizes below which steps are shortened; 0 never shortens steps.
 
     Raises:
-        ValueError: if `rms` is not positive, or `noise_floor` is negative.
+        ValueError: if `noise_floor` is negative.
     """
 
-    default_lr = 3e-2
-    default_averaging = 0.9
+    default_lr = 1e-2
+    default_averaging = 0.1
+    default_fit = "generalize"
     nesterov = True
     checks_finite = True
 
-    def __init__(self, rms: float = 0.2, noise_floor: float = 0.1) -> None:
-        check_positive("rms", rms)
+    def __init__(self, noise_floor: float = 0.1) -> None:
         check_interval("noise_floor", noise_floor, 0, math.inf)
-        self.rms = rms
         self.noise_floor = noise_floor
+
+    @abstractmethod
+    def rms(self, move: Move) -> float:
+        """Return the root mean square of a layer's step, relative to the learning rate."""
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the number of steps so far, the sum of their weights, and the weighted mean of their log sizes."""
@@ -74,12 +79,12 @@ class NormalizedRule(StepRule):
             return 0.0
         kept = move.state["log_norm_stats"]
         count, total, mean = kept.tolist()
-        weight = growing(int(count))
+        weight = min(1.0, (count + 1) / _YOUNG) ** 2
         total += weight
         mean += weight / total * (math.log(size) - mean)
         kept.copy_(torch.tensor([count + 1, total, mean], dtype=kept.dtype))
         floor = self.noise_floor * math.exp(mean)
-        return move.lr * self.rms * min(1.0, size / floor if floor else 1.0)
+        return move.lr * self.rms(move) * min(1.0, size / floor if floor else 1.0)
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
@@ -87,21 +92,31 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 class Normalized(NormalizedRule):
-    """D = M (G + damping)^-1 for each layer, scaled to the root mean square `rms * lr`.
+    """D = M (G + damping)^-1 for each layer, scaled to the root mean square `relative_rms * lr`.
 
     The step does not depend on the scale of the loss, and a large gradient cannot make it long. The learning rate means
     the same as for Adam, whose steps have a root mean square of about 0.2 lr. Steps do not shrink on their own unless
     gradients nearly vanish: use averaging, or decay the learning rate.
 
     Args:
-        rms: the root mean square of a layer's step, relative to the learning rate.
+        relative_rms: the root mean square of a layer's step, relative to the learning rate.
         noise_floor: see `NormalizedRule`.
 
     Raises:
-        ValueError: if `rms` is not positive, or `noise_floor` is negative.
+        ValueError: if `relative_rms` is not positive, or `noise_floor` is negative.
     """
 
     name = "normalized"
+    default_momentum = 0.9
+
+    def __init__(self, relative_rms: float = 0.2, noise_floor: float = 0.1) -> None:
+        super().__init__(noise_floor)
+        check_positive("relative_rms", relative_rms)
+        self.relative_rms = relative_rms
+
+    def rms(self, move: Move) -> float:
+        """Return the same for all layers."""
+        return self.relative_rms
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""

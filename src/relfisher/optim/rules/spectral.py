@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -27,7 +28,7 @@ _ELONGATED = 1.5
 
 
 class Spectral(NormalizedRule):
-    """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, scaled to the root mean square `rms * lr`.
+    """D = orth(M R') R for each layer, where R'R = (G + damping)^-1, in which a unit moves by `lr`.
 
     The layer's response to the input x~ changes by D x~. In the coordinates u = R x~, where the inputs have unit second
     moment up to damping, this is orth(M R') u. All singular values are 1, so that no input direction moves the response
@@ -35,24 +36,31 @@ class Spectral(NormalizedRule):
     decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R with orthogonal Q gives the same D, so
     that a Cholesky factor can be used.
 
-    Units with one row of parameters each, such as the channels of a normalization, use the normalized step.
+    The rows of a step, one for each unit, have the length `lr` in their root mean square. Without a metric, these are
+    the direction and the length of Muon (Jordan et al. 2024). A gradient of few samples has few significant directions,
+    and the others are noise, which momentum averages. Units with one row of parameters each, such as the channels of a
+    normalization, use the normalized step.
 
     Args:
-        rms: the root mean square of a layer's step, relative to the learning rate.
         iterations: the number of Newton-Schulz iterations for the polar factor.
         noise_floor: see `NormalizedRule`; the size is the norm of M R'.
 
     Raises:
-        ValueError: if `rms` or `iterations` is not positive, or `noise_floor` is negative.
+        ValueError: if `iterations` is not positive, or `noise_floor` is negative.
     """
 
     name = "spectral"
+    default_momentum = 0.9
     needs_root = True
 
-    def __init__(self, rms: float = 0.2, iterations: int = 5, noise_floor: float = 0.1) -> None:
-        super().__init__(rms, noise_floor)
+    def __init__(self, iterations: int = 5, noise_floor: float = 0.1) -> None:
+        super().__init__(noise_floor)
         check_positive("iterations", iterations)
         self.iterations = iterations
+
+    def rms(self, move: Move) -> float:
+        """Return the inverse root of the number of inputs of a unit; of 1 for one-hot inputs."""
+        return 1 / math.sqrt(move.layer.fan_in)
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""
