@@ -174,8 +174,8 @@ def draw_zones() -> None:
     for row, (name, activation) in zip(panels, ZONES.items(), strict=True):
         model = network(2, 4, 1, activation=activation)
         train(model, x, binary_loss, y, 400, lr=2e-2)
-        rows, response = observe(model, {"0": LinearLayer.found_in("0", model[0])[0]}, grid)["0"]
-        nu = response.information(rows.z).reshape(len(second), len(first), -1)
+        (call,) = observe(model, {"0": LinearLayer.found_in("0", model[0])[0]}, grid)["0"]
+        nu = call.response.information(call.rows.z).reshape(len(second), len(first), -1)
         decision = model(grid).detach().reshape(len(second), len(first))
         for unit, axes in enumerate(row):
             picture = axes.pcolormesh(first, second, nu[..., unit], cmap="cividis", vmin=0, vmax=1, rasterized=True)

@@ -55,6 +55,18 @@ def test_log_prob_is_the_density(response, density: reference.Density, z: Tensor
 
 
 @alone(BERNOULLI | JOINT)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@given(saturated=st.floats(-40, 40), y=st.sampled_from([0, 1]))
+def test_curvature_of_the_density_is_the_information_of_saturated_units(response, kind, saturated: float, y: int):
+    """These families have the same Hessian for all outcomes."""
+    z = torch.tensor([saturated, 0.0, -0.5], dtype=kind)
+    shape = () if response in [each for each, _ in JOINT.values()] else (3,)
+    found = -torch.func.hessian(lambda at: response.log_prob(at, torch.full(shape, y)).sum())(z)
+    wanted = response.operator(z.unsqueeze(0)).dense()[0]
+    torch.testing.assert_close(found, wanted, rtol=1e2 * torch.finfo(kind).eps, atol=0)
+
+
+@alone(BERNOULLI | JOINT)
 @given(z=pre_activations)
 def test_probabilities_of_the_outcomes_sum_to_one(response, z: Tensor) -> None:
     total = torch.zeros(())

@@ -189,7 +189,8 @@ def observed_fisher(
     with torch.no_grad():
         terms = subsystem(restore(theta)) if response is not None else subsystem(restore(theta), y)
     samples = samples or (as_rows(terms).shape[0] if response is not None else _count(terms))
-    return DenseMetric(-jacrev(grad(log_likelihood))(theta) / samples, shape, samples)
+    hessian = jacrev(grad(log_likelihood))(theta)
+    return DenseMetric(-(hessian + hessian.mT) / (2 * samples), shape, samples)
 
 
 def as_function(

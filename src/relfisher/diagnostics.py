@@ -24,7 +24,7 @@ class Spectrum:
     """Summary numbers of a metric's spectrum.
 
     Attributes:
-        rank: the number of eigenvalues above D machine epsilons times the largest.
+        rank: the number of eigenvalues that do not count as 0, as in `Metric.rank`.
         trace: the sum of the eigenvalues.
         top: the largest eigenvalues, in descending order.
         condition_number: the ratio of the largest eigenvalue to the smallest one that counts for the rank.
@@ -39,7 +39,7 @@ class Spectrum:
     def of(cls, metric: Metric, top: int) -> Spectrum:
         """Return the spectrum of a metric, keeping the `top` largest eigenvalues."""
         values = metric.eigvalsh().flip(0)
-        rank = int((values > metric.shape[0] * torch.finfo(metric.dtype).eps * values[0]).sum())
+        rank = metric.rank()
         condition = float(values[0] / values[rank - 1]) if rank else float("nan")
         return cls(rank, float(values.sum()), tuple(values[:top].tolist()), condition)
 

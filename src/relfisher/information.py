@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from relfisher.shapes import Float
+from relfisher.shapes import Float, Num
 
 __all__ = ["Diagonal", "Information", "Isotropic", "Joined", "PulledBack", "Softmax"]
 
@@ -109,8 +110,9 @@ class Diagonal(_Diagonal):
 class Softmax(Information):
     """F_n = diag(eta_n) - eta_n eta_n': a categorical response with probabilities eta_n, equation (25).
 
-    In the matrices, the diagonal entry eta_i (1 - eta_i) is computed as the sum of eta_i eta_j over j != i. Where one
-    class is almost certain, the difference would be pure rounding error, and the matrix not positive semi-definite.
+    A probability near 1 leaves no digits for 1 - eta. All operations therefore take it as the sum of the other
+    probabilities, and fields as differences from their value at the likeliest class. Otherwise the information about a
+    class that is almost certain would be pure rounding error, and the matrices not positive semi-definite.
     """
 
     eta: Float[Tensor, "n out"]
@@ -121,13 +123,18 @@ class Softmax(Information):
         return self.eta.shape[-1]
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
-        """Return eta r - eta <eta, r>."""
-        weighted = self.eta * field
-        return torch.addcmul(weighted, self.eta, weighted.sum(-1, keepdim=True), value=-1)
+        """Return eta (r - <eta, r>)."""
+        relative = field - field.gather(-1, self._likeliest.expand(*field.shape[:-1], 1))
+        return self.eta * (relative - (self.eta * relative).sum(-1, keepdim=True))
+
+    @cached_property
+    def _likeliest(self) -> Num[Tensor, "n 1"]:
+        return self.eta.argmax(-1, keepdim=True)
 
     def diagonal(self) -> Float[Tensor, "n out"]:
         """Return eta (1 - eta), as for a sigmoid unit, equation (14)."""
-        return self.eta * (1 - self.eta)
+        others = self.eta.scatter(-1, self._likeliest, 0).sum(-1, keepdim=True)
+        return self.eta * (1 - self.eta).scatter(-1, self._likeliest, others)
 
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return diag(eta) - eta eta' for each sample."""

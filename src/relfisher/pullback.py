@@ -14,6 +14,7 @@ from relfisher.memory import check_fits
 from relfisher.metric import Metric
 from relfisher.responses import Response
 from relfisher.shapes import Float
+from relfisher.validation import check_finite
 
 __all__ = ["PullbackMetric", "as_rows"]
 
@@ -36,10 +37,15 @@ class PullbackMetric(Metric):
         response: the response of the subsystem given z.
         parameter_shape: the shape of the parameters; None for [D].
         samples: the number of samples to average over; None for n, or n * positions.
+
+    Raises:
+        ValueError: if the pre-activation is not finite.
+        TypeError: if the dtype is not float32 or float64.
     """
 
     #: None: the metric is exact.
     standard_error: Tensor | None = None
+    _semidefinite = True
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class PullbackMetric(Metric):
         self._theta = theta
         z = self._pre_activation(theta).detach()
         super().__init__(parameter_shape or (theta.numel(),), samples or z.shape[0], theta.dtype, theta.device)
+        check_finite("the pre-activation", z)
         self._zeros = torch.zeros_like(z)
         self.information = response.operator(z)
 

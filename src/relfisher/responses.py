@@ -96,7 +96,9 @@ class _Bernoulli(UnitResponse):
 
     def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return ln p(y | z) for outcomes y, [..., out]."""
-        return functional.logsigmoid(torch.where(y > 0, self._gain, -self._gain) * z)
+        odds = torch.where(y > 0, self._gain, -self._gain) * z
+        # Unlike those of logsigmoid, both derivatives are accurate where the unit is saturated.
+        return odds.where(odds <= 0, 0) - odds.where(odds <= 0, -odds).exp().log1p()
 
     def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
         """Draw outcomes in the shape of z."""
@@ -328,7 +330,11 @@ class Categorical(Response):
 
     def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return ln eta_y for class indices y, [...]."""
-        return torch.log_softmax(z, dim=-1).gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
+        likeliest = z.argmax(-1, keepdim=True)
+        relative = z - z.gather(-1, likeliest)
+        # Unlike those of log_softmax, both derivatives are accurate where a class is almost certain.
+        others = relative.exp().scatter(-1, likeliest, 0).sum(-1)
+        return relative.gather(-1, y.long().unsqueeze(-1)).squeeze(-1) - others.log1p()
 
     def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*n"]:
         """Draw a class index for each sample."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relfisher import BatchedMetric, Metric, layer_metric, relative_fisher, responses, two_layer_metric
 from relfisher.metric import ConvergenceWarning, DenseMetric, SingularMetricError, TransformedMetric
+from relfisher.metric.iterative import conjugate_residuals
 
 TANH = responses.TanhBernoulli()
 
@@ -197,12 +198,11 @@ def test_largest_eigenvalues_of_large_blocks_count_with_multiplicity(
     assert_close(metric.eigvalsh(k), expected)
 
 
-@pytest.mark.usefixtures("no_dense_block")
 def test_an_unfinished_iteration_warns() -> None:
-    metric = two_layers(problem(n=3, out=3))
-    outside = torch.ones(metric.shape[0], dtype=torch.float64)
-    with pytest.warns(ConvergenceWarning, match="give more damping"):
-        metric.solve(outside, 0.0)
+    metric = two_layers(problem(n=30, out=3))
+    ones = torch.ones(metric.shape[0], 1, dtype=torch.float64)
+    with pytest.warns(ConvergenceWarning, match="stopped after 2 iterations at a relative residual of .*damping"):
+        conjugate_residuals(metric._product, ones, ones[:, 0], max_iterations=2)
 
 
 SINGULAR = ["softmax layer", "two layers", "tanh layer", "pullback"]

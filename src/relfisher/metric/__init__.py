@@ -8,6 +8,7 @@ from relfisher.metric.dense import DenseMetric
 from relfisher.metric.iterative import ConvergenceWarning
 from relfisher.metric.joint import AdjustedMetric, JointMetric
 from relfisher.metric.layer import LayerMetric
+from relfisher.metric.operator import IndefiniteMetricError
 
 __all__ = [
     "AdjustedMetric",
@@ -17,6 +18,7 @@ __all__ = [
     "DenseMetric",
     "DiagonalMetric",
     "GroupedMetric",
+    "IndefiniteMetricError",
     "JointMetric",
     "KroneckerMetric",
     "LayerMetric",

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from relfisher.metric.iterative import conjugate_gradients, least_correlation_eigenvalues
+from relfisher.metric.iterative import conjugate_residuals
 from relfisher.metric.operator import Operator
+from relfisher.metric.scaled import ScaledBlocks
 from relfisher.shapes import Float
 from relfisher.validation import check_interval
 
@@ -33,13 +34,22 @@ class SingularMetricError(ValueError):
 
 
 class Metric(Operator):
-    """A symmetric positive semi-definite matrix G [D, D] that is applied without being formed.
+    """A symmetric matrix G [D, D] that is applied without being formed.
+
+    Expected metrics are positive semi-definite. Observed ones, such as `observed_fisher` returns, need not be. For
+    these, inverses keep the signs of the eigenvalues, and determinants and condition numbers use their absolute values;
+    what needs a positive metric raises `IndefiniteMetricError`.
+
+    Which eigenvalues count as 0 is decided for each block, scaled to a unit diagonal: those up to 10 sqrt(b) machine
+    epsilons, plus 10 b epsilons of float64, for a block of b parameters. `rank`, `solve`, `pinv_solve`,
+    `natural_gradient`, `logdet` and `condition_number` follow this rule, which does not depend on the units of the
+    parameters.
 
     Attributes:
         parameter_shape: the shape of the subsystem's parameters; D is its product. Methods accept vectors that are flat
             [D] or have this shape, and return results of the same shape.
         samples: the number of samples that the metric averages over.
-        dtype: the dtype of its entries.
+        dtype: the dtype of its entries, float32 or float64.
         device: the device that holds it.
     """
 
@@ -61,25 +71,22 @@ class Metric(Operator):
         few = k is not None and k < self.shape[0] - 2 * self._repeats()
         if k is not None and few and self._direct_sum_shape()[1] > _DENSE_BLOCK:
             return self._lanczos(k)
-        distinct = self._checked_direct_sum("ask for the k largest eigenvalues")
-        values: Tensor = torch.linalg.eigvalsh(distinct)
-        values = values.flatten().repeat_interleave(self._repeats()).sort().values
+        values = self._block_values().flatten().repeat_interleave(self._repeats()).sort().values.to(self.dtype)
         return values if k is None else values[-k:]
 
     def rank(self, rtol: float | None = None) -> int:
-        """Return the numerical rank: the number of eigenvalues above `rtol` times the largest.
+        """Return the numerical rank: the number of eigenvalues that do not count as 0.
 
         Args:
-            rtol: the relative threshold; None for D times the machine epsilon.
+            rtol: the threshold for blocks scaled to a unit diagonal; None for that of the class.
 
         Returns:
             The numerical rank.
         """
-        values = self.eigvalsh()
-        return int((values > self._threshold(values, rtol)).sum())
+        return int((~self._scaled(rtol=rtol).null).sum()) * self._repeats()
 
     def condition_number(self, damping: float = 0.0) -> float:
-        """Return the ratio of the largest to the smallest eigenvalue of G + damping I.
+        """Return the ratio of the largest to the smallest absolute eigenvalue of G + damping I.
 
         Args:
             damping: the damping, >= 0.
@@ -88,31 +95,32 @@ class Metric(Operator):
             The ratio; infinite for a singular metric without damping.
         """
         check_interval("damping", damping, 0, math.inf)
-        values = self.eigvalsh().clamp(min=0)
-        if damping == 0 and values[0] <= self._threshold(values, None):
-            return math.inf
-        return float((values[-1] + damping) / (values[0] + damping))
+        values = (self._cleaned_values() + damping).abs()
+        least = float(values.min())
+        return float(values.max()) / least if least else math.inf
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
-        """Return ln det(G + damping I).
+        """Return ln |det(G + damping I)|.
 
         Args:
             damping: the damping, >= 0.
 
         Returns:
-            A scalar, -inf for a singular metric without damping; eigenvalues below the threshold of `rank` count as 0.
+            A scalar, -inf for a singular metric without damping.
         """
         check_interval("damping", damping, 0, math.inf)
-        values = self.eigvalsh()
-        values = values.where(values > self._threshold(values, None), torch.zeros_like(values))
-        return (values + damping).log().sum()
+        logdets = self._scaled(damping).logdets()
+        if damping:
+            # Without eigenvalues that are rounding errors, a damping below them counts, too.
+            logdets = logdets.where(logdets.isfinite(), (self._cleaned_values() + damping).abs().log().sum(-1))
+        return (logdets.sum() * self._repeats()).to(self.dtype)
 
     def solve(self, v: Tensor, damping: float = 0.0) -> Tensor:
         """Return (G + damping I)^-1 v.
 
-        Blocks of up to 4096 parameters are factorized (Cholesky). Larger ones are solved by conjugate gradients,
-        preconditioned by the diagonal, to a relative residual of 100 machine epsilons, with a `ConvergenceWarning` if
-        that is not reached.
+        Blocks of up to 4096 parameters are factorized. Larger ones are solved by conjugate residuals, preconditioned by
+        the diagonal, to a relative residual of 100 machine epsilons, with a `ConvergenceWarning` if that is not
+        reached.
 
         Args:
             v: one vector, [D] or in the shape of the parameters, or several, [D, k].
@@ -123,25 +131,23 @@ class Metric(Operator):
 
         Raises:
             ValueError: if damping is negative or v has the wrong shape.
-            SingularMetricError: if a factorized block is singular to working precision, damping included.
+            SingularMetricError: if a block of G + damping I has an eigenvalue that counts as 0; for a larger block, if
+                v is not in its range.
+            IndefiniteMetricError: if a block of more than 4096 parameters has a negative eigenvalue.
         """
         check_interval("damping", damping, 0, math.inf)
         columns = self._columns(v)
         if self._direct_sum_shape()[1] > _DENSE_BLOCK:
-            return conjugate_gradients(self._product, columns, self.diagonal(), damping).reshape(v.shape)
-        damped = self._checked_direct_sum().clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        regular = bool((info == 0).all())
-        if regular:
-            least = least_correlation_eigenvalues(factor, damped.diagonal(dim1=-2, dim2=-1))
-            regular = bool((least > 10 * torch.finfo(self.dtype).eps).all())
-        if not regular:
+            units = (self.diagonal() + damping).abs().sqrt()
+            units = units.where(units > 0, 1)
+            solution, solved = conjugate_residuals(self._product, columns, units, damping)
+        else:
+            pieces = self._scaled(damping).regular_solve(self._pieces(columns))
+            solution, solved = (columns, False) if pieces is None else (pieces.to(self.dtype), True)
+        if not solved:
             raise SingularMetricError(
                 f"the metric is singular with damping {damping}: give a larger damping, or use pinv_solve"
             )
-        pieces = columns.reshape(-1, damped.shape[-1], columns.shape[1])
-        solution = torch.cholesky_solve(pieces, factor)
         return solution.reshape(v.shape)
 
     def pinv_solve(self, v: Tensor, rtol: float | None = None) -> Tensor:
@@ -151,40 +157,58 @@ class Metric(Operator):
 
         Args:
             v: one vector, [D] or in the shape of the parameters, or several, [D, k].
-            rtol: eigenvalues up to `rtol` times the largest count as 0; None for D times the machine epsilon.
+            rtol: the threshold for blocks scaled to a unit diagonal; None for that of the class.
 
         Returns:
-            The least-norm solution, in the shape of v.
+            The least-norm solution, in the shape of v. Negative eigenvalues of an observed metric keep their sign.
         """
-        columns = self._columns(v)
-        values, vectors = torch.linalg.eigh(self._checked_direct_sum())
-        kept = values > self._threshold(values, rtol)
-        inverse = torch.where(kept, 1 / values.where(kept, torch.ones_like(values)), torch.zeros_like(values))
-        pieces = columns.reshape(-1, values.shape[-1], columns.shape[1])
-        solution: Tensor = vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ pieces))
-        return solution.reshape(v.shape)
+        pieces = self._pieces(self._columns(v))
+        return self._scaled(rtol=rtol).pseudo_solve(pieces).to(self.dtype).reshape(v.shape)
 
     def natural_gradient(self, gradient: Tensor, damping: float = 0.0) -> Tensor:
         """Return the natural gradient G^-1 dL of a loss, the direction of equation (7).
 
         Args:
             gradient: the gradient dL, [D] or in the shape of the parameters.
-            damping: the damping, >= 0. With 0, G^-1 is the pseudo-inverse (Thomas 2014), or, for blocks of more than
-                4096 parameters, a solve by conjugate gradients.
+            damping: the damping, >= 0. With 0, G^-1 is the pseudo-inverse (Thomas 2014); for blocks of more than 4096
+                parameters it is computed by conjugate residuals, without a preconditioner.
 
         Returns:
-            The direction, in the shape of the gradient; a step is the negative of it times the learning rate.
-        """
-        if damping == 0 and self._direct_sum_shape()[1] <= _DENSE_BLOCK:
-            return self.pinv_solve(gradient)
-        return self.solve(gradient, damping)
+            The direction, in the shape of the gradient; a step is the negative of it times the learning rate. For an
+            observed metric with negative eigenvalues, it need not be a direction of ascent.
 
-    def _threshold(self, values: Tensor, rtol: float | None) -> float:
-        if rtol is None:
-            rtol = self.shape[0] * torch.finfo(self.dtype).eps
-        else:
+        Raises:
+            SingularMetricError: as in `solve`, with damping.
+            IndefiniteMetricError: as in `solve`.
+        """
+        if damping:
+            return self.solve(gradient, damping)
+        if self._direct_sum_shape()[1] <= _DENSE_BLOCK:
+            return self.pinv_solve(gradient)
+        columns = self._columns(gradient)
+        solution, _ = conjugate_residuals(self._product, columns, torch.ones_like(columns[:, 0]))
+        return solution.reshape(gradient.shape)
+
+    def _scaled(self, damping: float = 0.0, rtol: float | None = None) -> ScaledBlocks:
+        """Return the distinct blocks of G + damping I, scaled to a unit diagonal."""
+        if rtol is not None:
             check_interval("rtol", rtol, 0, 1)
-        return rtol * max(float(values.max()), 0.0)
+        return ScaledBlocks(self._checked_direct_sum(), damping, rtol)
+
+    def _pieces(self, columns: Float[Tensor, "D k"]) -> Float[Tensor, "m b k"]:
+        """Return the right-hand sides of each block, in float64."""
+        return columns.double().reshape(-1, self._direct_sum_shape()[1], columns.shape[1])
+
+    def _block_values(self) -> Float[Tensor, "q b"]:
+        """Return the eigenvalues of each distinct block, in float64."""
+        values: Tensor = torch.linalg.eigvalsh(self._checked_direct_sum("ask for the k largest eigenvalues").double())
+        return values
+
+    def _cleaned_values(self) -> Float[Tensor, "q b"]:
+        """Return the eigenvalues of each distinct block; those that count as 0 are exactly 0."""
+        values = self._block_values()
+        order = values.abs().argsort(dim=-1).argsort(dim=-1)
+        return values.masked_fill(order < self._scaled().null.sum(-1, keepdim=True), 0)
 
     def _lanczos(self, k: int) -> Float[Tensor, "k"]:
         """Return the k largest eigenvalues, from one copy of repeated blocks: Lanczos finds equal ones only once."""

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from relfisher.metric.base import Metric
+from relfisher.metric.scaled import check_symmetric
 from relfisher.shapes import Float
+from relfisher.validation import check_finite
 
 __all__ = ["BlockMetric", "DiagonalMetric", "KroneckerMetric"]
 
@@ -18,10 +20,15 @@ class BlockMetric(Metric):
         blocks: [q, b, b]; one block (q = 1) stands for all D / b of them.
         parameter_shape: the shape of the parameters, whose last axis is that of a block.
         samples: how many samples the metric is a mean over.
+
+    Raises:
+        ValueError: if a block is not finite and symmetric.
     """
 
     def __init__(self, blocks: Float[Tensor, "q b b"], parameter_shape: tuple[int, ...], samples: int = 1) -> None:
         super().__init__(parameter_shape, samples, blocks.dtype, blocks.device)
+        check_finite("blocks", blocks)
+        check_symmetric("blocks", blocks)
         self._blocks = blocks
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -47,10 +54,14 @@ class DiagonalMetric(Metric):
         diagonal: [D].
         parameter_shape: the shape of the parameters.
         samples: how many samples the metric is a mean over.
+
+    Raises:
+        ValueError: if an entry is not finite.
     """
 
     def __init__(self, diagonal: Float[Tensor, "D"], parameter_shape: tuple[int, ...], samples: int = 1) -> None:
         super().__init__(parameter_shape, samples, diagonal.dtype, diagonal.device)
+        check_finite("diagonal", diagonal)
         self._diagonal = diagonal
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -74,10 +85,16 @@ class KroneckerMetric(Metric):
         outputs: B, [out, out].
         inputs: A, [d, d].
         samples: how many samples the factors are means over.
+
+    Raises:
+        ValueError: if a factor is not finite and symmetric.
     """
 
     def __init__(self, outputs: Float[Tensor, "out out"], inputs: Float[Tensor, "d d"], samples: int = 1) -> None:
         super().__init__((outputs.shape[-1], inputs.shape[-1]), samples, inputs.dtype, inputs.device)
+        for name, factor in {"outputs": outputs, "inputs": inputs}.items():
+            check_finite(name, factor)
+            check_symmetric(name, factor)
         self.outputs = outputs
         self.inputs = inputs
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from relfisher.metric.base import Metric
+from relfisher.metric.scaled import check_symmetric
 from relfisher.shapes import Float
 from relfisher.validation import check_floating, check_matrix
 
@@ -24,7 +25,7 @@ class DenseMetric(Metric):
         standard_error: the standard error of each entry of G, if G was estimated by sampling.
 
     Raises:
-        ValueError: if the matrix is not square and finite, or its size does not match `parameter_shape`.
+        ValueError: if the matrix is not square, finite and symmetric, or its size does not match `parameter_shape`.
         TypeError: if the matrix does not have a floating-point dtype.
     """
 
@@ -39,6 +40,7 @@ class DenseMetric(Metric):
         check_matrix("matrix", matrix, matrix.shape[-1] if matrix.ndim else None, None, "[D, D]")
         if parameter_shape is not None and math.prod(parameter_shape) != matrix.shape[0]:
             raise ValueError(f"matrix must have shape [D, D] for parameters {parameter_shape}, got {[*matrix.shape]}")
+        check_symmetric("matrix", matrix)
         super().__init__(parameter_shape or (matrix.shape[0],), samples, matrix.dtype, matrix.device)
         self.matrix = matrix
         self.standard_error = standard_error

@@ -1,4 +1,4 @@
-"""Conjugate gradients for metrics that are too large to factorize."""
+"""Conjugate residuals for metrics that are too large to factorize."""
 
 from __future__ import annotations
 
@@ -8,86 +8,86 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from relfisher.metric.operator import IndefiniteMetricError
 from relfisher.shapes import Float
 
-__all__ = ["ConvergenceWarning", "conjugate_gradients", "least_correlation_eigenvalues"]
+__all__ = ["ConvergenceWarning", "conjugate_residuals"]
 
 
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped before it reached its tolerance."""
 
 
-def conjugate_gradients(
+def conjugate_residuals(
     product: Callable[[Tensor], Tensor],
     right: Float[Tensor, "D k"],
-    diagonal: Float[Tensor, "D"],
-    damping: float,
+    units: Float[Tensor, "D"],
+    damping: float = 0.0,
     max_iterations: int = 2000,
-) -> Float[Tensor, "D k"]:
-    """Solve (G + damping I) X = B for all columns of B at once, preconditioned by the diagonal (Hestenes & Stiefel).
+) -> tuple[Float[Tensor, "D k"], bool]:
+    """Solve (G + damping I) X = B for all columns of B at once, scaled by units (Stiefel 1955).
+
+    The residual of a system without a solution becomes its component in the null space. All iterates have their null
+    component along it. Without it, they are the least-norm solution (Liu, Milzarek & Roosta 2022), if all units are 1.
 
     Args:
         product: the function V -> G V on [D, k].
         right: the right-hand sides B.
-        diagonal: the diagonal of G.
+        units: S, for iterations with S^-1 (G + damping I) S^-1.
         damping: the damping, >= 0.
         max_iterations: the largest number of iterations.
 
     Returns:
-        X, to a relative residual of 100 machine epsilons in every column, or the last iterate, with a warning.
+        X, and whether all columns have a relative residual of at most 100 machine epsilons. The other columns solve the
+        system in the sense of least squares, or are the last iterate, with a warning.
+
+    Raises:
+        IndefiniteMetricError: if a direction of negative curvature is met.
     """
-    preconditioner = diagonal.add(damping)
-    preconditioner = torch.where(preconditioner > 0, preconditioner, torch.ones_like(preconditioner)).unsqueeze(1)
-    tolerance = 100 * torch.finfo(right.dtype).eps * right.norm(dim=0)
-    solution = torch.zeros_like(right)
-    residual = right.clone()
-    scaled = residual / preconditioner
-    direction = scaled.clone()
-    energy = (residual * scaled).sum(0)
+    scale = units.unsqueeze(1)
+    eps, tiny = torch.finfo(right.dtype).eps, torch.finfo(right.dtype).tiny
+    wanted = right.norm(dim=0)
+
+    def apply(vectors: Tensor) -> Tensor:
+        vectors = vectors / scale
+        return product(vectors).add(vectors, alpha=damping) / scale
+
+    residual = right / scale
+    solution, direction = torch.zeros_like(residual), residual.clone()
+    change = apply(residual)
+    image, energy = change.clone(), (residual * change).sum(0)
+    probe = torch.randn(len(right), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(right)
+    largest = float(apply(probe).norm() / probe.norm())  # of the eigenvalues, as far as they are seen
     for _ in range(max_iterations):
-        if bool((residual.norm(dim=0) <= tolerance).all()):
-            return solution
-        image = product(direction).add(direction, alpha=damping)
-        curvature = (direction * image).sum(0)
-        # A column whose residual is exactly 0 has zero energy and zero curvature.
-        length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))
-        solution += length * direction
-        residual -= length * image
-        scaled = residual / preconditioner
-        fresh = (residual * scaled).sum(0)
-        direction = scaled + torch.where(energy > 0, fresh / energy, torch.zeros_like(energy)) * direction
+        length = residual.norm(dim=0)
+        largest = max(largest, float((change.norm(dim=0) / length.clamp(min=tiny)).max()))
+        if bool(((energy <= 0) & (change.norm(dim=0) > eps**0.25 * largest * length)).any()):
+            raise IndefiniteMetricError(
+                f"the metric with damping {damping} has a direction without a positive length; blocks of more than 4096 "
+                "parameters must be positive: give a larger damping, or use pinv_solve"
+            )
+        missing = (scale * residual).norm(dim=0)
+        solved = missing <= 100 * eps * wanted
+        stuck = change.norm(dim=0) <= 10 * eps * largest * length
+        if bool((solved | stuck).all()):
+            break
+        step = torch.where(solved | stuck, 0, energy / image.square().sum(0))
+        solution += step * direction
+        residual -= step * image
+        change = apply(residual)
+        fresh = (residual * change).sum(0)
+        ratio = torch.where(energy > 0, fresh / energy, 0)
+        direction, image = residual + ratio * direction, change + ratio * image
         energy = fresh
-    worst = float((residual.norm(dim=0) / right.norm(dim=0).clamp(min=torch.finfo(right.dtype).tiny)).max())
-    warnings.warn(
-        f"conjugate gradients stopped after {max_iterations} iterations at a relative residual of {worst:.1e}: "
-        "give more damping",
-        ConvergenceWarning,
-        stacklevel=3,
-    )
-    return solution
-
-
-def least_correlation_eigenvalues(
-    factors: Float[Tensor, "q b b"], diagonals: Float[Tensor, "q b"]
-) -> Float[Tensor, "q"]:
-    """Estimate the least eigenvalue of each matrix scaled to a unit diagonal, by two inverse iterations.
-
-    Rounding errors can make the last pivot of a singular matrix positive, so that its Cholesky factorization succeeds.
-    The least eigenvalue of the scaled matrix is then one or two machine epsilons, whatever the size and the units.
-
-    Args:
-        factors: the Cholesky factors.
-        diagonals: the diagonals of the factorized matrices, > 0.
-
-    Returns:
-        The estimates, which are never below the true eigenvalues.
-    """
-    scale = diagonals.sqrt().unsqueeze(-1)
-    start = torch.randn(scale.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vector = (start / start.norm()).to(factors).expand_as(scale)
-    growth = scale.new_ones(scale.shape[0], 1, 1)
-    for _ in range(2):
-        image = scale * torch.cholesky_solve(scale * vector, factors)
-        growth = image.norm(dim=1, keepdim=True)
-        vector = image / growth
-    return (1 / growth).reshape(-1)
+    else:
+        worst = float((missing / wanted.clamp(min=tiny)).max())
+        warnings.warn(
+            f"conjugate residuals stopped after {max_iterations} iterations at a relative residual of {worst:.1e}: "
+            "give more damping",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+        return solution / scale, True
+    along = (residual * solution).sum(0) / residual.square().sum(0)
+    solution = torch.where(solved, solution, solution - along * residual)
+    return solution / scale, bool(solved.all())

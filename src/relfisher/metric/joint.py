@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from relfisher.metric.base import _DENSE_BLOCK, Metric
+from relfisher.metric.scaled import ScaledBlocks, rounding
 from relfisher.shapes import Float
 from relfisher.validation import check_instance, check_interval
 
@@ -52,6 +53,7 @@ class JointMetric(Metric):
         size = len(self._places)
         shape = next(iter(self.parts.values())) if len(self.parts) == 1 else (size,)
         super().__init__(shape or (1,), metric.samples, metric.dtype, metric.device)
+        self._semidefinite = metric._semidefinite
         own = torch.split(torch.arange(size, device=metric.device), [each.numel() for each in places.values()])
         self._own = {name: each.reshape(self.parts[name]) for name, each in zip(self.parts, own, strict=True)}
 
@@ -87,7 +89,7 @@ class JointMetric(Metric):
                 observations. The result grows with it, from the Schur complement towards the block G_11.
 
         Returns:
-            The adjusted metric. Its products solve with G_22: by its inverse, formed once, for up to 4096 nuisance
+            The adjusted metric. Its products solve with G_22: by its eigenvectors, found once, for up to 4096 nuisance
             parameters, by conjugate gradients for more.
 
         Raises:
@@ -134,7 +136,7 @@ class JointMetric(Metric):
 class AdjustedMetric(JointMetric):
     """The metric of some parts of a joint metric when others are not known; see `JointMetric.adjusted_for`.
 
-    In its matrix, eigenvalues below the rounding errors of G_11 count as 0.
+    In its matrix, eigenvalues within the rounding errors of G_11 are 0.
 
     Args:
         joint: the metric of all parts.
@@ -150,27 +152,28 @@ class AdjustedMetric(JointMetric):
         self.damping = damping
 
     @cached_property
-    def _inverse(self) -> Float[Tensor, "D D"] | None:
-        """The inverse of the damped G_22, or its pseudo-inverse; None if it is too large to be formed."""
-        size = self.nuisance.shape[0]
-        if size > _DENSE_BLOCK:
-            return None
-        return self.nuisance.natural_gradient(torch.eye(size, dtype=self.dtype, device=self.device), self.damping)
+    def _scaled_nuisance(self) -> ScaledBlocks | None:
+        """The damped G_22, decomposed; None if it is too large to be formed."""
+        return None if self.nuisance.shape[0] > _DENSE_BLOCK else self.nuisance._scaled(self.damping)
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
-        others = self.nuisance._places
+        others, nuisance = self.nuisance._places, self._scaled_nuisance
         image = self.metric._product(self._embedded(vectors, self._places))
-        right, inverse = image[others], self._inverse
-        explained = self.nuisance.solve(right, self.damping) if inverse is None else inverse @ right
+        right = image[others]
+        if nuisance is None:
+            explained = self.nuisance.natural_gradient(right, self.damping)
+        else:
+            explained = nuisance.pseudo_solve(right.double().unsqueeze(0))[0].to(self.dtype)
         return (image - self.metric._product(self._embedded(explained, others)))[self._places]
 
     def _direct_sum(self) -> Float[Tensor, "q b b"]:
-        matrix = super()._direct_sum()
+        units = self.known.diagonal().abs().sqrt()
+        units = units.where(units > 0, 1)
+        matrix = super()._direct_sum() / units / units.unsqueeze(-1)
         values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-        rounding = self.metric.shape[0] * torch.finfo(self.dtype).eps * self.known.eigvalsh(1)
-        values = values.where(values > rounding, torch.zeros_like(values))
+        values = values.where(values.abs() > rounding(self.metric.shape[0], self.dtype), 0)
         cleaned: Tensor = (vectors * values.unsqueeze(-2)) @ vectors.mT
-        return cleaned
+        return cleaned * units * units.unsqueeze(-1)
 
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return the diagonal, which takes a product with each unit vector."""

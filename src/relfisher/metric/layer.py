@@ -27,6 +27,10 @@ class LayerMetric(Metric):
         information: the Fisher information F_n of the layer's response about its pre-activation.
         x: the layer's inputs.
         bias: whether the layer has a bias, so that x~ = (x, 1) and d = in + 1.
+
+    Raises:
+        ValueError: if the products F_n x~_nj x~_nk are not finite.
+        TypeError: if the dtype is not float32 or float64.
     """
 
     def __init__(self, information: Information, x: Float[Tensor, "n in"], *, bias: bool) -> None:
@@ -36,6 +40,14 @@ class LayerMetric(Metric):
         self.information = information
         self.x = x
         self.bias = bias
+        probe = torch.linspace(1, 2, out, dtype=x.dtype, device=x.device).expand(n, out)
+        largest = max(float(x.abs().max()), 1.0) if inputs else 1.0
+        known = float(information.apply(probe).abs().max())
+        if not known * largest * largest <= torch.finfo(x.dtype).max:
+            raise ValueError(
+                f"the metric must be finite in {x.dtype}, but for inputs up to {largest:.3g} and an information about "
+                f"the pre-activation up to {known:.3g} it is not: scale the inputs or the weights"
+            )
 
     def _augmented(self) -> Float[Tensor, "n d"]:
         return augment(self.x) if self.bias else self.x

@@ -13,21 +13,31 @@ import torch
 from torch import Tensor
 
 from relfisher.memory import check_fits
+from relfisher.metric.scaled import rounding
 from relfisher.shapes import Float
 from relfisher.validation import check_finite, check_floating
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-__all__ = ["Operator"]
+__all__ = ["IndefiniteMetricError", "Operator"]
+
+
+class IndefiniteMetricError(ValueError):
+    """The metric, with the damping that was given, has a negative eigenvalue where it must not have one."""
 
 
 class Operator(ABC):
     """A symmetric matrix G [D, D] that is applied without being formed; see `Metric` for its attributes."""
 
+    # True if G cannot have negative eigenvalues, other than by rounding errors.
+    _semidefinite = False
+
     def __init__(
         self, parameter_shape: tuple[int, ...], samples: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"a metric must be of torch.float32 or torch.float64, got {dtype}: convert with .float()")
         self.parameter_shape = parameter_shape
         self.samples = samples
         self.dtype = dtype
@@ -163,8 +173,16 @@ class Operator(ABC):
 
         Returns:
             A scalar.
+
+        Raises:
+            IndefiniteMetricError: if u' G u is negative beyond rounding errors.
         """
-        return self.inner(u, u).clamp(min=0).sqrt()
+        square = self.inner(u, u)
+        if square < 0 and not self._semidefinite:
+            bound = (self._flat("u", u).abs() @ self.diagonal().abs().sqrt()).square()
+            if square < -rounding(self.shape[0], self.dtype) * bound:
+                raise IndefiniteMetricError(f"u must have a length, but u' G u is {float(square):.3g} in this metric")
+        return square.clamp(min=0).sqrt()
 
     def to_scipy(self) -> LinearOperator:
         """Return the metric as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
@@ -220,7 +238,9 @@ class Operator(ABC):
     def _checked_direct_sum(self, instead: str = "use @ and solve, which do not form them") -> Float[Tensor, "q b b"]:
         count, size = self._direct_sum_shape()
         check_fits(f"{count} dense blocks of {size}x{size}", count * size**2, self.dtype, self.device, instead)
-        return self._direct_sum()
+        blocks = self._direct_sum()
+        check_finite("the metric", blocks)
+        return blocks
 
     def _repeats(self) -> int:
         """Return how many copies of the direct sum make up G: D / b if all blocks are equal, else 1."""
