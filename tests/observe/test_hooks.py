@@ -2,7 +2,9 @@
 
 import gc
 import math
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from builders import (
 )
 from torch import nn
 
-from relfisher import RNGD, MetricOptions, plan
+from relfisher import RNGD, MetricOptions, module_metric, plan
 from relfisher.observe import ResponseWarning
+from relfisher.optim import HealthWarning
 from relfisher.responses import LinearGaussian, ReLUGaussian, TanhBernoulli
 
 
@@ -252,3 +255,150 @@ def test_what_is_closed_gathers_no_more():
     kept = optimizer.state[model[0].weight]["metric"].clone()
     step(model, optimizer, inputs(1))
     assert torch.equal(optimizer.state[model[0].weight]["metric"], kept)
+
+
+class Interrupted(nn.Module):
+    """Two linear layers, and anything that happens once between the first one and its activation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+        self.happens = None
+
+    def forward(self, x):
+        z = self.first(x)
+        happens, self.happens = self.happens, None
+        if happens is not None:
+            happens()
+        return self.second(torch.tanh(z))
+
+
+def in_a_thread(work):
+    """Run this in another thread, to its end."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+def fail(model):
+    with pytest.raises(RuntimeError):
+        model(inputs(1, width=5))
+
+
+OTHERS = {
+    "evaluates": lambda model: torch.no_grad()(model)(inputs(1)),
+    "runs with gradients": lambda model: model(inputs(1)),
+    "uses the weights": lambda model: nn.functional.linear(inputs(1), model.first.weight),
+    "takes a metric": lambda model: module_metric(model, "first", inputs(1)),
+    "fails": fail,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_what_a_thread_observes_does_not_depend_on_another(other):
+    model, twin = Interrupted(), Interrupted()
+    optimizer, alone = exact(model), exact(twin)
+    model.happens = lambda: in_a_thread(lambda: other(model))
+    step(model, optimizer, inputs())
+    step(twin, alone, inputs())
+    assert torch._C._len_torch_function_stack() == 0
+    assert [view.role.response for view in optimizer.layers] == [view.role.response for view in alone.layers]
+    assert isinstance(optimizer.layers[0].role.response, TanhBernoulli)
+    assert_same_weights(model, twin)
+
+
+def test_a_metric_does_not_depend_on_what_another_thread_runs():
+    model, alone = Interrupted(), Interrupted()
+    model.happens = lambda: in_a_thread(lambda: model(inputs(1)))
+    one, two = module_metric(model, "first", inputs()), module_metric(alone, "first", inputs())
+    torch.testing.assert_close(one.to_dense(), two.to_dense(), rtol=0, atol=0)
+
+
+def test_a_mask_is_of_the_thread_that_set_it():
+    model, twin = mlp(), mlp()
+    optimizer, alone = exact(model), exact(twin)
+    with ThreadPoolExecutor(1) as pool, optimizer.masked(torch.arange(16) < 5):
+        pool.submit(lambda: squares(model, inputs()).backward()).result()
+    optimizer.step()
+    step(twin, alone, inputs())
+    assert_same_weights(model, twin)
+
+
+class Late(nn.Module):
+    """A layer in the middle that joins the passes when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle = nn.Linear(6, 6, dtype=torch.float64), nn.Linear(6, 6, dtype=torch.float64)
+        self.last = nn.Linear(6, 3, dtype=torch.float64)
+        self.joined = False
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(torch.relu(self.middle(h)) if self.joined else h)
+
+
+def test_a_layer_that_first_runs_later_has_its_metric_from_that_pass_on():
+    model = Late()
+    optimizer = exact(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            step(model, optimizer, inputs(seed))
+        assert optimizer.layers[1].role is None
+        model.joined = True
+        with torch.no_grad():
+            model(inputs())  # a pass without gradients tells nothing
+            h = torch.tanh(model.first(inputs(3)))
+            expected = expected_blocks(model.middle, h, ReLUGaussian())
+        step(model, optimizer, inputs(3))
+        assert isinstance(optimizer.layers[1].role.response, ReLUGaussian)
+        assert optimizer.layers[1].role.following.name == "last"
+        torch.testing.assert_close(average(optimizer, model.middle), expected)
+        step(model, optimizer, inputs(4))
+    said = "no part in the first step had middle: without a gradient, in no forward pass"
+    assert [str(warning.message) for warning in caught] == [said]
+    assert not is_awaited(model)
+
+
+def is_awaited(model):
+    """Whether a module other than the model itself has a hook before its calls."""
+    return any(module._forward_pre_hooks for module in model.children())
+
+
+def test_an_output_that_first_runs_later_is_known_as_a_head_at_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.one, self.two = nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+            self.second = False
+
+        def forward(self, x):
+            h = torch.tanh(self.body(x))
+            return self.two(h) if self.second else self.one(h)
+
+    model = Branches().double()
+    optimizer = RNGD(model)
+    with pytest.warns(HealthWarning, match="no part in the first step had two"):
+        train(model, optimizer, 2)
+    model.second = True
+    train(model, optimizer, 1, first=2)
+    assert structures(optimizer)["two"] == "kronecker"
+
+
+@pytest.mark.parametrize("end", ["step", "close"])
+def test_layers_that_never_run_are_awaited_until_the_end(end):
+    model = Late()
+    optimizer = RNGD(model)
+    with pytest.warns(HealthWarning, match="no part"):
+        step(model, optimizer, inputs())
+    assert is_awaited(model)
+    if end == "close":
+        optimizer.close()
+        assert not is_hooked(model)
+    else:
+        model.joined = True
+        step(model, optimizer, inputs())
+        assert not is_awaited(model)

@@ -226,7 +226,7 @@ def _run(
         return hook
 
     handles = [
-        layer.module.register_forward_hook(Hook(hook_of(layer)), with_kwargs=True, prepend=True)
+        layer.module.register_forward_hook(Hook(hook_of(layer), own_thread=True), with_kwargs=True, prepend=True)
         for layer in layers.values()
     ]
     try:

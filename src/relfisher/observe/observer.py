@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from relfisher.layers import Call, Layer, Rows, Sampling
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook
+from relfisher.observe.passes import Pass
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
 from relfisher.observe.trace import Trace
@@ -44,9 +45,9 @@ class MaskWarning(UserWarning):
 class Observer:
     """Observes the layers of a model, independently of how the observations are used.
 
-    The first forward pass of the whole model determines each layer's role. If a layer is first reached later, the pass
-    after that determines its role. The gradients of an output layer show how it is scored; until its role is known, its
-    samples are held as rows.
+    The first forward pass of the whole model that reaches a layer determines its role. The gradients of an output layer
+    show how it is scored; until its role is known, its samples are held as rows. What one thread observes does not
+    depend on the passes of others.
 
     Args:
         model: the module whose forward pass determines the roles.
@@ -69,20 +70,16 @@ class Observer:
         self.heads: dict[Layer, bool] = {}
         self._responses = responses
         self._limit = limit
-        self._mask: Tensor | None = None
-        self._masking: list[bool] = []  # for each call inside `masked`, whether the mask was applied
+        self._pass = Pass()
         self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._samplers: dict[Layer, Sampler] = {}
         self._active: dict[Layer, Sampler] = {}  # samplers with held or counted samples since the last step
         self._new: dict[Layer, Role] = {}  # roles that `resolve` has not returned yet
         self._missed: set[Layer] = set()  # layers that the last traced pass did not reach
+        self._awaited: dict[nn.Module, RemovableHandle] = {}  # hooks before the calls of their modules
         self._outputs: dict[Layer, Role] = {}  # output layers whose gradients have yet to show how they are scored
-        self._inside = False
-        self._trace: Trace | None = None
-        self._ran: dict[Layer, None] = {}  # layers in the traced pass, in order
         self._unresolved: list[Batch] = []
-        self._random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
             model.register_forward_hook(Hook(self._leave), always_call=True),
@@ -138,7 +135,7 @@ class Observer:
         """Return the samples since the last call, as rows or as statistics, and start again."""
         taken = {
             layer: content
-            for layer, sampler in self._active.items()
+            for layer, sampler in list(self._active.items())
             if layer in self.readings and (content := sampler.result(self.readings[layer])) is not None
         }
         self.drop()
@@ -152,7 +149,7 @@ class Observer:
     def drop(self) -> None:
         """Discard the samples whose gradients have flowed back since the last step."""
         self._unresolved.clear()
-        for sampler in self._active.values():
+        for sampler in list(self._active.values()):
             sampler.clear()
         self._active.clear()
 
@@ -177,22 +174,22 @@ class Observer:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be boolean, got {found}: write mask.bool()")
-        before = self._mask, self._masking
-        self._mask, self._masking = mask, []
+        own = self._pass
+        before = own.mask, own.masking
+        own.mask, own.masking = mask, []
         try:
             yield
         finally:
-            applied, (self._mask, self._masking) = self._masking, before
+            applied, (own.mask, own.masking) = own.masking, before
         if applied and not any(applied) and not self._unmasked:
             self._unmasked.update(self._samplers)
             warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", MaskWarning, stacklevel=4)
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._awaited.values()]:
             handle.remove()
-        self._stop_watching()
-        self._ran.clear()
+        self._pass.end()
         self.drop()
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -200,7 +197,7 @@ class Observer:
         if self._wanted(module) and torch.is_grad_enabled():
             device = next(module.parameters()).device
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            self._random_states[module] = torch.get_rng_state(), cuda
+            self._pass.random_states[module] = torch.get_rng_state(), cuda
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module is needed for statistics or roles."""
@@ -214,7 +211,7 @@ class Observer:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self._wanted(module) or not torch.is_grad_enabled():
                 return
-            call = Call(args, kwargs, output, self._random_states.pop(module, None))
+            call = Call(args, kwargs, output, self._pass.random_states.pop(module, None))
             for layer in self._layers[module]:
                 z = layer.output(output)
                 if z is not None and (self._is_due(layer) or layer not in self.roles) and _counts(layer, z):
@@ -225,25 +222,26 @@ class Observer:
 
     def _see(self, layer: Layer, call: Call, z: Tensor) -> None:
         traced = layer in self.roles or layer in self._outputs
-        if not traced and self._inside and self._trace is None:
+        own = self._pass
+        if not traced and own.model is not None and own.trace is None:
             self._missed.discard(layer)  # trace the next pass
             return
         sampler, due = self._samplers[layer], self._is_due(layer)
-        sampling = sampler.sampling(self._mask)
+        sampling = sampler.sampling(own.mask)
         rows = layer.rows(call, sampling)
-        if self._mask is not None:
-            self._note_mask(layer, self._mask, sampling)
+        if own.mask is not None:
+            self._note_mask(layer, own.mask, sampling)
         self._active[layer] = sampler
         batch = sampler.hold(rows, sampling, self.readings.get(layer), due=due)
-        if self._trace is not None and not traced:
-            self._ran[layer] = None
+        if own.trace is not None and not traced:
+            own.ran[layer] = None
             if layer.followed:
-                self._trace.show(layer, z)
+                own.trace.show(layer, z)
         z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
 
     def _note_mask(self, layer: Layer, mask: Tensor, sampling: Sampling) -> None:
         """Note whether a mask was applied; warn once per layer if the mask was meant for it but did not fit."""
-        self._masking.append(sampling.masked)
+        self._pass.masking.append(sampling.masked)
         if sampling.unmasked is not None and layer not in self._unmasked:
             self._unmasked.add(layer)
             message = f"the mask {list(mask.shape)} was not applied to {layer.name}, whose samples are "
@@ -273,16 +271,19 @@ class Observer:
         self._new.update(roles)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = True
-        if self._trace is None and torch.is_grad_enabled() and self._unknown() - self._missed:
-            inputs = [*args, *kwargs.values()]
-            self._trace = Trace(self._samplers, model, running=True, inputs=inputs, responses=self._responses)
-            self._trace.__enter__()
+        self._pass.model, self._pass.inputs = model, [*args, *kwargs.values()]
+        if self._unknown() - self._missed:
+            self._pass.start_trace(self._samplers, self._responses)
+
+    def _enter_missed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Trace the rest of the pass in which a layer runs that no traced pass has reached."""
+        if not self._unknown().isdisjoint(self._layers[module]) and (
+            trace := self._pass.start_trace(self._samplers, self._responses)
+        ):
+            trace.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
-        self._inside = False
-        trace = self._stop_watching()
-        ran, self._ran = list(self._ran), {}
+        trace, ran = self._pass.end()
         raised = output is None and sys.exc_info()[0] is not None
         if trace is None or raised:
             return
@@ -290,6 +291,15 @@ class Observer:
         if ran:
             self._conclude([layer for layer in ran if layer not in self.roles], trace)
             self._missed = self._unknown()
+            self._await({layer.module for layer in self._missed})
+
+    def _await(self, modules: set[nn.Module]) -> None:
+        """Hook the calls of these modules, and of no others."""
+        for module in self._awaited.keys() - modules:
+            self._awaited.pop(module).remove()
+        for module in modules - self._awaited.keys():
+            hook = Hook(self._enter_missed)
+            self._awaited[module] = module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _unknown(self) -> set[Layer]:
         """Return the trained layers whose role is not known yet."""
@@ -299,16 +309,10 @@ class Observer:
             if layer not in self.roles and any(parameter.requires_grad for parameter in layer.parameters)
         } - self._outputs.keys()
 
-    def _stop_watching(self) -> Trace | None:
-        trace, self._trace = self._trace, None
-        if trace is not None:
-            trace.__exit__(None, None, None)
-            trace.forget()
-        return trace
-
     def _refuse(self, trace: Trace) -> None:
         """Drop the layers that cannot have a metric after all, and warn."""
-        refused = roles_of(trace, trace.misused)
+        new = self._samplers.keys() - self.roles.keys()
+        refused = roles_of(trace, [layer for layer in trace.misused if layer in new])
         for layer in refused:
             self._layers[layer.module].remove(layer)
             self._outputs.pop(layer, None)

@@ -23,6 +23,7 @@ from relfisher.observe.activations import (
     response_of,
     response_of_module,
 )
+from relfisher.observe.hooks import Hook
 from relfisher.responses import LinearGaussian, UnitResponse
 
 __all__ = ["Trace"]
@@ -62,7 +63,7 @@ _Watched = dict[int, tuple[_Call, Tensor]]
 
 
 class Trace(TorchFunctionMode):
-    """Records which functions take the registered pre-activations, while active.
+    """Records which functions take the registered pre-activations, while active, in the thread that started it.
 
     `show(layer, z)` registers a layer's output. If a single activation is all that takes z, it determines the layer's
     response. The response is linear if z also goes elsewhere, if nothing takes it (the model's output), or if the
@@ -123,16 +124,14 @@ class Trace(TorchFunctionMode):
 
     def __enter__(self) -> Trace:
         """Start tracing."""
+        enter, leave = Hook(self.enter, own_thread=True), Hook(self._leave, own_thread=True)
+        begin, end = Hook(self._enter_activation, own_thread=True), Hook(self._leave_activation, own_thread=True)
         for module in self._layers:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
         for module in self._activations:
-            self._handles.append(
-                module.register_forward_pre_hook(self._enter_activation, with_kwargs=True, prepend=True)
-            )
-            self._handles.append(
-                module.register_forward_hook(self._leave_activation, with_kwargs=True, always_call=True)
-            )
+            self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
         return self
 
@@ -147,14 +146,13 @@ class Trace(TorchFunctionMode):
         for layer in self._layers[module]:
             self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
 
-    @_disable_dynamo
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a module that has layers is called."""
         self._running.append(module)
         self._find_weights(module)
         if any(id(tensor) in self._raw for tensor in _tensors([*args, *kwargs.values()])):
             self._reading.update(self._layers[module])
 
-    @_disable_dynamo
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module in self._running:
             del self._running[self._running.index(module) :]
@@ -165,14 +163,12 @@ class Trace(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     self._replace(*shown, final)
 
-    @_disable_dynamo
     def _enter_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = _tensors([*args, *kwargs.values()])
         versions = {id(z): z._version for z in tensors if id(z) in self._shown}
         self._inside.append((module, versions, self._shown, self._activated))
         self._shown, self._activated = {}, {}
 
-    @_disable_dynamo
     def _leave_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         places = [place for place, entered in enumerate(self._inside) if entered[0] is module]
         if not places:

@@ -1,0 +1,55 @@
+"""The forward pass of a thread: each thread has one of its own, so that none observes what another does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relfisher.layers import Layer
+from relfisher.observe.activations import Responses
+from relfisher.observe.trace import Trace
+
+__all__ = ["Pass"]
+
+
+class Pass(threading.local):
+    """The forward pass of the model that runs in the present thread.
+
+    Attributes:
+        model: the model; None outside of its own forward pass.
+        inputs: its inputs.
+        trace: its trace; None if it is not traced.
+        ran: the layers that ran in the traced pass, in order.
+        random_states: the states of the generators before calls whose random numbers will be replayed.
+        mask: the positions that count; None for all.
+        masking: for each call inside `masked`, whether the mask was applied.
+    """
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.inputs: list[Any] = []
+        self.trace: Trace | None = None
+        self.ran: dict[Layer, None] = {}
+        self.random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self.mask: Tensor | None = None
+        self.masking: list[bool] = []
+
+    def start_trace(self, layers: Iterable[Layer], responses: Responses) -> Trace | None:
+        """Start the trace of the pass; return None if it is traced already, is for evaluation, or there is no pass."""
+        if self.model is None or self.trace is not None or not torch.is_grad_enabled():
+            return None
+        self.trace = Trace(layers, self.model, running=True, inputs=self.inputs, responses=responses)
+        return self.trace.__enter__()
+
+    def end(self) -> tuple[Trace | None, list[Layer]]:
+        """End the pass; return its trace, without tensors, and the layers that ran in it."""
+        trace, ran = self.trace, list(self.ran)
+        self.model, self.inputs, self.trace, self.ran = None, [], None, {}
+        if trace is not None:
+            trace.__exit__(None, None, None)
+            trace.forget()
+        return trace, ran
