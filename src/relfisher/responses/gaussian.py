@@ -1,16 +1,8 @@
-"""Stochastic responses y of a layer with pre-activation z, and their Fisher information F(z).
-
-A response defines p(y | z). Each class provides the activation f(z), its slope f'(z), the information nu(z), the
-log-density and samples. A unit response acts on each unit independently, so that F(z) = diag(nu(z)); `Categorical`
-couples all units. `sigma` is the standard deviation of a Gaussian response, in the units of the activation.
-
-Source: Sun & Nielsen 2016, section 3.1 and appendices A to H.
-"""
+"""Units whose response is the activation plus Gaussian noise."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,126 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from relfisher.information import Diagonal, Information, Isotropic, Softmax
+from relfisher.information import Information, Isotropic
+from relfisher.responses.base import UnitResponse
 from relfisher.shapes import Float, Num
 from relfisher.validation import check_interval, check_positive
 
-__all__ = [
-    "ActivationGaussian",
-    "Categorical",
-    "ELUGaussian",
-    "LinearGaussian",
-    "ReLUGaussian",
-    "Response",
-    "SigmoidBernoulli",
-    "SmoothReLUGaussian",
-    "TanhBernoulli",
-    "UnitResponse",
-]
-
-
-class Response(ABC):
-    """The conditional distribution p(y | z) of a layer's response given its pre-activation z, [..., out].
-
-    The last axis holds units or classes. The axes before it hold samples and positions, whose responses are independent
-    given z; a metric is a mean over all of them.
-    """
-
-    @abstractmethod
-    def information(self, z: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out"] | Float[Tensor, "*n out out"]:
-        """Return F(z): its diagonal nu [..., out] for unit responses, else the matrices [..., out, out]."""
-
-    @abstractmethod
-    def operator(self, z: Float[Tensor, "n out"]) -> Information:
-        """Return F(z) as an operator that does not store the matrices."""
-
-    @abstractmethod
-    def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return ln p(y | z): one entry per unit for unit responses, else one per sample."""
-
-    @abstractmethod
-    def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*shape"]:
-        """Draw y from p(y | z), using the generator if one is given."""
-
-    @abstractmethod
-    def outcomes(self, out: int) -> tuple[float, ...] | None:
-        """Return all values that y can take (per unit, or per sample), or None if y is continuous."""
-
-
-class UnitResponse(Response):
-    """A response of independent units, so that F(z) = diag(nu(z)); subclasses define f and nu."""
-
-    @abstractmethod
-    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f(z), the mean of the response."""
-
-    @abstractmethod
-    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f'(z)."""
-
-    @abstractmethod
-    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return nu(z), the Fisher information of each unit about its pre-activation, in the shape of z."""
-
-    def operator(self, z: Float[Tensor, "n out"]) -> Information:
-        """Return diag(nu(z_n)) for each sample."""
-        return Diagonal(self.information(z))
-
-
-class _Bernoulli(UnitResponse):
-    """A unit with the two outcomes `_low` and 1 and log-odds `_gain * z`."""
-
-    _low: float
-    _gain: float
-
-    def slope(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return f'(z), which is equal to nu(z) for these units."""
-        return self.information(z)
-
-    def log_prob(self, z: Float[Tensor, "*n"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return ln p(y | z) for outcomes y, [..., out]."""
-        return functional.logsigmoid(torch.where(y > 0, self._gain, -self._gain) * z)
-
-    def sample(self, z: Float[Tensor, "*n"], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
-        """Draw outcomes in the shape of z."""
-        high = torch.bernoulli(torch.sigmoid(self._gain * z), generator=generator)
-        return high * (1 - self._low) + self._low
-
-    def outcomes(self, out: int) -> tuple[float, ...]:
-        """Return the two outcomes of a unit."""
-        return (self._low, 1.0)
-
-
-@dataclass(frozen=True)
-class TanhBernoulli(_Bernoulli):
-    """A tanh unit: y in {-1, +1} with mean tanh(z), nu = 1 - tanh(z)^2. Equations (11), (12)."""
-
-    _low = -1.0
-    _gain = 2.0
-
-    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return tanh(z)."""
-        return torch.tanh(z)
-
-    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return sech(z)^2, in a form that stays accurate where tanh saturates."""
-        return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
-
-
-@dataclass(frozen=True)
-class SigmoidBernoulli(_Bernoulli):
-    """A sigmoid unit or a binary logistic head: y in {0, 1} with mean sigm(z). Equations (13), (14)."""
-
-    _low = 0.0
-    _gain = 1.0
-
-    def activation(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return the logistic sigmoid of z."""
-        return torch.sigmoid(z)
-
-    def information(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return sigm(z) (1 - sigm(z))."""
-        return torch.sigmoid(z) * torch.sigmoid(-z)
+__all__ = ["ActivationGaussian", "ELUGaussian", "LinearGaussian", "ReLUGaussian", "SmoothReLUGaussian"]
 
 
 class _Gaussian(UnitResponse):
@@ -165,6 +43,10 @@ class _Gaussian(UnitResponse):
     def outcomes(self, out: int) -> None:
         """Return None: the response is continuous."""
         return
+
+    def divergence(self, z: Float[Tensor, "*n"], other: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return (f(z) - f(other))^2 / (2 sigma^2)."""
+        return ((self.activation(z) - self.activation(other)) / self.sigma).square() / 2
 
 
 @dataclass(frozen=True)
@@ -312,29 +194,3 @@ class ActivationGaussian(_Gaussian):
             point = z.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.activation(point).sum(), point)
         return slope
-
-
-@dataclass(frozen=True)
-class Categorical(Response):
-    """A softmax head: y in {0, ..., out - 1} with probabilities softmax(z). Equations (24), (25)."""
-
-    def information(self, z: Float[Tensor, "*n out"]) -> Float[Tensor, "*n out out"]:
-        """Return diag(eta) - eta eta' for each sample, [..., out, out]."""
-        return Softmax(torch.softmax(z, dim=-1)).dense()
-
-    def operator(self, z: Float[Tensor, "n out"]) -> Information:
-        """Return diag(eta) - eta eta' as an operator."""
-        return Softmax(torch.softmax(z, dim=-1))
-
-    def log_prob(self, z: Float[Tensor, "*n out"], y: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Return ln eta_y for class indices y, [...]."""
-        return torch.log_softmax(z, dim=-1).gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
-
-    def sample(self, z: Float[Tensor, "*n out"], generator: torch.Generator | None = None) -> Num[Tensor, "*n"]:
-        """Draw a class index for each sample."""
-        eta = torch.softmax(z, dim=-1)
-        return torch.multinomial(eta.reshape(-1, eta.shape[-1]), 1, generator=generator).reshape(eta.shape[:-1])
-
-    def outcomes(self, out: int) -> tuple[float, ...]:
-        """Return the class indices."""
-        return tuple(range(out))
