@@ -54,6 +54,33 @@ def test_log_prob_is_the_density(response, density: reference.Density, z: Tensor
         assert_close(response.log_prob(z.unsqueeze(0), y.unsqueeze(0)).sum(), density.log(z, y))
 
 
+@named(RESPONSES)
+@given(z=pre_activations, seed=st.integers(0, 1000))
+def test_divergence_is_the_expected_log_ratio_and_curves_as_the_information(response, density, z, seed: int) -> None:
+    other = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    divergence = lambda point: response.divergence(z.unsqueeze(0), point.unsqueeze(0)).sum()  # noqa: E731
+    ratios = [density.log(z, y) - density.log(other, y) for y in density.support(z)[0]]
+    assert_close(divergence(other), density.support(z)[1] @ torch.stack(ratios))
+    assert_close(divergence(z), torch.zeros((), dtype=torch.float64))
+    assert_close(reference.jacobian(divergence, z), torch.zeros_like(z))
+    assert_close(torch.func.hessian(divergence)(z), reference.information(density, z)[0])
+
+
+@alone(RESPONSES)
+def test_divergence_has_the_shape_of_log_prob(response) -> None:
+    z = torch.linspace(-1, 1, 24).reshape(4, 2, 3)
+    found = response.divergence(z, z.square() + 1)
+    assert found.shape == response.log_prob(z, response.sample(z)).shape
+    assert (found[0] > 0).all()
+
+
+def test_divergence_of_classes_that_are_ruled_out() -> None:
+    z, other = torch.tensor([[0.0, 1.0, -math.inf]]), torch.tensor([[1.0, 0.0, -math.inf]])
+    categorical = responses.Categorical()
+    torch.testing.assert_close(categorical.divergence(z, other), categorical.divergence(z[:, :2], other[:, :2]))
+    assert categorical.divergence(torch.zeros(1, 3), z).isinf()
+
+
 @alone(BERNOULLI | JOINT)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 @given(saturated=st.floats(-40, 40), y=st.sampled_from([0, 1]))

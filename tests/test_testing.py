@@ -100,6 +100,11 @@ class WrongApply(responses.SigmoidBernoulli):
         return WrongProduct(self.information(z))
 
 
+class WrongDivergence(responses.ReLUGaussian):
+    def divergence(self, z: Tensor, other: Tensor) -> Tensor:
+        return 1.01 * super().divergence(z, other)
+
+
 class WrongCategorical(responses.Categorical):
     def information(self, z: Tensor) -> Tensor:
         return torch.diag_embed(torch.softmax(z, -1))
@@ -112,6 +117,7 @@ WRONG = {
     "density of another parameter": (Biased(), "outer product of scores at z"),
     "operator": (WrongOperator(), r"operator\(z\).dense\(\) is off"),
     "product": (WrongApply(), r"operator\(z\).apply\(r\) is off"),
+    "divergence": (WrongDivergence(), r"divergence\(z, z'\) at z = .* is off by 1\.00e-02"),
     "joint": (WrongCategorical(), "outer product of scores at z"),
 }
 

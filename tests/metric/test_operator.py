@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import Problem, assert_close, problem, problems
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -93,6 +93,8 @@ def test_spectra_and_solutions(kind: str, p: Problem, damping: float) -> None:
     metric = KINDS[kind](p)
     dense, size = spelled_out(metric), metric.shape[0]
     values = torch.linalg.eigvalsh(dense)
+    # Eigenvalues near the threshold may be on either side of it, since it is relative to a unit diagonal.
+    assume(not bool(((values > 1e-13 * values[-1]) & (values < 1e-5 * values[-1])).any()))
     damped = dense + damping * torch.eye(size, dtype=torch.float64)
     right = torch.randn(size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close(metric.eigvalsh(), values)

@@ -22,8 +22,9 @@ def check_response(response: Response, z: Float[Tensor, "n out"] | None = None, 
     At each z, check that the probabilities sum to 1, that the expected score is 0, and that `information(z)` equals
     both the expected outer product of scores and minus the expected Hessian of `log_prob`. Also check that
     `operator(z)` agrees with it on products, diagonal and matrices, and that the `slope` of a unit response is the
-    derivative of its `activation`. Expectations are sums over `outcomes`. For a continuous response they are integrals
-    over `activation(z)` plus or minus 12 `sigma` (1 if the response has none), which must contain its mass.
+    derivative of its `activation`. A `divergence`, where it is defined, must be the expected ln p(y | z) / p(y | z').
+    Expectations are sums over `outcomes`. For a continuous response they are integrals over `activation(z)` plus or
+    minus 12 `sigma` (1 if the response has none), which must contain its mass.
 
     Args:
         response: the response to check.
@@ -73,6 +74,11 @@ def _check_expectations(response: Response, z: Float[Tensor, "out"], rtol: float
     same(f"the expected score {where}", mean, torch.zeros_like(mean), rtol)
     same(f"information(z) against the outer product of scores {where}", expected, outer, rtol)
     same(f"information(z) against minus the expected Hessian {where}", expected, curvature, rtol)
+    if type(response).divergence is not Response.divergence:
+        other = z.flip(0) + 0.25
+        before, after = (response.log_prob(point.expand(len(y), -1), y) for point in (z, other))
+        divergence = response.divergence(z.unsqueeze(0), other.unsqueeze(0)).squeeze(0)
+        same(f"divergence(z, z') {where}", divergence, (weights * (before - after)).sum(0), rtol)
 
 
 def _responses(response: Response, z: Float[Tensor, "out"]) -> tuple[Tensor, Tensor]:
