@@ -131,8 +131,8 @@ def _trust_region(model: nn.Module, trust_region: float = 2e-3, **options: Any) 
 
 
 def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
-    """Create RNGD with the spectral rule, with averaging or with momentum."""
-    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging, momentum=0.9 if averaging == 0 else 0.0)
+    """Create RNGD with the spectral rule, with or without an average."""
+    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging)
 
 
 def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -168,11 +168,11 @@ PEERS = {
     "Shampoo": Peer(_shampoo, {"lr": (1e-3, 1e-2, 0.1, 1.0), "interval": (20, 100)}),
     "K-FAC": Peer(_kfac, {"lr": MIDDLE_RATES, "damping": (1e-3, 1e-1)}),
     "FOOF": Peer(_shared, {"lr": (0.01, 0.03, 0.1, 0.3), "damping": (1e-2, 1e-1)}),
-    "RNGD": Peer(_rngd, {"lr": (1e-2, 2e-2, 3e-2, 5e-2), "damping": (3e-2, 1e-1)}),
-    UNTUNED: Peer(_rngd, {"lr": (3e-2,)}),
+    "RNGD": Peer(_rngd, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "damping": (1e-1, 1.0)}),
+    UNTUNED: Peer(_rngd, {"lr": (1e-2,)}),
     "RNGD-trust-region": Peer(
-        _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.9)}
+        _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.1)}
     ),
-    "RNGD-spectral": Peer(_spectral, {"lr": (3e-3, 1e-2, 3e-2, 5e-2), "averaging": (0.0, 0.9)}),
+    "RNGD-spectral": Peer(_spectral, {"lr": (3e-3, 1e-2, 2e-2, 4e-2), "averaging": (0.0, 0.1)}),
     "RNGD-published": Peer(_published, {"lr": LARGE_RATES}),
 }
