@@ -63,8 +63,8 @@ def conjugate_residuals(
         largest = max(largest, float((change.norm(dim=0) / length.clamp(min=tiny)).max()))
         if bool(((energy <= 0) & (change.norm(dim=0) > eps**0.25 * largest * length)).any()):
             raise IndefiniteMetricError(
-                f"the metric with damping {damping} has a direction without a positive length; blocks of more than "
-                "4096 parameters must be positive: give a larger damping, or use pinv_solve"
+                f"the metric with damping {damping} must be positive to be solved without its matrix, but it has a "
+                "direction without a positive length: give a larger damping, or use pinv_solve"
             )
         missing = (scale * residual).norm(dim=0)
         solved = missing <= 100 * eps * wanted

@@ -115,9 +115,11 @@ class ScaledBlocks:
         vectors = self._eigen[1].gather(-1, chosen)
         # A vector of the null space equals (1 - C) times itself. The product has correct digits in small entries, too.
         vectors = vectors - self.matrix @ vectors
-        units = self.units.where(self.units < torch.inf, 1).unsqueeze(-1)
-        basis: Tensor = torch.linalg.qr(vectors / units)[0]
-        return basis * first.values[:, None, :count]
+        units, order = self.units.where(self.units < torch.inf, 1).unsqueeze(-1).sort(dim=-2)
+        # Householder reflections of rows in descending order are accurate in each row (Cox & Higham 1998).
+        rows = order.expand_as(vectors)
+        basis: Tensor = torch.linalg.qr(vectors.gather(-2, rows) / units)[0]
+        return torch.zeros_like(basis).scatter(-2, rows, basis) * first.values[:, None, :count]
 
 
 def _least_eigenvalues(factors: Float[Tensor, "q b b"]) -> Float[Tensor, "q"]:
