@@ -20,7 +20,7 @@ from relfisher import (
     two_layer_metric,
 )
 from relfisher.memory import available_bytes, check_fits
-from relfisher.metric import DenseMetric, LayerMetric, TransformedMetric
+from relfisher.metric import BlockMetric, DenseMetric, DiagonalMetric, KroneckerMetric, LayerMetric, TransformedMetric
 
 P = problem(n=5, inputs=3, out=2, following=4)
 TANH, SIGMOID = responses.TanhBernoulli(), responses.SigmoidBernoulli()
@@ -289,11 +289,52 @@ def test_jacobians(jacobian: Tensor, kind: type[Exception], message: str) -> Non
         ((zeros(2, 2) + math.inf,), ValueError, "matrix must be finite"),
         ((zeros(4, 4), (3,)), ValueError, r"matrix must have shape \[D, D\] for parameters \(3,\), got \[4, 4\]"),
         ((torch.eye(2, dtype=torch.int64),), TypeError, "matrix must have a floating-point dtype"),
+        ((torch.tensor([[1.0, 2.0], [0.0, 1.0]]),), ValueError, "matrix must be symmetric, .* differ by up to 2.0e.00"),
+        ((torch.tensor([[1.0, 1e-9], [0.0, 1e-18]]),), ValueError, "matrix must be symmetric, .* by up to 1.0e.00"),
     ],
 )
 def test_matrices(arguments, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         DenseMetric(*arguments)
+
+
+ASYMMETRIC = torch.tensor([[1.0, 0.5], [0.4, 1.0]])
+BLOCKS = {
+    "asymmetric blocks": (lambda: BlockMetric(ASYMMETRIC.unsqueeze(0), (2,)), "blocks must be symmetric"),
+    "asymmetric factors": (lambda: KroneckerMetric(torch.eye(2), ASYMMETRIC), "inputs must be symmetric"),
+    "NaN in a block": (lambda: BlockMetric(torch.full((1, 2, 2), math.nan), (2,)), "blocks must be finite"),
+    "NaN in a factor": (lambda: KroneckerMetric(torch.eye(2) * math.nan, torch.eye(2)), "outputs must be finite"),
+    "NaN in a diagonal": (lambda: DiagonalMetric(torch.full((2,), math.nan), (2,)), "diagonal must be finite"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_must_be_finite_and_symmetric(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("response", [responses.LinearGaussian(), TANH, SIGMOID, responses.Categorical()], ids=repr)
+@pytest.mark.parametrize("weight", [0.0, 1e200])
+def test_metrics_that_overflow_are_refused_when_they_are_made(response, weight: float) -> None:
+    x = torch.tensor([[1e200, 1e180]], dtype=torch.float64)
+    weights = torch.tensor([[weight, -0.5 * weight], [0, 0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="must be finite"):
+        layer_metric(x, weights, None, response)
+    if weight:
+        with pytest.raises(ValueError, match="pre-activation must be finite, got 1 NaN or infinite values of 2"):
+            relative_fisher(lambda w: x @ w.T, weights, response)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_metrics_of_low_precision_are_refused(dtype: torch.dtype) -> None:
+    x, weight = P.x.to(dtype), P.weight.to(dtype)
+    for make in (
+        lambda: layer_metric(x, weight, None, TANH), lambda: relative_fisher(lambda w: x @ w.T, weight, TANH),
+        lambda: DenseMetric(torch.eye(2, dtype=dtype)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"must be of torch.float32 or torch.float64, got {dtype}: convert with"):
+            make()
 
 
 RELATIVE = {

@@ -1,5 +1,7 @@
 """The closed forms of section 3 against the expectations that define them, computed without the library."""
 
+import math
+
 import pytest
 import reference
 import torch
@@ -55,6 +57,20 @@ def test_softmax_has_the_blocks_of_equation_25() -> None:
         for j in range(3):
             factor = eta[i] - eta[i] ** 2 if i == j else -eta[i] * eta[j]
             assert_close(blocks[i, j], factor * torch.outer(x, x))
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [(torch.float32, 17), (torch.float32, 14), (torch.float64, 40)])
+def test_softmax_of_a_nearly_certain_class(dtype: torch.dtype, gap: int) -> None:
+    metric = softmax_metric(torch.ones(20, 1, dtype=dtype), torch.tensor([[gap], [0], [-1]]).to(dtype), None)
+    powers = [math.exp(-gap), math.exp(-gap - 1)]
+    one, other = (power / (1 + sum(powers)) for power in powers)
+    exact = [(one + other) * (1 - one - other), one * (1 - one), other * (1 - other)]
+    for unit, length in zip(torch.eye(3, dtype=dtype), exact, strict=True):
+        assert float(metric.inner(unit, unit)) == pytest.approx(length, rel=1e-5)
+        assert float(metric.norm(unit)) == pytest.approx(length**0.5, rel=1e-5)
+    assert float(metric.trace()) == pytest.approx(sum(exact), rel=1e-5)
+    assert float(metric.to_dense().trace()) == pytest.approx(sum(exact), rel=1e-5)
+    assert metric.rank() == 2
 
 
 def test_linear_layer_shares_one_block() -> None:

@@ -11,8 +11,23 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from relfisher import BatchedMetric, Metric, layer_metric, relative_fisher, responses, two_layer_metric
-from relfisher.metric import ConvergenceWarning, DenseMetric, SingularMetricError, TransformedMetric
+from relfisher import (
+    BatchedMetric,
+    Metric,
+    layer_metric,
+    observed_fisher,
+    relative_fisher,
+    responses,
+    softmax_metric,
+    two_layer_metric,
+)
+from relfisher.metric import (
+    ConvergenceWarning,
+    DenseMetric,
+    IndefiniteMetricError,
+    SingularMetricError,
+    TransformedMetric,
+)
 from relfisher.metric.iterative import conjugate_residuals
 
 TANH = responses.TanhBernoulli()
@@ -242,6 +257,76 @@ def test_a_badly_scaled_metric_is_not_a_singular_one() -> None:
     correlations = metric.to_dense() / torch.outer(units, units)
     right = torch.ones_like(units)
     assert_close(metric.solve(units * right) * units, torch.linalg.solve(correlations, right), 1e-6)
+
+
+def test_an_indefinite_metric_keeps_its_signs() -> None:
+    metric = DenseMetric(torch.diag(torch.tensor([1.0, -0.5])))
+    ones = torch.ones(2)
+    assert metric.rank() == 2
+    assert metric.condition_number() == 2
+    assert float(metric.logdet(1.0)) == pytest.approx(0, abs=1e-7)
+    for operation in (metric.solve, metric.pinv_solve, metric.natural_gradient):
+        assert operation(ones).tolist() == [1, -2]
+    assert metric.solve(ones, 1.0).tolist() == [0.5, 2]
+    assert metric.condition_number(0.5) == math.inf
+    assert metric.norm(torch.tensor([1.0, 0.0])) == 1
+    with pytest.raises(IndefiniteMetricError, match=r"u must have a length, but u' G u is -0\.5 in"):
+        metric.norm(torch.tensor([0.0, 1.0]))
+
+
+def test_the_natural_gradient_of_an_observed_metric() -> None:
+    """z = a b at (1/2, 1/2) and y = 3: minus the Hessian is [[1/4, 1/4 - 11/4], [1/4 - 11/4, 1/4]]."""
+    at, y = torch.full((2,), 0.5, dtype=torch.float64), torch.full((1, 1), 3.0, dtype=torch.float64)
+    metric = observed_fisher(lambda p: p.prod().reshape(1, 1), at, y, responses.LinearGaussian())
+    direction = metric.natural_gradient(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert_close(direction, torch.tensor([0.25, 2.5], dtype=torch.float64) / (0.25**2 - 2.5**2))
+
+
+def test_small_units_do_not_count_as_nothing() -> None:
+    metric = DenseMetric(torch.diag(torch.tensor([1, 1e-17], dtype=torch.float64)))
+    ones = torch.ones(2, dtype=torch.float64)
+    for operation in (metric.solve, metric.pinv_solve, metric.natural_gradient):
+        torch.testing.assert_close(operation(ones), torch.tensor([1, 1e17], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert float(metric.logdet()) == pytest.approx(math.log(1e-17))
+    assert metric.condition_number() == pytest.approx(1e17)
+    assert metric.rank() == 2
+
+
+@pytest.mark.parametrize("z", [18.0, 40.0])
+def test_a_saturated_unit_beside_another_one_keeps_its_step(z: float) -> None:
+    x, bias = torch.randn(20, 2), torch.tensor([z, 0.0])
+    metric = layer_metric(x, torch.zeros(2, 2), bias, responses.SigmoidBernoulli())
+    step = metric.natural_gradient(torch.ones(2, 3))
+    augmented = torch.cat([x, torch.ones(20, 1)], 1).double()
+    block = torch.linalg.solve(augmented.T @ augmented / 20, torch.ones(3, dtype=torch.float64))
+    for row, variance in zip(step, (math.exp(-z) / (1 + math.exp(-z)) ** 2, 0.25), strict=True):
+        torch.testing.assert_close(row.double() * variance, block, rtol=1e-4, atol=1e-5)
+
+
+def test_a_singular_metric_of_many_parameters_has_a_shortest_solution() -> None:
+    """The range is that of the (class, sample) features: projections come from a matrix of 40 * 10 columns."""
+    x = torch.randn(40, 449, dtype=torch.float64)
+    metric = softmax_metric(x, torch.randn(10, 449, dtype=torch.float64) / 20, torch.zeros(10, dtype=torch.float64))
+    gradient = torch.randn(4500, dtype=torch.float64)
+    step = metric.natural_gradient(gradient)
+    inputs = torch.linalg.qr(torch.cat([x, torch.ones(40, 1, dtype=torch.float64)], 1).T)[0]
+    centered = lambda v: v - v.mean(0)  # noqa: E731
+    in_range = lambda v: centered(v.reshape(10, 450) @ inputs @ inputs.T).reshape(-1)  # noqa: E731
+    assert_close(metric @ step, in_range(gradient), 1e-8)
+    assert_close(in_range(step), step, 1e-8)
+    shift = torch.randn(1, 450, dtype=torch.float64).expand(10, 450).reshape(-1)
+    assert float(metric.natural_gradient(shift).norm()) < 1e-8
+    with pytest.raises(SingularMetricError):
+        metric.solve(gradient)
+
+
+@pytest.mark.usefixtures("no_dense_block")
+@pytest.mark.parametrize("matrix", [[[1.0, 0.0], [0.0, -0.5]], [[0.0, 1.0], [1.0, 0.0]]])
+def test_an_indefinite_metric_that_is_not_formed_is_refused(matrix: list[list[float]]) -> None:
+    metric = DenseMetric(torch.tensor(matrix))
+    for operation in (metric.solve, metric.natural_gradient):
+        with pytest.raises(IndefiniteMetricError, match="must be positive to be solved without its matrix"):
+            operation(torch.tensor([0.1, 1.0]) if matrix[0][0] else torch.tensor([0.0, 1.0]))
 
 
 def test_a_pseudo_inverse_gives_the_shortest_solution() -> None:

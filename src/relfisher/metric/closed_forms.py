@@ -144,7 +144,9 @@ def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         if tuple(bias.shape) != (out,):
             raise ValueError(f"{prefix}bias must have shape [out] = [{out}], got {list(bias.shape)}")
         check_finite(f"{prefix}bias", bias)
-    return torch.nn.functional.linear(x, weight, bias).detach()
+    z = torch.nn.functional.linear(x, weight, bias).detach()
+    check_finite(f"the {prefix.replace('_', ' ')}pre-activation", z)
+    return z
 
 
 def _check_one_dtype(x: Tensor, name: str, tensor: Tensor) -> None:

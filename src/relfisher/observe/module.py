@@ -57,7 +57,11 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
     if seen is None:
         raise ValueError(f"the forward pass did not reach {name!r} with these inputs")
     seen = [replace(call, rows=layer.spelled_out(call.rows)) for call in seen]
-    check_finite(f"the input of {name!r}", torch.cat([call.rows.x for call in seen], dim=-2))
+    for kind, of_calls in (
+        ("input", [call.rows.x for call in seen]),
+        ("pre-activation", [call.rows.z for call in seen]),
+    ):
+        check_finite(f"the {kind} of {name!r}", torch.cat(of_calls, dim=-2))
     return metric_of(layer, seen, response)
 
 
