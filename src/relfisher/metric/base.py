@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Metric", "SingularMetricError"]
 
-# Blocks of up to this many parameters are factorized; larger ones are solved by conjugate gradients.
+# Blocks of up to this many parameters are factorized; larger ones are solved by conjugate residuals.
 _DENSE_BLOCK = 4096
 
 

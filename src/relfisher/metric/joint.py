@@ -90,7 +90,7 @@ class JointMetric(Metric):
 
         Returns:
             The adjusted metric. Its products solve with G_22: by its eigenvectors, found once, for up to 4096 nuisance
-            parameters, by conjugate gradients for more.
+            parameters, by conjugate residuals for more.
 
         Raises:
             ValueError: if there is no part of a name, no other part is left, or the damping is negative.
