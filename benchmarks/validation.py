@@ -4,14 +4,13 @@
 
 trains every network for the same epochs with the same initial weights and batches, and writes for each workload
 `NAME.md`: the best validation accuracy of a run, the last one, and that after two epochs, as means over seeds, and the
-processor seconds of a run with one thread. Peers have a cosine schedule and decay; of their configurations, the table
+seconds of training with one thread. Peers have a cosine schedule and decay; of their configurations, the table
 has all. RNGD has neither, unless its name says so. Fashion-MNIST is cut to 12,000 training images.
 """
 
 import argparse
 import math
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +22,10 @@ from torch import nn
 import relfisher
 from relfisher import RNGD, MetricOptions
 from relfisher.optim.rules import polar_factor
-from relfisher.studies.training import iterate
-from relfisher.studies.workloads import WORKLOADS, Samples, batches, samples
+from relfisher.studies.training import Length, train
+from relfisher.studies.workloads import WORKLOADS, Samples, samples
 
 CUT = 12_000
-AT_ONCE = 1000
 EARLY = 2
 
 
@@ -119,30 +117,28 @@ CASES = {
 
 
 def run(case: Case, data: Samples, method: Method, seed: int) -> tuple[list[float], float]:
-    """Train once; return the validation accuracy after each epoch in percent, and the seconds of the processor."""
+    """Train once; return the validation accuracy after each epoch in percent, and the seconds of training."""
     workload = WORKLOADS[case.workload]
-    model = workload.build(seed)
-    optimizer = method.make(model)
-    drawn = batches(data, workload.batch_size, torch.Generator().manual_seed(seed))
-    each = len(data.inputs) // workload.batch_size
-    total, scheduler = each * case.epochs, None
-    if method.cosine:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * t / total)) / 2)
-    found, seconds = [], 0.0
-    for _ in range(case.epochs):
-        start = time.process_time()
-        model.train()
-        for _ in range(each):
-            iterate(optimizer, workload.loss, model, *next(drawn))
-            if scheduler is not None:
-                scheduler.step()
-        seconds += time.process_time() - start
-        model.eval()
-        with torch.no_grad():
-            parts = zip(data.held_inputs.split(AT_ONCE), data.held_targets.split(AT_ONCE), strict=True)
-            right = sum(int((model(inputs).argmax(-1) == targets).sum()) for inputs, targets in parts)
-        found.append(100 * right / len(data.held_inputs))
-    return found, seconds
+    total = case.epochs * (len(data.inputs) // workload.batch_size)
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = method.make(model)
+        if method.cosine:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * t / total)) / 2)
+            optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    record = train(
+        workload,
+        data,
+        lambda: workload.build(seed),
+        make,
+        torch.Generator().manual_seed(seed),
+        Length(case.epochs, iterations=total),
+        lambda *_: None,
+        scored=1,
+    )
+    return [100 * accuracy for accuracy in record.validation], float(record.seconds[-1])
 
 
 def table(case: Case) -> str:

@@ -12,6 +12,11 @@ from torch import nn
 from relfisher import RNGD
 
 
+def assert_holds(model, wanted):
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), wanted[name])
+
+
 def iterates(model, optimizer, count):
     """Train, and return the iterate of each step, which the next training pass puts into the model."""
     found = []
@@ -21,8 +26,7 @@ def iterates(model, optimizer, count):
         model(batch(seed)[0])
         found.append(weights(model))
         with optimizer.average():
-            for name, weight in model.named_parameters():
-                torch.testing.assert_close(weight.detach(), kept[name])
+            assert_holds(model, kept)
     return found
 
 
@@ -41,8 +45,7 @@ def test_a_model_holds_the_weighted_mean_of_the_iterates(share, seed):
         mean = torch.stack([iterate["0.weight"] for iterate in found]).mean(0)
         torch.testing.assert_close(expected["0.weight"], mean)
     with optimizer.average():
-        for name, weight in model.named_parameters():
-            torch.testing.assert_close(weight.detach(), expected[name])
+        assert_holds(model, expected)
 
 
 def test_iterates_do_not_depend_on_their_average():
@@ -52,8 +55,7 @@ def test_iterates_do_not_depend_on_their_average():
     optimizer = RNGD(plain, averaging=0.0)
     for seed in range(5):
         step(plain, optimizer, batch(seed), classified)
-        for name, weight in plain.named_parameters():
-            torch.testing.assert_close(weight.detach(), found[seed][name])
+        assert_holds(plain, found[seed])
 
 
 @pytest.mark.parametrize("passes", ["evaluation", "without gradients"])
@@ -82,10 +84,7 @@ def test_parts_that_are_called_by_themselves_train_at_the_iterate_too():
 
 
 def test_the_average_and_the_iterate_follow_weights_that_are_changed_from_outside():
-    model = mlp()
-    optimizer = RNGD(model)
-    train(model, optimizer, 5)
-    kept = weights(model)
+    model, optimizer, kept = trained()
     model(inputs())
     lead = model[0].weight.detach() - kept["0.weight"]
     with optimizer.average(), torch.no_grad():
@@ -93,27 +92,27 @@ def test_the_average_and_the_iterate_follow_weights_that_are_changed_from_outsid
     torch.testing.assert_close(model[0].weight.detach(), 1 + lead)
 
 
-def test_a_skipped_step_leaves_the_average():
+def trained():
+    """A model that holds the average of five steps, its optimizer, and the weights."""
     model = mlp()
     optimizer = RNGD(model)
     train(model, optimizer, 5)
-    kept = weights(model)
+    return model, optimizer, weights(model)
+
+
+def test_a_skipped_step_leaves_the_average():
+    model, optimizer, kept = trained()
     (model(inputs()) * float("nan")).sum().backward()
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.detach(), kept[name])
+    assert_holds(model, kept)
 
 
 def test_closing_leaves_the_average():
-    model = mlp()
-    optimizer = RNGD(model)
-    train(model, optimizer, 5)
-    kept = weights(model)
+    model, optimizer, kept = trained()
     model(inputs())
     optimizer.close()
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.detach(), kept[name])
+    assert_holds(model, kept)
 
 
 @pytest.mark.parametrize("between", ["steps", "a pass and its step"])

@@ -14,7 +14,7 @@ Only the lead z - x is stored. If weights are changed from outside, x and z move
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,58 +57,51 @@ class Averaging:
 
     @staticmethod
     def complete(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Create the leads of a group's parameters."""
+        """Create the missing leads of a group's parameters."""
         for parameter in group["params"] if group["averaging"] else ():
-            if averaged(parameter):
-                states[parameter].setdefault("lead", torch.zeros_like(parameter))
+            if averaged(parameter) and "lead" not in states[parameter]:
+                states[parameter]["lead"] = torch.zeros_like(parameter)
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
-        for group, params, leads in self._averaged(at_iterate=False):
-            if group["averaged"] and params:
-                torch._foreach_add_(params, leads)
-            group["at_iterate"] = True
+        self._move(torch._foreach_add_, at_iterate=True)
 
     def to_average(self) -> None:
         """Put the average into the model."""
-        for group, params, leads in self._averaged(at_iterate=True):
-            if group["averaged"] and params:
-                torch._foreach_sub_(params, leads)
-            group["at_iterate"] = False
+        self._move(torch._foreach_sub_, at_iterate=False)
 
     @contextmanager
     def stepping(self) -> Iterator[Averaging]:
         """Average the iterate that a step makes. Without a call of `count` inside, the average stays as it is."""
         self.to_iterate()
         self._counts = False
-        groups = list(self._averaged(at_iterate=True))
-        for _, params, leads in groups:  # for the time of the step, the leads hold x
+        averages = self._averages(at_iterate=True)
+        for _, params, leads in averages:  # for the time of the step, the leads hold x
             torch._foreach_neg_(leads)
             torch._foreach_add_(leads, params)
         try:
             yield self
         finally:
-            for group, params, leads in groups:
+            for group, params, leads in averages:
                 group["averaged"] += self._counts
                 new = min(1.0, 1 / (group["averaging"] * group["averaged"])) if self._counts else 0.0
                 torch._foreach_neg_(leads)
                 torch._foreach_add_(leads, params)
                 torch._foreach_add_(params, leads, alpha=new - 1)
                 torch._foreach_mul_(leads, 1 - new)
+            for group in self._groups():
                 group["at_iterate"] = False
 
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Put the average into the model for a while."""
         moved = any(group["at_iterate"] for group in self._groups())
-        with torch.no_grad():
-            self.to_average()
+        self.to_average()
         try:
             yield
         finally:
             if moved:
-                with torch.no_grad():
-                    self.to_iterate()
+                self.to_iterate()
 
     def count(self) -> None:
         """Let the iterate of this step count."""
@@ -116,32 +109,35 @@ class Averaging:
 
     def close(self) -> None:
         """Put the average into the model, and remove the hooks."""
-        with torch.no_grad():
-            self.to_average()
+        self.to_average()
         for handle in self._handles:
             handle.remove()
 
     def _enter(self, module: nn.Module, _: object) -> None:
         if module.training and torch.is_grad_enabled():
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction():
                 self.to_iterate()
 
-    def _averaged(self, *, at_iterate: bool) -> Iterator[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
-        """Return each averaged group that is at the iterate, or is not, with its parameters and their leads."""
-        optimizer = self._optimizer()
+    @torch.no_grad()
+    def _move(self, change: Callable[[list[Tensor], list[Tensor]], None], *, at_iterate: bool) -> None:
+        """Change the weights by their leads, which are 0 before the first step, where they are not moved yet."""
+        for group, params, leads in self._averages(at_iterate=not at_iterate):
+            if group["averaged"]:
+                change(params, leads)
         for group in self._groups():
-            if group["at_iterate"] == at_iterate:
-                params, leads = [], []
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-                    if "lead" in state:
-                        lead = state["lead"] = state["lead"].to(parameter)
-                        params.append(parameter)
-                        leads.append(lead)
-                if params:
-                    yield group, params, leads
-                else:
-                    group["at_iterate"] = not at_iterate
+            group["at_iterate"] = at_iterate
+
+    def _averages(self, *, at_iterate: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
+        """Return each group with an average that is at the iterate, or is not, with its parameters and their leads."""
+        optimizer, found = self._optimizer(), []
+        for group in self._groups():
+            if optimizer is not None and group["at_iterate"] == at_iterate:
+                states = [(p, optimizer.state[p]) for p in group["params"] if "lead" in optimizer.state.get(p, {})]
+                for parameter, state in states:
+                    state["lead"] = state["lead"].to(parameter)
+                if states:
+                    found.append((group, [p for p, _ in states], [state["lead"] for _, state in states]))
+        return found
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the groups that are averaged; none once the optimizer is gone."""

@@ -44,7 +44,7 @@ class Response(ABC):
         """Return the Kullback-Leibler divergence from p(y | z) to p(y | other), in nats, in the shape of `log_prob`.
 
         To second order it is half the squared difference of the pre-activations in F(z). A response of your own need
-        not define it, except for `MetricRecorder`.
+        not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `divergence`")
 
