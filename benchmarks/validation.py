@@ -4,8 +4,9 @@
 
 trains every network for the same epochs with the same initial weights and batches, and writes for each workload
 `NAME.md`: the best validation accuracy of a run, the last one, and that after two epochs, as means over seeds, and the
-seconds of training with one thread. Peers have a cosine schedule and decay; of their configurations, the table
-has all. RNGD has neither, unless its name says so. Fashion-MNIST is cut to 12,000 training images.
+seconds of training with one thread. Peers have a cosine schedule and decay, and the table has all of their
+configurations. RNGD has its own decay and no schedule, unless its name says so. Fashion-MNIST is cut to 12,000 training
+images. The committed tables have processor seconds.
 """
 
 import argparse

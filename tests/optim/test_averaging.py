@@ -158,6 +158,18 @@ def test_a_layer_that_joins_later_starts_where_it_is():
     assert 0 < float((model[2].weight.detach() - before).norm()) < 0.1
 
 
+def test_a_layer_that_is_unfrozen_later_is_averaged_from_then_on():
+    model = mlp(sizes=(6, 5, 3))
+    model[0].requires_grad_(False)
+    optimizer = RNGD(model)
+    train(model, optimizer, 5)
+    model[0].requires_grad_(True)
+    train(model, optimizer, 20)
+    kept = weights(model)
+    model(inputs())
+    assert all(not torch.equal(weight, kept[name]) for name, weight in model.named_parameters())
+
+
 def test_half_precision_has_no_average():
     model = mlp(dtype=torch.bfloat16)
     optimizer = RNGD(model)

@@ -75,6 +75,10 @@ class Averaging:
         """Average the iterate that a step makes. Without a call of `count` inside, the average stays as it is."""
         self.to_iterate()
         self._counts = False
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for group in self._groups():
+                self.complete(group, optimizer.state)  # parameters that were frozen so far
         averages = self._averages(at_iterate=True)
         for _, params, leads in averages:  # for the time of the step, the leads hold x
             torch._foreach_neg_(leads)

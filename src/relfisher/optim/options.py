@@ -12,9 +12,9 @@ from relfisher.optim.assignment import Rule, check_rules
 from relfisher.optim.matching import ROLES, check_keys, entry
 from relfisher.optim.schedule import WARMUP, Schedule
 from relfisher.structures import Inversion
-from relfisher.validation import check_integer, check_interval, check_positive
+from relfisher.validation import check_integer, check_interval, check_one_of, check_positive
 
-__all__ = ["FITS", "AdamWOptions", "Damping", "Fit", "Inversions", "MetricOptions"]
+__all__ = ["FITS", "AdamWOptions", "Damping", "Fit", "Inversions", "MetricOptions", "fit_named"]
 
 #: A multiple of the metric's mean eigenvalue, an `Inversion`, or either of these by layer.
 Damping = float | Inversion | Mapping[str, float | Inversion]
@@ -38,6 +38,12 @@ class Fit:
 #: What the training is for. Noisy data are fitted to generalize: the metric of the raw inputs would make all their
 #: directions equal, those of noise among them. Where the training loss is the accuracy, all of the metric is used.
 FITS = {"generalize": Fit(0.1, 0.1, 0.0), "plain": Fit(0.0, 0.1, 1.0), "interpolate": Fit(0.0, 1e-4, 1.0)}
+
+
+def fit_named(name: str) -> Fit:
+    """Return the regularization of a name, or raise ValueError if there is no such name."""
+    check_one_of("fit", name, tuple(FITS))
+    return FITS[name]
 
 
 @dataclass(frozen=True)

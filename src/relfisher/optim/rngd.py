@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
@@ -21,7 +21,7 @@ from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import ADAMW, METRIC, check_options
 from relfisher.optim.health import Health
 from relfisher.optim.momentum import Momentum
-from relfisher.optim.options import FITS, AdamWOptions, Damping, Inversions, MetricOptions
+from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
 from relfisher.optim.published import PUBLISHED
 from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
@@ -30,7 +30,7 @@ from relfisher.optim.rules.choice import rule_named
 from relfisher.optim.stepping import moving_layers, obstacle, take, take_fallback
 from relfisher.optim.watching import Watching
 from relfisher.structures import Inversion
-from relfisher.validation import check_instance, check_one_of
+from relfisher.validation import check_instance
 
 __all__ = ["RNGD"]
 
@@ -56,9 +56,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         params: the parameters to train, as for any torch optimizer: parameters of the model, with or without names, or
             groups of them with their own options; None for all parameters of the model.
         fit: "generalize" for noisy data, where validation matters; "interpolate" for functions and equations, where
-            the training loss is the accuracy; "plain" for neither; None for the step rule's default. It sets the
-            default weight decay (0.1, 0, 0) and damping (0.1, 1e-4, 0.1), and whether linear layers that read raw
-            inputs use their metric (no, yes, yes).
+            the training loss is the accuracy; "plain" for neither; None for the step rule's default. It sets other
+            defaults, which `relfisher.optim.options.FITS` lists.
         total_steps: the length of the run, over which learning rates decay to 0 by a cosine; None for no decay.
         momentum: the share of the momentum that is kept per step, in [0, 1); None for the step rule's default. It is
             applied to the gradient, before the metric, so that the step rule determines the length of the step.
@@ -110,9 +109,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         check_instance("fallback", fallback, AdamWOptions)
         check_responses(responses or {})
         self._rule = rule_named(step_rule)
-        fit = self._rule.default_fit if fit is None else fit
-        check_one_of("fit", fit, tuple(FITS))
-        usual = FITS[fit]
+        usual = fit_named(self._rule.default_fit if fit is None else fit)
         self._inversions = Inversions(usual.damping if damping is None else damping, metric.power, usual.raw_power)
         defaults = {
             "lr": self._rule.default_lr if lr is None else lr,
@@ -243,8 +240,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         """Move the parameters along their relative natural gradients.
 
         A step with non-finite gradients is skipped: weights, momentum and metric are unchanged, and
-        `health.skipped_steps` counts it. If the step itself is not finite, it is also skipped and counted, and the
-        weights are unchanged.
+        `health.skipped_steps` counts it. So is a step that is not finite itself, after an update of the metric.
 
         Args:
             closure: evaluates the model and returns the loss; it is called first, with gradients enabled.
@@ -277,15 +273,12 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._curvature.advance(iteration)
         return loss
 
-    @contextmanager
-    def average(self) -> Iterator[None]:
-        """Put the average of the iterates into the model inside this context.
+    def average(self) -> AbstractContextManager[None]:
+        """Return a context with the average in the model, for an evaluation between a training pass and its step.
 
-        It is there anyway between a step and the next training pass. This is for an evaluation after such a pass,
-        before its step or instead of it.
+        Between a step and the next training pass it is there anyway.
         """
-        with self._averaging.inside():
-            yield
+        return self._averaging.inside()
 
     def close(self) -> None:
         """Put the average into the model, and remove the hooks from it; the statistics no longer change."""
@@ -324,8 +317,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         """Return an optimizer for a copied model; the model must be part of the same `deepcopy`."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        own = {key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED}
-        twin.__setstate__(own)
+        twin.__setstate__({key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED})
         twin._curvature.states = twin.state
         twin._release()
         return twin
@@ -338,8 +330,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     @property
     def _iteration(self) -> int:
-        iteration: int = self.param_groups[0]["iteration"]
-        return iteration
+        return int(self.param_groups[0]["iteration"])
 
     def _inversion_of(self, record: Record) -> Inversion:
         group = self.param_groups[self._binding.place[record.layer]]
