@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["differentiable", "evaluation_mode"]
+__all__ = ["differentiable", "evaluation_mode", "undisturbed"]
 
 
 @contextmanager
@@ -45,3 +45,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, and leave its buffers, its modes and the state of the random numbers as they are.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {buffer.device for buffer, _ in before} | {parameter.device for parameter in model.parameters()}
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), evaluation_mode(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in before:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)

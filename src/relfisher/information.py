@@ -45,6 +45,12 @@ class Information(ABC):
     def total(self) -> Float[Tensor, "out out"]:
         """Return the sum of F_n over the samples."""
 
+    def overlaps(self, other: Information) -> Float[Tensor, "n m"]:
+        """Return tr(F_n F'_m) in float64 for each pair of samples of two kinds of information about the same units."""
+        if self.is_diagonal and other.is_diagonal:
+            return self.diagonal().double() @ other.diagonal().double().T
+        return self.dense().flatten(1).double() @ other.dense().flatten(1).double().T
+
 
 class _Diagonal(Information):
     """F_n is a diagonal matrix for every sample."""
@@ -143,6 +149,14 @@ class Softmax(Information):
     def total(self) -> Float[Tensor, "out out"]:
         """Return diag(sum_n eta_n) - sum_n eta_n eta_n'."""
         return _laplacian(self.eta.T @ self.eta)
+
+    def overlaps(self, other: Information) -> Float[Tensor, "n m"]:
+        """Return tr(F_n F'_m) in float64, for softmax responses without the matrices."""
+        if not isinstance(other, Softmax):
+            return super().overlaps(other)
+        mine, theirs = self.eta.double(), other.eta.double()
+        both = mine @ theirs.T
+        return both - mine @ theirs.square().T - mine.square() @ theirs.T + both.square()
 
 
 def _laplacian(weights: Float[Tensor, "*n out out"]) -> Float[Tensor, "*n out out"]:

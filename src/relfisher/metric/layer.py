@@ -77,6 +77,29 @@ class LayerMetric(Metric):
         image = field.transpose(1, 2).reshape(k * out, self.samples) @ augmented
         return image.reshape(k, out * d).T.div(self.samples)
 
+    def overlap(self, other: LayerMetric) -> Float[Tensor, ""]:
+        """Return tr(G G') with the metric of the same parameters over other samples: their Frobenius inner product.
+
+        Args:
+            other: the other metric.
+
+        Returns:
+            mean_nm tr(F_n F'_m) <x~_n, x~'_m>^2, in float64, without forming either metric.
+
+        Raises:
+            ValueError: if it has other parameters.
+        """
+        if other.parameter_shape != self.parameter_shape:
+            raise ValueError(f"other must have parameters {self.parameter_shape}, got {other.parameter_shape}")
+        products = (self._augmented().double() @ other._augmented().double().T).square()
+        return (products * self.information.overlaps(other.information)).mean()
+
+    def within_span(self) -> LayerMetric:
+        """Return a metric with the same eigenvalues other than 0, of at most as many inputs as samples."""
+        if self.parameter_shape[1] <= self.samples:
+            return self
+        return LayerMetric(self.information, torch.linalg.qr(self._augmented().T).R.T, bias=False)
+
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return mean_n F_n,ii x~_nj^2."""
         return (self.information.diagonal().T @ self._augmented().square()).div_(self.samples).reshape(-1)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relfisher.evaluation import evaluation_mode
+from relfisher.evaluation import undisturbed
 from relfisher.information import Joined
 from relfisher.layers import Call, Layer, Rows, Sampling, layers_of, plain_name
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import Hook, unobserved
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.trace import Trace
 from relfisher.pullback import as_rows
@@ -238,7 +238,7 @@ def _run(
         for layer in layers.values()
     ]
     try:
-        with evaluation_mode(model), trace:
+        with unobserved(), undisturbed(model), trace:
             output = model(**inputs) if isinstance(inputs, Mapping) else model(*arguments)
     finally:
         for handle in handles:

@@ -24,12 +24,25 @@ from torch import Tensor, nn
 from relfisher.observe.hooks import Hook
 from relfisher.structures import Kept
 
-__all__ = ["Averaging", "averaged"]
+__all__ = ["Averaging", "averaged", "iterate", "to_iterate"]
 
 
 def averaged(parameter: Tensor) -> bool:
     """Return whether a parameter is averaged: if it is trained, and not in half precision, too coarse for it."""
     return parameter.requires_grad and torch.finfo(parameter.dtype).bits > 16
+
+
+def to_iterate(optimizer: torch.optim.Optimizer) -> None:
+    """Put the last iterate into the model, which the next step does anyway; other optimizers have no other weights."""
+    averaging = getattr(optimizer, "_averaging", None)
+    if isinstance(averaging, Averaging):
+        averaging.to_iterate()
+
+
+def iterate(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Return what a parameter is at the last iterate, given that the model holds the average."""
+    lead = optimizer.state[parameter].get("lead") if parameter in optimizer.state else None
+    return parameter.detach() if lead is None else parameter.detach() + lead
 
 
 class Averaging:
