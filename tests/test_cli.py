@@ -230,13 +230,13 @@ ERRORS = {
     "negative rate": (["--lr", "PLAIN+SGD=-0.1"], ["--lr", "'-0.1'", "above 0"]),
     "zero rate": (["--lr", "PLAIN+SGD=0"], ["--lr", "'0'", "above 0"]),
     "infinite rate": (["--lr", "PLAIN+SGD=inf"], ["--lr", "'inf'", "finite"]),
-    "no rate": (["--lr", "PLAIN+SGD"], ["--lr", "''", "above 0"]),
+    "no rate": (["--lr", "PLAIN+SGD"], ["--lr", "'PLAIN+SGD' lacks a learning rate", "above 0"]),
     "method as typed": (["--methods", "plain+sdg"], ["'plain+sdg'"]),
     "rate of no method": (["--lr", "SGD=0.1"], ["--lr", "'SGD'", "PLAIN+SGD"]),
-    "epochs": (["--epochs", "0"], ["--epochs", "greater than or equal to 1"]),
-    "seeds": (["--seeds", "many"], ["--seeds", "integer"]),
-    "jobs": (["--jobs", "-1"], ["--jobs", "greater than or equal to 1"]),
-    "fetch": (["data", "fetch", "cifar"], ["NAME", "'cifar'", "mnist, fashion-mnist"]),
+    "epochs": (["--epochs", "0"], ["--epochs", "'0' is not a whole number from 1 to 100000"]),
+    "seeds": (["--seeds", "many"], ["--seeds", "'many' is not a whole number"]),
+    "jobs": (["--jobs", "-1"], ["--jobs", "'-1' is not a whole number from 1"]),
+    "fetch": (["data", "fetch", "cifar"], ["'name'", "'cifar'", "mnist, fashion-mnist"]),
 }
 
 
@@ -342,7 +342,7 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
     ("arguments", "message"),
     [
         (["--model", "factories"], "'factories' is not of the form MODULE:NAME"),
-        (["--model", "factories:number"], "--model: factories:number must be callable, got int"),
+        (["--model", "factories:number"], "'--model': factories:number must be callable, got int"),
         (["--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:none"], "has no attribute 'none'"),
         (["--model", "absent:bare"], "No module named 'absent'"),
         (["--model", "factories:absent"], "has no attribute 'absent'"),
@@ -355,8 +355,8 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
             ["--model", "factories:sized"],
             "factories:sized, called without arguments, raised TypeError: sized()",
         ),
-        (["--model", "factories:broken"], "--model: factories:broken, called without arguments, raised KeyError"),
-        (["--model", "unreadable:bare"], "--model: importing unreadable raised SyntaxError"),
+        (["--model", "factories:broken"], "'--model': factories:broken, called without arguments, raised KeyError"),
+        (["--model", "unreadable:bare"], "'--model': importing unreadable raised SyntaxError"),
         (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
         (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
         (["--model", "factories:bare", "--inputs", "5x6:0"], "'5x6:0' is not a shape"),
@@ -367,7 +367,7 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (["--model", "factories:tokens", "--inputs", "1x1:10"], "index out of range in self; give the shape it takes"),
         (
             ["--model", "factories:images", "--inputs", "5x7"],
-            "--inputs: the model cannot be called with them: expected 4",
+            "'--inputs': the model cannot be called with them: ValueError: expected 4",
         ),
         (["--model", "factories:bare", "--inputs", "5x6", "--structure", "kron"], "structure must be one of"),
     ],

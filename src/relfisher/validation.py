@@ -18,6 +18,7 @@ __all__ = [
     "check_matrix",
     "check_one_of",
     "check_positive",
+    "check_scalar",
 ]
 
 
@@ -109,3 +110,24 @@ def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | Non
         expected = ", ".join("any" if size is None else str(size) for size in (rows, columns))
         raise ValueError(f"{name} must have shape {axes} = [{expected}], got {list(tensor.shape)}")
     check_finite(name, tensor)
+
+
+def check_scalar(name: str, value: object) -> None:
+    """Raise unless `value` can be a loss: one finite real number, as a tensor with a gradient.
+
+    Args:
+        name: the name of what returned it, for the message.
+        value: the value to check.
+
+    Raises:
+        TypeError: if `value` is not a real floating-point tensor, or has no gradient.
+        ValueError: if it is not one finite number.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+        raise TypeError(f"{name} must return a scalar tensor with a floating-point dtype, got {got}")
+    if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+        got = str(float(value.detach())) if value.numel() == 1 else f"a tensor of shape {list(value.shape)}"
+        raise ValueError(f"{name} must return one finite number, got {got}")
+    if not value.requires_grad:
+        raise TypeError(f"{name} must return a tensor computed from the model's output, got one without a gradient")
