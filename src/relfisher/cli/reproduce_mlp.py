@@ -14,6 +14,9 @@ from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_mlp"]
 
+# A larger step could only turn weights into infinity.
+LARGEST_RATE = 1e6
+
 
 def reproduce_mlp(
     out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
@@ -63,7 +66,7 @@ def _learning_rate(entry: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= LARGEST_RATE:
         wrong = f"{text!r} in {entry!r} is not a learning rate" if text.strip() else f"{entry!r} lacks a learning rate"
-        raise ArgumentError("--lr", f"{wrong}, allowed are finite numbers above 0")
+        raise ArgumentError("--lr", f"{wrong}, allowed are numbers above 0, up to {LARGEST_RATE:g}")
     return value
