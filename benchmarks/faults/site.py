@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from relfisher.cli import main
+from relfisher.studies import mlp, mlp_report, progress
 
 __all__ = ["REPORT", "Site", "answer", "kept", "results", "told"]
 
+#: Imported here once, and not in each of the processes.
+IMPORTED = mlp, mlp_report, progress
 FORK = multiprocessing.get_context("fork")
 IMAGES = 240
 RATES = "0.01,0.02,0.05,0.1,0.2,0.5"

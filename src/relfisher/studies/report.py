@@ -20,7 +20,7 @@ from rich.table import Table
 from relfisher.studies.figures import encode
 from relfisher.studies.files import remove_stale, write_atomically
 
-__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "shown", "write"]
+__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor", "shown", "write"]
 
 ABSENT = "-"
 PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
@@ -115,23 +115,7 @@ def encoded(name: str, lines: Lines) -> bytes:
     return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
 
 
-def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
-    """Return the package versions and the machine that produced the results."""
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "jobs": invocation.jobs,
-            "threads_per_run": sorted(set(threads)),
-            "torch_threads": torch.get_num_threads(),
-        },
-        "peers": {name: _version(name) for name in PEER_PACKAGES},
-    }
-
-
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name; on Linux, Python itself only knows the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -139,6 +123,22 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
+    """Return the package versions and the machine that produced the results."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "jobs": invocation.jobs,
+            "threads_per_run": sorted(set(threads)),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "peers": {name: _version(name) for name in PEER_PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:
