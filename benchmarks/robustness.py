@@ -29,8 +29,8 @@ from relfisher.studies.files import write_atomically
 from relfisher.studies.report import processor
 
 SHOWN = 20
-FULL = {"every": 1, "kills": 40, "disks": 40, "results": 60, "files": 5000, "together": 12, "epochs": 20}
-QUICK = {"every": 29, "kills": 1, "disks": 2, "results": 1, "files": 100, "together": 1, "epochs": 2}
+FULL = {"every": 1, "kills": 40, "disks": 40, "results": 80, "files": 5000, "together": 12, "epochs": 8, "rates": 6}
+QUICK = {"every": 29, "kills": 2, "disks": 2, "results": 2, "files": 100, "together": 1, "epochs": 1, "rates": 1}
 
 
 def campaign(root, seed, counts, **training_options):
@@ -44,7 +44,7 @@ def campaign(root, seed, counts, **training_options):
     """
     yield inputs.library(counts["every"])
     yield inputs.command_line(root / "unused", counts["every"])
-    site = Site(root / "site", seed, counts["epochs"])
+    site = Site(root / "site", seed, counts["epochs"], counts["rates"])
     yield runs.kills(site, counts["kills"])
     yield runs.full_disks(site, counts["disks"])
     yield runs.closed_outputs(site)

@@ -1,17 +1,14 @@
 """Junk for public options: each must raise a TypeError or ValueError that names the argument."""
 
 import math
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
 import relfisher
+from faults.site import run
 from faults.tally import Tally
-from relfisher.cli import main
 
 NOT_A_NUMBER = ("1", b"1", [], [1.0], {}, (), object(), 1j, True, torch.nn.ReLU, torch.ones(2), math.nan)
 NOT_POSITIVE = (*NOT_A_NUMBER, math.inf, -math.inf, 0, 0.0, -1, -1e-30)
@@ -187,13 +184,8 @@ def command_line(out, every=1):
     trials = [(command, option, junk) for command, option, pieces in COMMANDS for junk in pieces]
     for command, option, junk in trials[::every]:
         arguments = [part.format(out=out) for part in command] + [f"{option}={junk}"]
-        printed, errors = StringIO(), StringIO()
-        with patch.object(sys, "argv", ["relfisher", *arguments]), redirect_stdout(printed), redirect_stderr(errors):
-            try:
-                status = main()
-            except BaseException as error:  # the fault that is looked for
-                status = f"{type(error).__name__}: {error}"
-        said = errors.getvalue()
+        printed = StringIO()
+        status, said = run(arguments, printed)
         survived = status == 2 and said.count("\n") == 1 and option in said and not printed.getvalue()
         tally.count(survived, f"{' '.join(arguments)[:200]}: {status}, {said[:300]!r}")
     return tally

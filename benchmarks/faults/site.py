@@ -11,20 +11,18 @@ import struct
 import sys
 import time
 from io import StringIO
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from relfisher.cli import main
-from relfisher.studies import mlp, mlp_report, progress
 
-__all__ = ["REPORT", "Site", "answer", "kept", "results", "told"]
+__all__ = ["REPORT", "Site", "answer", "kept", "results", "run", "told"]
 
-#: Imported here once, and not in each of the processes.
-IMPORTED = mlp, mlp_report, progress
 FORK = multiprocessing.get_context("fork")
 IMAGES = 240
-RATES = "0.01,0.02,0.05,0.1,0.2,0.5"
+RATES = (0.1, 0.2, 0.05, 0.5, 0.02, 0.01)
 REPORT = ("table.md", "table.csv", "grid.csv", "curves.csv.gz", "config.json", "figure5.png", "figure5.svg")
 PATIENCE = 600
 
@@ -52,16 +50,20 @@ class Site:
         root: an empty directory.
         seed: of the random moments and places.
         epochs: the length of each run of the study.
+        rates: the number of learning rates of each of its two methods.
     """
 
-    def __init__(self, root, seed=0, epochs=20):
+    def __init__(self, root, seed, epochs, rates):
         self.random = random.Random(seed)
         self.root = root
         self.digits = root / "digits"
         self.digits.mkdir(parents=True)
         write_digits(self.digits)
         self.options = ["--methods", "PLAIN+SGD,PLAIN+RNGD-DEFAULT", "--epochs", str(epochs), "--seeds", "2"]
-        self.options += ["--lr", f"PLAIN+SGD={RATES}", "--lr", f"PLAIN+RNGD-DEFAULT={RATES}"]
+        grid = ",".join(map(str, RATES[:rates]))
+        self.options += ["--lr", f"PLAIN+SGD={grid}", "--lr", f"PLAIN+RNGD-DEFAULT={grid}"]
+        # What this process has imported and prepared, the forked ones need not.
+        run(self.command(root / "first"), StringIO())
         self.intact = root / "intact"
         start = time.perf_counter()
         status, errors = self.run(self.intact)
@@ -115,17 +117,33 @@ class Site:
 
 
 def _carry_out(arguments, printed, limit, connection):
-    errors = StringIO()
     torch.set_num_threads(1)
-    sys.argv = ["relfisher", *arguments]
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    with contextlib.redirect_stdout(printed()), contextlib.redirect_stderr(errors):
+    connection.send(run(arguments, printed()))
+
+
+def run(arguments, printed):
+    """Run a command in this process.
+
+    Args:
+        arguments: its arguments.
+        printed: its standard output.
+
+    Returns:
+        Its status, and what it printed as errors.
+    """
+    errors = StringIO()
+    with (
+        patch.object(sys, "argv", ["relfisher", *arguments]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+    ):
         try:
             status = main()
         except BaseException as error:  # the fault that is looked for
             status = f"{type(error).__name__}: {error}"
-    connection.send((status, errors.getvalue()))
+    return status, errors.getvalue()
 
 
 def answer(process, connection):
