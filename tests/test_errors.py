@@ -192,7 +192,7 @@ def test_damping_must_not_be_negative(operation, damping: float) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 9])
 def test_numbers_of_eigenvalues(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"k must lie in \[1, 8\], got {k}"):
+    with pytest.raises(ValueError, match=rf"k must be a whole number in \[1, 8\], got {k}"):
         layer().eigvalsh(k)
 
 
@@ -340,7 +340,7 @@ def test_metrics_of_low_precision_are_refused(dtype: torch.dtype) -> None:
 RELATIVE = {
     "two expectations": ({"response": TANH, "outcomes": [0.0]}, ValueError, "give at most one of response, outcomes"),
     "no expectation": ({}, TypeError, r"must return a torch.distributions.Distribution, got Tensor: give response"),
-    "one draw": ({"sampler": lambda theta: theta, "draws": 1}, ValueError, r"draws must lie in \[2, inf\), got 1"),
+    "one draw": ({"sampler": lambda theta: theta, "draws": 1}, ValueError, "draws must be a whole number >= 2, got 1"),
 }
 
 

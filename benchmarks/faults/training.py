@@ -29,7 +29,7 @@ OPTIONS = tuple(itertools.product(RATES, DAMPINGS, BATCHES, MOMENTUMS))
 VALUES = (math.nan, math.inf, -math.inf)
 STRUCTURES = ("shared", "neuron", "kronecker", "diagonal")
 MOMENTS = (0, 1, 5, 12)
-AFTER = 40
+AFTER = 12
 
 
 @lru_cache
@@ -116,13 +116,13 @@ class Bench:
         return float(loss.detach())
 
 
-def not_finite(rules=RULES, structures=STRUCTURES, moments=MOMENTS):
+def not_finite(structures=STRUCTURES, moments=MOMENTS, values=VALUES):
     """Put values that are not finite into a batch, a loss, a gradient or a state, before training goes on.
 
     Args:
-        rules: step rules.
         structures: structures of the metrics.
         moments: numbers of steps before the fault.
+        values: the values.
 
     Returns:
         The tallies.
@@ -130,17 +130,15 @@ def not_finite(rules=RULES, structures=STRUCTURES, moments=MOMENTS):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     passing = Tally("a batch, loss or gradient that is not finite: weights stay, the step is counted, training goes on")
-    lasting = Tally(
-        "a metric, factor or moment that is not finite: weights stay finite, it is counted or without effect"
-    )
-    for rule, structure, moment in itertools.product(rules, structures, moments):
+    lasting = Tally("a metric, factor or moment that is not finite: weights stay finite, counted or without effect")
+    for rule, structure, moment in itertools.product(RULES, structures, moments):
         bench = Bench(rule, structure)
         for _ in range(moment):
             bench.step()
-        for fault, value in itertools.product(("batch", "loss", *dict(bench.model.named_parameters())), VALUES):
+        for fault, value in itertools.product(("batch", "loss", *dict(bench.model.named_parameters())), values):
             what = f"{rule}, {structure}, {value} in {fault} after {moment} steps"
             passing.count(_passed(copy.deepcopy(bench), fault, value), what)
-        for name, key, value in itertools.product(dict(bench.model.named_parameters()), _keys(bench), VALUES):
+        for name, key, value in itertools.product(dict(bench.model.named_parameters()), _keys(bench), values):
             twin = copy.deepcopy(bench)
             state = twin.optimizer.state[dict(twin.model.named_parameters())[name]]
             if key in state and _spoiled(state[key], value):

@@ -25,7 +25,7 @@ from relfisher.evaluation import differentiable, evaluation_mode
 from relfisher.metric import DenseMetric, Metric
 from relfisher.pullback import PullbackMetric, as_rows
 from relfisher.responses import Response
-from relfisher.validation import check_finite, check_floating, check_integer, check_interval
+from relfisher.validation import check_callable, check_finite, check_floating, check_instance, check_integer
 
 __all__ = ["as_function", "fisher", "observed_fisher", "relative_fisher"]
 
@@ -84,8 +84,7 @@ def relative_fisher(
     """
     if sum(way is not None for way in (response, outcomes, sampler)) > 1:
         raise ValueError("give at most one of response, outcomes and sampler")
-    if samples is not None:
-        check_integer("samples", samples)
+    _check(subsystem, response, samples)
     theta, shape, restore = _flatten(parameters)
     if response is not None:
         return PullbackMetric(lambda flat: subsystem(restore(flat)), theta, response, shape, samples)
@@ -95,6 +94,7 @@ def relative_fisher(
         log_prob = lambda flat: torch.stack([subsystem(restore(flat), y) for y in values])  # noqa: E731
         return _enumerated(log_prob, theta, shape, samples)
     if sampler is not None:
+        check_callable("sampler", sampler)
         draw = lambda: sampler(restore(theta))  # noqa: E731
         return _sampled(lambda flat, y: subsystem(restore(flat), y), draw, theta, shape, draws, seed, samples)
     distribution = subsystem(restore(theta))
@@ -175,8 +175,7 @@ def observed_fisher(
     Raises:
         ValueError: if there is no parameter, or a parameter or y is not finite.
     """
-    if samples is not None:
-        check_integer("samples", samples)
+    _check(subsystem, response, samples)
     theta, shape, restore = _flatten(parameters)
     if isinstance(y, Tensor) and y.is_floating_point():
         check_finite("y", y)
@@ -235,6 +234,14 @@ def _count(log_prob: Tensor) -> int:
     return math.prod(log_prob.shape[:-1] if log_prob.ndim > 1 else log_prob.shape)
 
 
+def _check(subsystem: object, response: object, samples: int | None) -> None:
+    """Raise unless the arguments of a metric by automatic differentiation have the right types."""
+    check_callable("subsystem", subsystem)
+    check_instance("response", response, Response, optional=True)
+    if samples is not None:
+        check_integer("samples", samples)
+
+
 def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Any]]:
     """Return the parameters as one vector, their shape, and the function that restores them from a vector."""
     if isinstance(parameters, Tensor):
@@ -242,6 +249,7 @@ def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[
         check_finite("parameters", parameters)
         shape = tuple(parameters.shape)
         return parameters.detach().reshape(-1), shape or (1,), lambda flat: flat.reshape(shape)
+    check_instance("parameters", parameters, Mapping)
     if not parameters:
         raise ValueError("parameters must not be empty, got no tensor")
     for name, parameter in parameters.items():
@@ -287,7 +295,8 @@ def _sampled(
     samples: int | None,
 ) -> DenseMetric:
     """Return the mean of s(y) s(y)' over draws of y, with its standard error."""
-    check_interval("draws", draws, 2, math.inf)
+    check_integer("draws", draws, 2)
+    check_integer("seed", seed, -(2**63), 2**64 - 1)
     total = theta.new_zeros(theta.numel(), theta.numel())
     squares = torch.zeros_like(total)
     with torch.random.fork_rng(devices=[] if theta.device.type == "cpu" else [theta.device]):

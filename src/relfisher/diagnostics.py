@@ -15,6 +15,7 @@ from relfisher.layers import Layer, layers_of
 from relfisher.metric import Metric
 from relfisher.observe import metric_of, observe
 from relfisher.responses import Response
+from relfisher.validation import check_instance, check_integer
 
 __all__ = ["Comparison", "LayerComparison", "Spectrum", "balance", "compare", "unbalance"]
 
@@ -105,6 +106,7 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
         ValueError: if a layer is parametrized, so that its parameters are not its weight and bias, or tied to another
             module, or no linear layer returns the model's output.
     """
+    check_integer("top", top)
     table = []
     for name, (layer, said, relative) in _relative_metrics(model, inputs, response).items():
         prefix = f"{name}." if name else ""
@@ -118,6 +120,8 @@ def compare(model: nn.Module, inputs: Any, response: Response, top: int = 5) -> 
 
 def _relative_metrics(model: nn.Module, inputs: Any, response: Response) -> dict[str, tuple[Layer, Response, Metric]]:
     """Return each linear layer that was reached, the response of its last call, and its relative metric, by name."""
+    check_instance("model", model, nn.Module)
+    check_instance("response", response, Response)
     layers = _plain_layers(model)
     seen = observe(model, layers, inputs)
     if not any(call.is_output for calls in seen.values() for call in calls):

@@ -4,34 +4,60 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGEST_RATE",
+    "check_bool",
+    "check_callable",
     "check_finite",
     "check_floating",
     "check_instance",
     "check_integer",
     "check_interval",
+    "check_keys_are_names",
     "check_matrix",
     "check_one_of",
     "check_positive",
+    "check_rate",
     "check_scalar",
+    "check_sequence",
 ]
 
+# Rates beyond this could only turn weights into infinity.
+LARGEST_RATE = 1e6
 
-def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a real number."""
+
+def _number(name: str, value: object) -> Any:
+    """Return `value`, or raise TypeError unless it is a real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
 
 
-def check_integer(name: str, value: object, low: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+def check_integer(name: str, value: object, low: int = 1, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low` and at most `high`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]  # it is a number
+        allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_keys_are_names(name: str, options: Mapping[Any, object]) -> None:
+    """Raise TypeError unless all keys of an option by layer are strings."""
+    for key in options:
+        if not isinstance(key, str):
+            raise TypeError(f"the keys of {name} must be names of layers, got {key!r}")
 
 
 def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -40,20 +66,37 @@ def check_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def check_instance(name: str, value: object, kind: type) -> None:
-    """Raise TypeError unless `value` is an instance of a class."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be of the class {kind.__name__}, got {value!r}")
+def check_callable(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a function or another callable."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_instance(name: str, value: object, kind: type, *, optional: bool = False) -> None:
+    """Raise TypeError unless `value` is an instance of a class, or None if that is allowed."""
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise TypeError(f"{name} must be of the class {kind.__name__}{' or None' * optional}, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
     """Raise unless `value` is a finite number above 0."""
-    check_number(name, value)
-    if not (math.isfinite(value) and value > 0):
+    number = _number(name, value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
-def check_interval(name: str, value: float, low: float, high: float, *, closed: str = "left") -> None:
+def check_rate(name: str, value: object) -> None:
+    """Raise unless `value` is a learning rate: a number above 0 that moves no weight to infinity in one step."""
+    check_interval(name, value, 0, LARGEST_RATE, closed="right")
+
+
+def check_sequence(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tuple or a list."""
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name} must be a tuple or a list, got {value!r}")
+
+
+def check_interval(name: str, value: object, low: float, high: float, *, closed: str = "left") -> None:
     """Raise ValueError unless `value` lies between `low` and `high`.
 
     Args:
@@ -61,15 +104,16 @@ def check_interval(name: str, value: float, low: float, high: float, *, closed: 
         value: the value; NaN is never allowed.
         low: the lower end of the interval.
         high: the upper end of the interval.
-        closed: "left" for [low, high), "both" for [low, high].
+        closed: "left" for [low, high), "right" for (low, high], "both" for [low, high].
 
     Raises:
         ValueError: if `value` is out of range.
     """
-    check_number(name, value)
-    inside = low <= value <= high if closed == "both" else low <= value < high
+    number = _number(name, value)
+    inside = low <= number <= high and (closed == "both" or number != (low if closed == "right" else high))
     if not inside:
-        raise ValueError(f"{name} must lie in [{low}, {high}{']' if closed == 'both' else ')'}, got {value}")
+        ends = f"{'(' if closed == 'right' else '['}{low:.2g}, {high:.2g}{')' if closed == 'left' else ']'}"
+        raise ValueError(f"{name} must lie in {ends}, got {value}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

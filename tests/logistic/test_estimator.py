@@ -63,8 +63,14 @@ def test_too_few_steps_are_told():
 @pytest.mark.parametrize("name", ["C", "tol", "max_iter"])
 def test_parameters_out_of_range_are_named(name):
     x, y = clouds(2)
-    with pytest.raises(ValueError, match=f"{name} must be > 0, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must .*, got 0"):
         LogisticRegression(**{name: 0}).fit(x, y)
+
+
+def test_parameters_may_be_numbers_of_numpy():
+    x, y = clouds(2)
+    mine = LogisticRegression(max_iter=np.int64(50), C=np.float32(1), fit_intercept=np.bool_(False)).fit(x, y)
+    assert (mine.coef_ == LogisticRegression(max_iter=50, fit_intercept=False).fit(x, y).coef_).all()
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -243,3 +243,14 @@ def test_single_precision_models() -> None:
     single = module_metric(model.float(), "fc", x.float())
     assert single.dtype == torch.float32
     assert_close(single.to_dense().double(), exact, 1e-5)
+
+
+def test_layers_of_wrapped_models_go_by_both_names():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager")
+    inner = nn.ModuleDict({"body": torch.compile(model, backend="eager")})
+    inner.forward = lambda x: inner["body"](x)
+    expected = module_metric(model, "2", x).to_dense()
+    for wrapped, name in ((compiled, "2"), (compiled, "_orig_mod.2"), (inner, "body.2"), (inner, "body._orig_mod.2")):
+        assert_close(module_metric(wrapped, name, x).to_dense(), expected)

@@ -149,6 +149,10 @@ def test_operator_of_scipy_has_the_same_products(kind: str) -> None:
         (operator @ vectors[:, 0], dense @ vectors[:, 0]),
         (operator.T @ vectors, dense @ vectors),
         (operator @ vectors[:, :1], dense @ vectors[:, :1]),
+        (operator @ vectors[::-1], dense @ vectors[::-1]),
+        (operator @ vectors[::-1, 0], dense @ vectors[::-1, 0]),
+        (operator @ (vectors + 1j * vectors[::-1]), dense @ (vectors + 1j * vectors[::-1])),
+        (operator @ (1j * vectors[:, 0]), dense @ (1j * vectors[:, 0])),
     ):
         assert left.shape == right.shape
         assert_close(torch.from_numpy(left), torch.from_numpy(right))

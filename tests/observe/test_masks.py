@@ -1,5 +1,8 @@
 """Which positions count: masks leave padding out exactly."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from builders import Following, average, metrics, mlp
@@ -182,3 +185,27 @@ def test_masks_must_be_boolean():
     for watcher in (RNGD(model), Preconditioner(model)):
         with pytest.raises(TypeError, match="mask must be boolean"), watcher.masked(torch.ones(2)):
             pass
+
+
+@pytest.mark.parametrize("masking", [False, True])
+@pytest.mark.parametrize("ignored", [0, 1, 8])
+def test_positions_that_the_loss_leaves_out_are_said_unless_they_are_few_or_masked(ignored, masking):
+    model = mlp(sizes=(4, 3)).float()
+    optimizer = RNGD(model, metric=MetricOptions(stats_samples=None))
+    x, targets = torch.randn(2, 10, 4), torch.zeros(2, 10, dtype=torch.long)
+    targets.view(-1)[:ignored] = -100
+    counts = targets != -100 if masking else torch.ones(2, 10, dtype=torch.bool)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MaskWarning)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with optimizer.masked(counts) if masking else contextlib.nullcontext():
+                logits = model(x)
+            nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
+            optimizer.step()
+    told = [str(each.message) for each in caught if each.category is MaskWarning]
+    if ignored == 8 and not masking:
+        (message,) = told
+        assert message.startswith("the loss leaves out 8 of 20 samples of 0, which count in the metrics: ")
+    else:
+        assert not told

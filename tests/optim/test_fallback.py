@@ -1,6 +1,7 @@
 """Parameters without a metric: they move as by the AdamW of torch, once, whatever their gradients are kept as."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from builders import assert_close_weights, batch, classified, mlp, normed_mlp, s
 from torch import nn
 
 from relfisher import RNGD, AdamWOptions, MetricOptions
+from relfisher.optim import UncoveredWarning
 
 
 @pytest.mark.parametrize(("decay", "betas"), [(0.0, (0.9, 0.999)), (0.1, (0.5, 0.9))], ids=["plain", "decayed"])
@@ -73,3 +75,71 @@ def test_sparse_gradients_move_as_dense_ones_do(structure):
             optimizer.step()
         ends.append(model[0].weight.detach())
     torch.testing.assert_close(*ends)
+
+
+class Scale(nn.Module):
+    """What a model library calls a norm: a parameter, and no metric."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Mixture(nn.Module):
+    """Matrices of which torch has no layer, next to one of which it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 6, 6, dtype=torch.float64))
+        self.low = nn.ParameterList([torch.randn(6, 6, dtype=torch.float64) for _ in range(4)])
+        self.scale, self.own, self.head = Scale(), Own(6, 6).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        x = torch.bmm(x.expand(4, *x.shape), self.experts).mean(0)
+        for matrix in self.low:
+            x = x @ matrix
+        return self.head(self.own(self.scale(x)))
+
+
+def uncovered(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UncoveredWarning)
+        make()
+    return [str(each.message) for each in caught if each.category is UncoveredWarning]
+
+
+def test_what_adamw_trains_for_want_of_a_metric_is_said_once():
+    model = Mixture()
+
+    def run():
+        optimizer = RNGD(model)
+        for seed in range(3):
+            step(model, optimizer, batch(seed), classified)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+    first, second = uncovered(run)
+    assert first.startswith("AdamW trains 8 of 10 parameters, 94 % of all numbers, for want of a metric. ")
+    own = "1 of Mixture (experts) and 4 of ParameterList (low.0, low.1, low.2, ...) and 1 of Scale (scale.weight): "
+    assert f"{own}its module has no metric of its own; " in first
+    assert "2 of Own (own.weight, own.bias): Own has a forward of its own." in first
+    assert "register_layer" in first
+    assert "1 of no module (of shape [3]): not a parameter of the model" in second
+
+
+def test_what_is_left_to_adamw_on_purpose_is_not_said():
+    model = mlp()
+    assert not uncovered(lambda: RNGD(model, metric=MetricOptions(structure="fallback")))
+    frozen = Mixture()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    assert not uncovered(lambda: RNGD(frozen))
+    model = Mixture()
+    assert not uncovered(lambda: RNGD(model, params=model.head.parameters()))

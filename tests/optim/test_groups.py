@@ -80,7 +80,7 @@ def test_a_learning_rate_given_for_parameters_without_a_metric_is_theirs():
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"lr": -1.0}, "lr must be a finite number > 0, got -1.0"),
+        ({"lr": -1.0}, r"lr must lie in \(0, 1e\+06\], got -1.0"),
         ({"damping": -0.1}, r"damping must lie in \[0, inf\), got -0.1"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"structure": "blocks"}, "structure must be one of .*, got 'blocks'"),

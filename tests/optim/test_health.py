@@ -224,7 +224,42 @@ def test_a_learning_rate_that_is_not_finite_skips_the_step(rate):
     step(model, optimizer, inputs())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer.param_groups[0]["lr"] = rate
-    with pytest.warns(HealthWarning, match="the learning rates .* are not finite"):
+    with pytest.warns(HealthWarning, match=f"step skipped: lr must lie in .*, got {rate}"):
         step(model, optimizer, inputs(1))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert optimizer.health.skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("weight_decay", math.nan), ("weight_decay", 1e39), ("lr", 1e38), ("momentum", math.nan), ("damping", math.nan)],
+)
+def test_an_option_that_leaves_its_range_later_skips_the_step(option, value):
+    model = normed_mlp()
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    before, kept = weights(model), optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = value
+    with pytest.warns(HealthWarning, match=f"step skipped: .*{option} must lie in"):
+        step(model, optimizer, inputs(1))
+    assert optimizer.health.skipped_steps == 1
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+    optimizer.param_groups[0][option] = kept
+    step(model, optimizer, inputs(2))
+    assert any(not torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 1e39}, {"lr": 1e38}, {"lr": 20.0, "weight_decay": 0.1}])
+def test_options_that_would_destroy_the_weights_are_refused(options):
+    with pytest.raises(ValueError, match="must lie in"):
+        RNGD(normed_mlp(), **options)
+
+
+def test_a_gradient_with_an_infinite_square_does_not_stop_a_parameter_for_good():
+    model = normed_mlp(dtype=torch.float32)
+    optimizer = RNGD(model, averaging=0.0, metric=MetricOptions(structure={"LayerNorm": "fallback"}))
+    step(model, optimizer, inputs(dtype=torch.float32))
+    for parameter in model[2].parameters():
+        parameter.grad.fill_(1e30)
+    optimizer.step()
+    assert all(torch.isfinite(value).all() for value in optimizer.state[model[2].weight].values())

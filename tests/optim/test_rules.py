@@ -208,5 +208,5 @@ def test_wrong_rules_are_named(options, message):
 
 
 def test_lengths_must_be_positive():
-    with pytest.raises(ValueError, match="relative_rms must be a finite number > 0"):
+    with pytest.raises(ValueError, match="relative_rms must lie in"):
         Normalized(relative_rms=-1.0)

@@ -14,9 +14,6 @@ from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_mlp"]
 
-# A larger step could only turn weights into infinity.
-LARGEST_RATE = 1e6
-
 
 def reproduce_mlp(
     out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
@@ -62,6 +59,8 @@ def _grids(entries: list[str], selected: tuple[str, ...]) -> dict[str, tuple[flo
 
 
 def _learning_rate(entry: str, text: str) -> float:
+    from relfisher.validation import LARGEST_RATE
+
     try:
         value = float(text)
     except ValueError:

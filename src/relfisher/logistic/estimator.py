@@ -15,6 +15,7 @@ Needs scikit-learn. Axes: `n` samples, `d = in + 1` (`in` without intercept), `k
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from relfisher.logistic.newton import LogisticObjective, minimize
+from relfisher.validation import check_bool, check_integer, check_interval, check_positive
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -80,10 +82,13 @@ class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
 
         Raises:
             ValueError: if a parameter is out of range, or there is only one class.
+            TypeError: if a parameter is not a number.
         """
-        for name in ("C", "tol", "max_iter"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        check_interval("C", self.C, 0, math.inf, closed="right")
+        check_positive("tol", self.tol)
+        check_integer("max_iter", self.max_iter)
+        flag: object = self.fit_intercept
+        check_bool("fit_intercept", flag.item() if isinstance(flag, np.bool_) else flag)
         samples, labels = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(labels)
         self.classes_, indices = np.unique(labels, return_inverse=True)
@@ -94,10 +99,10 @@ class LogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc] 
             x,
             torch.from_numpy(indices),
             classes=len(self.classes_),
-            penalty=1 / (self.C * len(x)),
-            bias=self.fit_intercept,
+            penalty=1 / (float(self.C) * len(x)),
+            bias=bool(flag),
         )
-        result = minimize(objective, tolerance=self.tol, max_steps=self.max_iter)
+        result = minimize(objective, tolerance=float(self.tol), max_steps=int(self.max_iter))
         if not result.converged:
             warnings.warn(
                 f"after {result.steps} steps the gradient is {result.gradient_norm:.1e}, not below tol={self.tol:g}: "

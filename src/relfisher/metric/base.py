@@ -18,7 +18,7 @@ from relfisher.metric.iterative import conjugate_residuals
 from relfisher.metric.operator import Operator
 from relfisher.metric.scaled import ScaledBlocks
 from relfisher.shapes import Float
-from relfisher.validation import check_interval
+from relfisher.validation import check_integer, check_interval
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,8 +66,8 @@ class Metric(Operator):
         Raises:
             ValueError: if k is not in 1 ... D, or the blocks are too large to be formed and k is None.
         """
-        if k is not None and not 1 <= k <= self.shape[0]:
-            raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
+        if k is not None:
+            check_integer("k", k, high=self.shape[0])
         few = k is not None and k < self.shape[0] - 2 * self._repeats()
         if k is not None and few and self._direct_sum_shape()[1] > _DENSE_BLOCK:
             return self._lanczos(k)

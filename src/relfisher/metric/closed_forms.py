@@ -13,7 +13,7 @@ from relfisher.information import PulledBack
 from relfisher.metric.layer import LayerMetric
 from relfisher.responses import Categorical, Response, UnitResponse
 from relfisher.shapes import Float
-from relfisher.validation import check_finite, check_floating, check_matrix
+from relfisher.validation import check_finite, check_floating, check_instance, check_matrix
 
 __all__ = ["layer_metric", "neuron_metric", "softmax_metric", "two_layer_metric"]
 
@@ -69,6 +69,7 @@ def layer_metric(
         ValueError: if the shapes do not match, or a value is not finite.
         TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
+    check_instance("response", response, Response)
     z = _pre_activation(x, weight, bias)
     return LayerMetric(response.operator(z), x.detach(), bias=bias is not None)
 
@@ -125,6 +126,8 @@ def two_layer_metric(
         ValueError: if the shapes do not match, or a value is not finite.
         TypeError: if a tensor is not of a floating-point dtype, or the dtypes differ.
     """
+    check_instance("activation", activation, UnitResponse)
+    check_instance("response", response, Response)
     z = _pre_activation(x, weight, bias)
     check_matrix("next_weight", next_weight, None, weight.shape[0], "[next, out]")
     following = _pre_activation(activation.activation(z), next_weight, next_bias, "next_")

@@ -197,7 +197,10 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def product(columns: np.ndarray) -> np.ndarray:
-            tensor = torch.as_tensor(columns, dtype=self.dtype, device=self.device)
+            if np.iscomplexobj(columns):
+                return product(columns.real) + 1j * product(columns.imag)
+            given = np.ascontiguousarray(columns)  # torch has no negative strides
+            tensor = torch.as_tensor(given, dtype=self.dtype, device=self.device)
             matrix = tensor.reshape(self.shape[0], -1)
             return self._product(matrix).reshape(tensor.shape).cpu().numpy()
 

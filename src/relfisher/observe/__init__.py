@@ -1,8 +1,9 @@
 """Observation of a running model: the roles of its layers, and the statistics of their samples."""
 
 from relfisher.observe.activations import Responses, check_responses, register_activation, response_of
+from relfisher.observe.messages import MaskWarning, ResponseWarning, TiedWarning
 from relfisher.observe.module import metric_of, module_metric, observe, survey
-from relfisher.observe.observer import MaskWarning, Observer, ResponseWarning, TiedWarning
+from relfisher.observe.observer import Observer
 from relfisher.observe.roles import Role
 from relfisher.observe.statistics import Reading
 from relfisher.observe.trace import Trace

@@ -116,7 +116,9 @@ def register_activation(activation: Activation, response: Made) -> None:
 
 
 def check_responses(responses: object) -> None:
-    """Raise TypeError unless the argument maps activations to responses."""
+    """Raise TypeError unless the argument maps activations to responses, or is None."""
+    if responses is None:
+        return
     if not isinstance(responses, Mapping):
         raise TypeError(f"responses must map activations to responses, got {responses!r}")
     for activation, made in responses.items():

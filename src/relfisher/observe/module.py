@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from relfisher.evaluation import evaluation_mode
 from relfisher.information import Joined
-from relfisher.layers import Call, Layer, Rows, Sampling, layers_of
+from relfisher.layers import Call, Layer, Rows, Sampling, layers_of, plain_name
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook
@@ -21,7 +21,7 @@ from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, r
 from relfisher.observe.trace import Trace
 from relfisher.pullback import as_rows
 from relfisher.responses import Response
-from relfisher.validation import check_finite
+from relfisher.validation import check_finite, check_instance
 
 __all__ = ["Seen", "metric_of", "module_metric", "observe", "survey"]
 
@@ -37,8 +37,8 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
 
     Args:
         model: the model.
-        name: the module's dotted name, as in `model.named_modules()`, or the name of one of its layers, such as
-            "attention.out_proj".
+        name: the module's dotted name, as in `model.named_modules()` with or without the prefixes of wrappers, or the
+            name of one of its layers, such as "attention.out_proj".
         inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
         response: the response of the layer's units in all calls; None for the response of the activation that follows
             each call, or a linear response if no activation is recognized.
@@ -52,6 +52,7 @@ def module_metric(model: nn.Module, name: str, inputs: Any, response: Response |
         ValueError: if there is no such layer, or the forward pass does not reach it.
         TypeError: if the module has no metric.
     """
+    check_instance("response", response, Response, optional=True)
     layer = _named(model, name)
     seen = observe(model, {name: layer}, inputs).get(name)
     if seen is None:
@@ -99,13 +100,16 @@ def _named(model: nn.Module, name: str) -> Layer:
         ValueError: if there is no module of this name, or it has several layers.
         TypeError: if the module has no layer.
     """
-    modules = dict(model.named_modules())
+    check_instance("model", model, nn.Module)
+    check_instance("name", name, str)
+    modules = {plain_name(model, key): module for key, module in model.named_modules()}
+    modules |= dict(model.named_modules())
     parent = modules.get(name.rpartition(".")[0])
     own = {found.name: found for found in layers_of(name.rpartition(".")[0], parent)} if parent is not None else {}
     if name in own:
         return own[name]
     if name not in modules:
-        near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [key for key in modules if key]
+        near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5) or [key for key in modules if key][:3]
         raise ValueError(f"name must be a module of the model, such as {', '.join(map(repr, near))}; got {name!r}")
     found = layers_of(name, modules[name])
     if not found:

@@ -21,25 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from relfisher.layers import Call, Layer, Rows, Sampling
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook
+from relfisher.observe.messages import MaskWarning, ResponseWarning, TiedWarning, tell_misfit, tell_unscored
 from relfisher.observe.passes import Pass
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
 from relfisher.observe.trace import Trace
 from relfisher.structures import Statistics
 
-__all__ = ["MaskWarning", "Observer", "ResponseWarning", "TiedWarning"]
-
-
-class ResponseWarning(UserWarning):
-    """The activation after a layer is not known, so that the layer has the linear response."""
-
-
-class TiedWarning(UserWarning):
-    """The weights of a layer are also used outside its module, so that the layer has no metric."""
-
-
-class MaskWarning(UserWarning):
-    """A mask does not fit the samples of a layer that ran inside `masked`."""
+__all__ = ["Observer"]
 
 
 class Observer:
@@ -237,17 +226,17 @@ class Observer:
             own.ran[layer] = None
             if layer.followed:
                 own.trace.show(layer, z)
-        z.register_hook(lambda gradient: self._count(batch, gradient))  # type: ignore[no-untyped-call]
+        masked = own.mask is not None
+        z.register_hook(lambda gradient: self._count(batch, gradient, masked=masked))  # type: ignore[no-untyped-call]
 
     def _note_mask(self, layer: Layer, mask: Tensor, sampling: Sampling) -> None:
         """Note whether a mask was applied; warn once per layer if the mask was meant for it but did not fit."""
         self._pass.masking.append(sampling.masked)
         if sampling.unmasked is not None and layer not in self._unmasked:
             self._unmasked.add(layer)
-            message = f"the mask {list(mask.shape)} was not applied to {layer.name}, whose samples are "
-            warnings.warn(f"{message}{list(sampling.unmasked)}: all of them count", MaskWarning, stacklevel=2)
+            tell_misfit(layer, mask, sampling.unmasked)
 
-    def _count(self, batch: Batch, gradient: Tensor) -> None:
+    def _count(self, batch: Batch, gradient: Tensor, *, masked: bool) -> None:
         """Count a batch after its gradients have flowed back, once."""
         layer = batch.layer
         if layer not in self._samplers:
@@ -255,6 +244,8 @@ class Observer:
         if layer in self._outputs and bool(torch.isfinite(gradient).all()):
             if not bool(gradient.any()):
                 return  # not informative
+            if not masked:
+                tell_unscored(layer, gradient)
             self._resolve_head(layer, is_softmax_gradient(gradient))
         if layer in self.roles:
             self._active[layer] = self._samplers[layer]

@@ -7,6 +7,7 @@ from relfisher.optim.planning import Coverage, Plan, coverage, plan
 from relfisher.optim.preconditioner import Preconditioner
 from relfisher.optim.rngd import RNGD
 from relfisher.optim.rules.choice import register_rule
+from relfisher.optim.uncovered import UncoveredWarning
 
 __all__ = [
     "RNGD",
@@ -17,6 +18,7 @@ __all__ = [
     "MetricOptions",
     "Plan",
     "Preconditioner",
+    "UncoveredWarning",
     "assign",
     "coverage",
     "plan",

@@ -10,6 +10,7 @@ from relfisher.optim.matching import check_keys, entry
 from relfisher.registry import add_named
 from relfisher.responses import Categorical, SigmoidBernoulli, TanhBernoulli
 from relfisher.structures import Diagonal, KroneckerFactors, NeuronBlocks, SharedBlock, Structure
+from relfisher.validation import check_keys_are_names
 
 __all__ = [
     "FALLBACK",
@@ -63,6 +64,7 @@ def register_structure(kind: type[Structure]) -> type[Structure]:
 def check_rules(rules: object, layers: Sequence[Layer] | None = None) -> None:
     """Raise ValueError unless these are valid rules and, if a model's layers are given, each key matches a layer."""
     if isinstance(rules, Mapping):
+        check_keys_are_names("structure", rules)
         for rule in rules.values():
             check_rules(rule)
         if layers is not None:

@@ -11,6 +11,7 @@ from relfisher.layers import Layer, discover
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
+from relfisher.optim.uncovered import tell
 
 __all__ = ["Binding"]
 
@@ -24,12 +25,16 @@ class Binding:
 
     Attributes:
         known: all layers of the model.
+        refused: the names of all other parameters, with the reason why they have no metric.
         rules: the rules by which layers choose their structures.
         place: the index of each layer's group, for layers that have one.
     """
 
     def __init__(self, model: nn.Module, options: MetricOptions) -> None:
-        self.known = discover(model, options.layers).layers
+        found = discover(model, options.layers)
+        self.known = found.layers
+        self.refused = found.refused
+        self._told: list[Tensor] = []
         self.rules: dict[Layer, Rule] = {}
         self.place: dict[Layer, int] = {}
         self._options = options
@@ -53,7 +58,9 @@ class Binding:
         names = {} if model is None else names_of(model)
         if model is not None and again:
             known = {id(layer.weight) for layer in self.known}
-            self.known += [new for new in discover(model, self._options.layers).layers if id(new.weight) not in known]
+            found = discover(model, self._options.layers)
+            self.known += [new for new in found.layers if id(new.weight) not in known]
+            self.refused = found.refused
         if isinstance(group, dict) and "params" in group:
             rules = group.get("structure", self._options.structure)
             check_rules(rules, self.known)
@@ -80,6 +87,11 @@ class Binding:
         self.place = {layer: found.get(layer, place) for layer, place in before.items()} | found
         new = [layer for layer in self.place if layer not in before]
         return new, {layer: _not_owned(layer, groups) for layer in self.place}
+
+    def tell(self, model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Warn about parameters in the groups that have no metric, once each."""
+        if model is not None:
+            self._told += tell(model, self.refused, groups, self._told)
 
     def covered(self) -> set[Tensor]:
         """Return the parameters of all assigned layers."""

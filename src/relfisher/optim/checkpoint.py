@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
+from relfisher.optim.groups import check_progress
 from relfisher.structures import Kept
 
-__all__ = ["check", "declared", "moved", "restore"]
+__all__ = ["loading", "moved"]
+
+
+@contextmanager
+def loading(optimizer: torch.optim.Optimizer, curvature: Curvature, state_dict: object) -> Iterator[None]:
+    """Check a state that is loaded inside this context, and take over its metrics.
+
+    It is checked after the hooks that run before loading, which may complete it. Its dtypes are restored before the
+    hooks that run afterwards.
+
+    Args:
+        optimizer: the optimizer that loads.
+        curvature: its metrics.
+        state_dict: the state.
+
+    Raises:
+        ValueError: if the state does not fit; nothing is changed then.
+    """
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"state_dict must be that of an RNGD optimizer, got {state_dict!r:.200}")
+    found: dict[str, Any] = {}
+    kept = declared(optimizer.param_groups, curvature)
+
+    def before(_: object, state_dict: dict[str, Any]) -> None:
+        saved = check(optimizer.param_groups, state_dict, declared(optimizer.param_groups, curvature, structures=False))
+        for record in curvature.records.values():
+            curvature.ownership.check(record, saved.get(record.key, {}))
+        found.update(state_dict)
+
+    def after(_: object) -> None:
+        curvature.states = optimizer.state
+        restore(optimizer.state, found, kept)
+        curvature.recall()
+        curvature.advance(int(optimizer.param_groups[0]["iteration"]))
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def declared(
@@ -47,6 +93,7 @@ def check(
     """
     _check_groups(groups, state_dict)
     saved = state_dict["param_groups"]
+    _check_states(state_dict["state"])
     _check_names(groups, saved)
     _check_shapes(groups, saved, state_dict["state"], kept)
     places = [place for group in saved for place in group["params"]]
@@ -101,7 +148,11 @@ def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None
         raise ValueError(
             f"state_dict must be that of an RNGD optimizer, got {type(state_dict).__name__} without groups"
         )
-    for own, saved in zip(mine, state_dict["param_groups"], strict=False):
+    given = state_dict["param_groups"]
+    for saved in given if isinstance(given, list | tuple) else [given]:
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
+            raise ValueError(f"state_dict must have a list of groups, each with its 'params', got {saved!r:.200}")
+    for own, saved in zip(mine, given, strict=False):
         missing = sorted(own.keys() - saved.keys() - {"param_names"})
         if missing:
             names = ", ".join(map(repr, missing))
@@ -111,6 +162,22 @@ def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None
                 f"state_dict has a group of the kind {saved['kind']!r} where this optimizer has one of the kind "
                 f"{own['kind']!r}: load it into an optimizer with the same structures"
             )
+        try:
+            check_progress(saved)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"state_dict has a group that cannot go on: {error}") from None
+
+
+def _check_states(states: object) -> None:
+    """Raise ValueError unless the saved states are finite tensors by name, for each parameter."""
+    if not isinstance(states, Mapping):
+        raise ValueError(f"state_dict must have a state by parameter, got {states!r:.200}")
+    for place, state in states.items():
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the saved state of parameter {place} must be tensors by name, got {state!r:.200}")
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"the saved {key} of parameter {place} must be finite, got NaN or infinite values")
 
 
 def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str, Any]]) -> None:
@@ -139,7 +206,7 @@ def _check_names(mine: Iterable[Mapping[str, Any]], saved: Iterable[Mapping[str,
 def _check_shapes(
     mine: Iterable[Mapping[str, Any]],
     saved: Iterable[Mapping[str, Any]],
-    states: Mapping[int, Mapping[str, Any]],
+    states: Mapping[Any, Mapping[str, Any]],
     wanted: Mapping[Tensor, Mapping[str, Kept]],
 ) -> None:
     """Raise ValueError unless the saved state of each parameter has the declared shapes.
@@ -147,7 +214,7 @@ def _check_shapes(
     Args:
         mine: the groups of an optimizer.
         saved: the groups of the state to load.
-        states: the state of each parameter, by its index in the saved groups.
+        states: the state of each parameter, by its place in the saved groups, an index or a name.
         wanted: the declared tensors of each parameter.
 
     Raises:

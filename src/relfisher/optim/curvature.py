@@ -189,9 +189,10 @@ class Curvature:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
             raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
         record = names[name]
-        if record.structure is None or not self.ownership.holds_statistics(self.state(record, record.structure)):
+        structure = record.structure or self.ownership.fitting(record, self.states[record.key])
+        if structure is None or not self.ownership.holds_statistics(self.state(record, structure)):
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
-        return record.structure.operator(self.state(record, record.structure), record.layer.shape)
+        return structure.operator(self.state(record, structure), record.layer.shape)
 
     def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> None:
         """Add new statistics to the moving averages, and refresh the inverses that are due or do not exist yet.

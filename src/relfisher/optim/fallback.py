@@ -71,7 +71,9 @@ class Fallback:
             eps=group["fallback_eps"],
             maximize=False,
         )
-        for parameter, moved in zip(parameters, precise, strict=True):
+        for parameter, moved, state in zip(parameters, precise, states, strict=True):
+            moment = state["exp_avg_sq"]
+            moment.clamp_(max=torch.finfo(moment.dtype).max)  # infinity would never decay
             if moved is not parameter:
                 parameter.copy_(moved)
 

@@ -9,27 +9,49 @@ from typing import Any
 from torch import Tensor, nn
 
 from relfisher.layers import plain_name
-from relfisher.optim.options import check_betas
-from relfisher.validation import check_integer, check_interval, check_positive
+from relfisher.optim.options import check_moments
+from relfisher.validation import check_bool, check_integer, check_interval, check_rate
 
-__all__ = ["ADAMW", "METRIC", "check_options", "named", "names_of", "rate", "split"]
+__all__ = ["ADAMW", "METRIC", "check_options", "check_progress", "listed", "named", "names_of", "rate", "split"]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the options of a group are in range."""
-    for name in ("lr", "fallback_lr", "fallback_eps"):
-        value = group[name]
-        check_positive(name, float(value) if isinstance(value, Tensor) else value)
-    check_betas(group["fallback_betas"])
+def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
+    """Raise unless the options of a group are in range.
+
+    Args:
+        group: the group.
+        running: True allows a learning rate of 0, which schedulers set.
+
+    Raises:
+        ValueError: if an option is out of range.
+        TypeError: if an option has the wrong type.
+    """
+    lr = group["lr"]
+    lr = float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if not (running and lr == 0):
+        check_rate("lr", lr)
+    check_rate("fallback_lr", group["fallback_lr"])
+    check_moments("fallback_betas", group["fallback_betas"], "fallback_eps", group["fallback_eps"])
     check_interval("momentum", group["momentum"], 0, 1)
     check_interval("averaging", group["averaging"], 0, 1, closed="both")
     for name in ("weight_decay", "damping"):
         check_interval(name, group[name], 0, math.inf)
+    check_interval("lr * weight_decay", lr * group["weight_decay"], 0, 1, closed="both")
     if group["total_steps"] is not None:
         check_integer("total_steps", group["total_steps"])
+
+
+def check_progress(group: Mapping[str, Any]) -> None:
+    """Raise unless a group, with what it keeps of the run so far, can go on; as `check_options`."""
+    check_options(group, running=True)
+    for name in ("iteration", "averaged"):
+        check_integer(name, group[name], 0)
+    for name in ("peak_lr", "fallback_ratio"):
+        check_interval(name, group[name], 0, math.inf)
+    check_bool("at_iterate", group["at_iterate"])
 
 
 def rate(group: Mapping[str, Any]) -> float:
@@ -76,6 +98,15 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     return found
 
 
+def listed(params: object) -> list[Any]:
+    """Return the parameters or groups of an iterable, or raise TypeError if they are none or have no order."""
+    if isinstance(params, set):
+        raise TypeError("the parameters of a group must have an order, got a set")
+    if not isinstance(params, Iterable) or isinstance(params, Tensor | str):
+        raise TypeError(f"params must be tensors or groups of them, got {params!r}")
+    return list(params)
+
+
 def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
     """Return the parameters of a group with their names.
 
@@ -91,10 +122,7 @@ def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
     """
     if isinstance(params, Tensor):
         params = [params]
-    if isinstance(params, set):
-        raise TypeError("the parameters of a group must have an order, got a set")
-    given: Iterable[Any] = params
-    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in given]
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in listed(params)]
     for _, parameter in pairs:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"a parameter must be a tensor, got {type(parameter).__name__}")

@@ -6,13 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from relfisher.layers import Layer, LinearLayer, check_kinds
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule, check_rules
 from relfisher.optim.matching import ROLES, check_keys, entry
 from relfisher.optim.schedule import WARMUP, Schedule
 from relfisher.structures import Inversion
-from relfisher.validation import check_integer, check_interval, check_one_of, check_positive
+from relfisher.validation import (
+    check_bool,
+    check_integer,
+    check_interval,
+    check_keys_are_names,
+    check_one_of,
+    check_positive,
+    check_rate,
+    check_sequence,
+)
 
 __all__ = ["FITS", "AdamWOptions", "Damping", "Fit", "Inversions", "MetricOptions", "fit_named"]
 
@@ -93,12 +104,18 @@ class MetricOptions:
     def __post_init__(self) -> None:
         check_rules(self.structure)
         check_positive("structure_bytes", self.structure_bytes)
+        if isinstance(self.power, Mapping):
+            check_keys_are_names("power", self.power)
         for power in self.power.values() if isinstance(self.power, Mapping) else [self.power]:
             if power is not None:
                 check_interval("power", power, 0, 1, closed="both")
         check_interval("decay", self.decay, 0, 1)
         if self.stats_samples is not None:
             check_integer("stats_samples", self.stats_samples)
+        for name in ("bias_correction", "stagger"):
+            check_bool(name, getattr(self, name))
+        for name in ("layers", "warmup_refreshes"):
+            check_sequence(name, getattr(self, name))
         check_kinds(self.layers)
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "warmup_refreshes", tuple(self.warmup_refreshes))
@@ -140,17 +157,18 @@ class AdamWOptions:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_positive("fallback.lr", self.lr)
-        check_positive("fallback.eps", self.eps)
-        check_betas(self.betas)
+        check_rate("fallback.lr", self.lr)
+        check_moments("fallback.betas", self.betas, "fallback.eps", self.eps)
 
 
-def check_betas(betas: object) -> None:
-    """Raise ValueError unless the argument is a pair of decay rates."""
+def check_moments(name: str, betas: object, eps_name: str, eps: float) -> None:
+    """Raise unless `betas` are the decay rates of two moments, and `eps` is above 0 in single precision, too."""
+    check_sequence(name, betas)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"fallback.betas must be two numbers, got {betas!r}")
+        raise ValueError(f"{name} must be two numbers, got {betas!r}")
     for beta in betas:
-        check_interval("fallback.betas", beta, 0, 1)
+        check_interval(name, beta, 0, 1)
+    check_interval(eps_name, eps, torch.finfo(torch.float32).tiny, math.inf)
 
 
 class Inversions:
@@ -167,6 +185,8 @@ class Inversions:
     """
 
     def __init__(self, damping: Damping, power: float | Mapping[str, float] | None, raw_power: float = 1.0) -> None:
+        if isinstance(damping, Mapping):
+            check_keys_are_names("damping", damping)
         given = damping.values() if isinstance(damping, Mapping) else [damping]
         for each in given:
             if isinstance(each, Inversion):

@@ -94,8 +94,8 @@ class Ownership:
             raise ValueError(f"{name} lacks {', '.join(missing)}: load it into an optimizer with the same step rule")
         if not self.holds_statistics(saved):
             return
-        choices = possible(layer, record.rule) if record.structure is None else [record.structure]
-        if not any(self.fits(layer, structure, saved) for structure in choices):
+        if self.fitting(record, saved) is None:
+            choices = possible(layer, record.rule) if record.structure is None else [record.structure]
             raise self.mismatch(record, choices, saved)
 
     def mismatch(self, record: Record, choices: Sequence[Structure], saved: Mapping[str, Tensor]) -> ValueError:
@@ -123,6 +123,11 @@ class Ownership:
     def holds_statistics(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a moving average was updated."""
         return "updates" in state and float(state["updates"]) > 0
+
+    def fitting(self, record: Record, state: Mapping[str, Tensor]) -> Structure | None:
+        """Return the structure that a state fits: the layer's, or one that it may get; None if there is none."""
+        choices = possible(record.layer, record.rule) if record.structure is None else [record.structure]
+        return next((structure for structure in choices if self.fits(record.layer, structure, state)), None)
 
     def fits(self, layer: Layer, structure: Structure, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state fits the structure and the layer's shape and dtype."""

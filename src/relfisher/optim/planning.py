@@ -19,7 +19,7 @@ from relfisher.optim.options import MetricOptions
 from relfisher.optim.renamed import reject
 from relfisher.responses import Response
 from relfisher.structures import Structure
-from relfisher.validation import check_instance, check_scalar
+from relfisher.validation import check_callable, check_instance, check_scalar
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -298,8 +298,11 @@ def _surveyed(
     loss: Callable[[Any], Tensor] | None,
     responses: Responses | None,
 ) -> _Survey:
+    check_instance("model", model, nn.Module)
     check_instance("metric", metric, MetricOptions)
-    check_responses(responses or {})
+    if loss is not None:
+        check_callable("loss", loss)
+    check_responses(responses)
     found = discover(model, metric.layers)
     metric.check(found.layers)
     rules = {layer: rule_for(layer, metric.structure) for layer in found.layers}

@@ -20,7 +20,7 @@ from relfisher.optim.health import Health
 from relfisher.optim.options import Damping, Inversions, MetricOptions
 from relfisher.optim.renamed import reject
 from relfisher.optim.watching import Watching
-from relfisher.validation import check_instance
+from relfisher.validation import check_bool, check_instance, check_integer
 
 __all__ = ["Preconditioner"]
 
@@ -60,7 +60,8 @@ class Preconditioner(Watching):
         reject("Preconditioner", unknown)
         check_instance("model", model, nn.Module)
         check_instance("metric", metric, MetricOptions)
-        check_responses(responses or {})
+        check_bool("grafted", grafted)
+        check_responses(responses)
         layers = discover(model, metric.layers).layers
         metric.check(layers)
         self._inversions = Inversions(damping, metric.power)
@@ -116,7 +117,7 @@ class Preconditioner(Watching):
         layers = {record.name: dict(self._curvature.states[record.key]) for record in records}
         return {"iteration": self._iteration, "layers": layers}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Any) -> None:
         """Load a saved state and continue from there.
 
         Args:
@@ -127,6 +128,7 @@ class Preconditioner(Watching):
         """
         if not isinstance(state_dict, Mapping) or not {"iteration", "layers"} <= state_dict.keys():
             raise ValueError("state_dict must be that of a Preconditioner, with its iteration and layers")
+        check_integer("iteration", state_dict["iteration"], 0)
         records = self._curvature.records.values()
         mine, saved = {record.name for record in records}, set(state_dict["layers"])
         if mine != saved:

@@ -15,10 +15,10 @@ from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging
 from relfisher.optim.binding import Binding
-from relfisher.optim.checkpoint import check, declared, restore
+from relfisher.optim.checkpoint import loading
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import ADAMW, METRIC, check_options
+from relfisher.optim.groups import ADAMW, METRIC, check_options, listed
 from relfisher.optim.health import Health
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
@@ -107,7 +107,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             )
         check_instance("metric", metric, MetricOptions)
         check_instance("fallback", fallback, AdamWOptions)
-        check_responses(responses or {})
+        check_responses(responses)
         self._rule = rule_named(step_rule)
         usual = fit_named(self._rule.default_fit if fit is None else fit)
         self._inversions = Inversions(usual.damping if damping is None else damping, metric.power, usual.raw_power)
@@ -138,7 +138,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             beside=(Averaging, Fallback),
         )
         self._complete = False
-        super().__init__(list(model.parameters()) if params is None else params, defaults)
+        super().__init__(listed(model.parameters() if params is None else params), defaults)
         self._complete = True
         self._settle()
         self._release()
@@ -228,6 +228,7 @@ class RNGD(Watching, torch.optim.Optimizer):
                 self.state[parameter].update(Fallback.create(parameter))
         for group in self.param_groups:
             Averaging.complete(group, self.state)
+        self._binding.tell(self._curvature.model(), self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -294,7 +295,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._curvature.observer.drop()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Any) -> None:
         """Load a saved state and continue from there.
 
         Args:
@@ -303,15 +304,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         Raises:
             ValueError: if it belongs to another kind of optimizer or other parameters, or if metrics have other shapes.
         """
-        kept = declared(self.param_groups, self._curvature)
-        saved = check(self.param_groups, state_dict, declared(self.param_groups, self._curvature, structures=False))
-        for record in self._curvature.records.values():
-            self._curvature.ownership.check(record, saved.get(record.key, {}))
-        super().load_state_dict(state_dict)
-        self._curvature.states = self.state
-        restore(self.state, state_dict, kept)
-        self._curvature.recall()
-        self._curvature.advance(self._iteration)
+        with loading(self, self._curvature, state_dict):
+            super().load_state_dict(state_dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RNGD:
         """Return an optimizer for a copied model; the model must be part of the same `deepcopy`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import METRIC, rate
+from relfisher.optim.groups import METRIC, check_options, rate
 from relfisher.optim.health import all_finite
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
@@ -86,13 +85,15 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
 
 
 def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> str | None:
-    """Return why a step cannot be taken, if a learning rate or a gradient is not finite; otherwise None.
+    """Return why a step cannot be taken, if an option is out of range or a gradient is not finite; otherwise None.
 
     If no statistics are pending and the step rule checks its results, the layers' gradients need no other check.
     """
-    rates = [float(group["lr"]) for group in groups]
-    if not all(map(math.isfinite, rates)):
-        return f"the learning rates {rates} are not finite"
+    try:
+        for group in groups:
+            check_options(group, running=True)
+    except ValueError as error:
+        return str(error)
     records = curvature.records.values() if rule.checks_finite and not curvature.observer.waiting else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relfisher.shapes import Float
-from relfisher.validation import check_interval, check_one_of, check_positive
+from relfisher.validation import check_bool, check_integer, check_interval, check_one_of
 
 __all__ = ["Factor", "Inversion", "LowRank", "check_rank", "times", "transposed_times"]
 
@@ -76,6 +76,7 @@ class Inversion:
         check_interval("power", self.power, 0, 1, closed="both")
         check_rank(self.rank)
         check_one_of("relative_to", self.relative_to, ("mean", "trace", "absolute"))
+        check_bool("pooled", self.pooled)
 
     def is_low_rank(self, d: int) -> bool:
         """Return whether a block of this width is inverted along its leading eigenvectors."""
@@ -189,9 +190,9 @@ def is_low_rank(rank: int | None, d: int) -> bool:
 
 
 def check_rank(rank: int | None) -> None:
-    """Raise ValueError if a rank is given and not positive."""
+    """Raise ValueError if a rank is given and is not a whole number >= 1."""
     if rank is not None:
-        check_positive("rank", rank)
+        check_integer("rank", rank)
 
 
 def times(field: Float[Tensor, "*g m d"], factor: Factor) -> Float[Tensor, "*g m d"]:

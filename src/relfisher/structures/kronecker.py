@@ -22,6 +22,7 @@ from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times, transposed_times
 from relfisher.structures.operator import kronecker_operator
 from relfisher.structures.state import Cost, Samples, State
+from relfisher.validation import check_instance
 
 __all__ = ["KroneckerFactors"]
 
@@ -47,6 +48,8 @@ class KroneckerFactors(Structure):
     ) -> None:
         check_rank(rank)
         self.rank = rank
+        check_instance("response", response, Response, optional=True)
+        check_instance("through", through, nn.Linear, optional=True)
         if response is not None and through is not None:
             raise ValueError("give response or through, not both: through says whose response it is")
         self._response = response

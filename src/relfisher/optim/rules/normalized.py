@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relfisher.optim.rules.base import Move, Step, StepRule, on_host
 from relfisher.structures import Kept
-from relfisher.validation import check_interval, check_positive
+from relfisher.validation import check_interval, check_rate
 
 __all__ = ["Normalized", "NormalizedRule"]
 
@@ -111,7 +111,7 @@ class Normalized(NormalizedRule):
 
     def __init__(self, relative_rms: float = 0.2, noise_floor: float = 0.1) -> None:
         super().__init__(noise_floor)
-        check_positive("relative_rms", relative_rms)
+        check_rate("relative_rms", relative_rms)
         self.relative_rms = relative_rms
 
     def rms(self, move: Move) -> float:

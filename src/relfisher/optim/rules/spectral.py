@@ -12,7 +12,7 @@ from torch import Tensor
 from relfisher.optim.rules.base import Move, Step
 from relfisher.optim.rules.normalized import NormalizedRule
 from relfisher.shapes import Float
-from relfisher.validation import check_positive
+from relfisher.validation import check_integer
 
 __all__ = ["Spectral", "polar_factor"]
 
@@ -46,7 +46,7 @@ class Spectral(NormalizedRule):
         noise_floor: see `NormalizedRule`; the size is the norm of M R'.
 
     Raises:
-        ValueError: if `iterations` is not positive, or `noise_floor` is negative.
+        ValueError: if `iterations` is not a whole number >= 1, or `noise_floor` is negative.
     """
 
     name = "spectral"
@@ -55,7 +55,7 @@ class Spectral(NormalizedRule):
 
     def __init__(self, iterations: int = 5, noise_floor: float = 0.1) -> None:
         super().__init__(noise_floor)
-        check_positive("iterations", iterations)
+        check_integer("iterations", iterations)
         self.iterations = iterations
 
     def rms(self, move: Move) -> float:
