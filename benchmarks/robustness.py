@@ -49,7 +49,7 @@ QUICK = {
     "together": 1,
     "epochs": 1,
     "rates": 1,
-    "training": {"structures": ("kronecker",), "moments": (5,), "values": (float("nan"),)},
+    "training": {"structures": ("kronecker",), "moments": (5,), "values": (float("nan"),), "every": 4},
 }
 
 

@@ -116,13 +116,14 @@ class Bench:
         return float(loss.detach())
 
 
-def not_finite(structures=STRUCTURES, moments=MOMENTS, values=VALUES):
+def not_finite(structures=STRUCTURES, moments=MOMENTS, values=VALUES, every=1):
     """Put values that are not finite into a batch, a loss, a gradient or a state, before training goes on.
 
     Args:
         structures: structures of the metrics.
         moments: numbers of steps before the fault.
         values: the values.
+        every: n, to try every n-th fault only.
 
     Returns:
         The tallies.
@@ -135,10 +136,11 @@ def not_finite(structures=STRUCTURES, moments=MOMENTS, values=VALUES):
         bench = Bench(rule, structure)
         for _ in range(moment):
             bench.step()
-        for fault, value in itertools.product(("batch", "loss", *dict(bench.model.named_parameters())), values):
+        names = list(dict(bench.model.named_parameters()))
+        for fault, value in list(itertools.product(("batch", "loss", *names), values))[::every]:
             what = f"{rule}, {structure}, {value} in {fault} after {moment} steps"
             passing.count(_passed(copy.deepcopy(bench), fault, value), what)
-        for name, key, value in itertools.product(dict(bench.model.named_parameters()), _keys(bench), values):
+        for name, key, value in list(itertools.product(names, _keys(bench), values))[::every]:
             twin = copy.deepcopy(bench)
             state = twin.optimizer.state[dict(twin.model.named_parameters())[name]]
             if key in state and _spoiled(state[key], value):
