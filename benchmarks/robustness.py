@@ -1,107 +1,142 @@
-"""Try extreme options and batches: do any runs end with non-finite weights, and how many learn?
+"""A campaign of faults: what is tried, what is survived, and what is lost.
 
-    python benchmarks/robustness.py --out results/robustness/table.md
+    python benchmarks/robustness.py --jobs 2 --out results/robustness/table.md
 
-trains the paper's network with ReLU, tanh and sigmoid units and a small convolutional network on the embedded digits,
-with every step rule, learning rates from 1e-3 to 10, damping from 1e-5 to 1, and batches from 8 to 1024, with and
-without momentum. Each row of the table covers all runs of a rule on a network. The exit status is 1 if any weights
-became non-finite.
+gives junk to every public option; kills a study at random moments, fills its disk, closes its output, tears its files
+and runs it several times in one directory; puts values that are not finite into batches, losses, gradients and states
+under each step rule; and trains four networks on the embedded digits with each rule, learning rates from 1e-3 to 10,
+damping from 1e-5 to 1, and batches from 8 to 1024, with and without momentum. The first table has a row for each fault,
+the second a row for each rule and network of the last one. What is lost is said on standard error, and the exit status
+is 1 if anything is. `--quick` tries a few faults of each kind, in less than a minute.
 """
 
 import argparse
-import itertools
 import multiprocessing
+import os
+import platform
+import shlex
 import sys
+import tempfile
 import warnings
-from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
+from faults import inputs, runs, torn, training
+from faults.site import Site
 
-from relfisher import RNGD
-from relfisher.studies.data import load
-from relfisher.studies.networks import paper_network
-from relfisher.studies.training import iterate
+import relfisher
+from relfisher.studies.files import write_atomically
+from relfisher.studies.report import processor
 
-RATES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-DAMPINGS = (1e-5, 1e-3, 0.1, 1.0)
-BATCHES = (8, 64, 1024)
-MOMENTUMS = (0.0, 0.9)
-RULES = ("normalized", "trust-region", "spectral")
-UNITS = {"ReLU units": nn.ReLU, "tanh units": nn.Tanh, "sigmoid units": nn.Sigmoid}
+SHOWN = 20
+FULL = {
+    "every": 1,
+    "kills": 40,
+    "disks": 40,
+    "results": 80,
+    "files": 5000,
+    "together": 12,
+    "epochs": 8,
+    "rates": 6,
+    "training": {},
+}
+QUICK = {
+    "every": 29,
+    "kills": 1,
+    "disks": 1,
+    "results": 1,
+    "files": 50,
+    "together": 1,
+    "epochs": 1,
+    "rates": 1,
+    "training": {"structures": ("kronecker",), "moments": (5,), "values": (float("nan"),), "every": 4},
+}
 
 
-@lru_cache
-def digits():
-    """Return the embedded digits."""
-    return load("mnist5k")
+def campaign(root, seed, counts):
+    """Yield the tally of each fault.
+
+    Args:
+        root: an empty directory.
+        seed: of the random moments and places.
+        counts: how often to try what, as in `FULL`.
+    """
+    yield inputs.library(counts["every"])
+    yield inputs.command_line(root / "unused", counts["every"])
+    site = Site(root / "site", seed, counts["epochs"], counts["rates"])
+    yield runs.kills(site, counts["kills"])
+    yield runs.full_disks(site, counts["disks"])
+    yield runs.closed_outputs(site)
+    yield runs.concurrent(site, counts["together"])
+    yield torn.torn_results(site, counts["results"])
+    yield torn.torn_runs(site, counts["files"])
+    yield torn.torn_data(site, counts["files"])
+    yield torn.torn_checkpoints(site, counts["files"])
+    yield from training.not_finite(**counts["training"])
 
 
-def convolutional():
-    """Return a network of two convolutions and a linear head."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 8, 5, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 5, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(256, 10),
+def tell(tally):
+    """Print a tally; what was lost goes to standard error."""
+    print(tally.row, flush=True)
+    for loss in tally.lost[:SHOWN]:
+        print(f"lost: {loss}", file=sys.stderr)
+
+
+def markdown(tallies, grid, machine):
+    """Return the tables and how they were made."""
+    head = ["| fault, and what counts as survived | tried | survived | lost |", "|---|---:|---:|---:|"]
+    names = ["| rule | network | runs | weights not finite | loss below the first | steps left out |", "|" + "---|" * 6]
+    return (
+        "\n".join([
+            *head,
+            *(tally.row for tally in tallies),
+            "",
+            "Extreme options in detail:",
+            "",
+            *names,
+            *grid,
+            "",
+            machine,
+        ])
+        + "\n"
     )
 
 
-def build(name):
-    """Return the network with the given name."""
-    if name == "convolutions":
-        torch.manual_seed(0)
-        return convolutional()
-    return paper_network("none", torch.Generator().manual_seed(0), UNITS[name])
-
-
-def run(rule, name, iterations, options):
-    """Return whether all weights are finite after a run, whether its loss fell, and the number of skipped steps."""
-    rate, damping, batch, momentum = options
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    data = digits()
-    model = build(name)
-    optimizer = RNGD(model, rate, step_rule=rule, damping=damping, momentum=momentum)
-    losses = []
-
-    def loss(rows):
-        return cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
-
-    for iteration in range(iterations):
-        rows = torch.randint(len(data.train_labels), (batch,), generator=torch.Generator().manual_seed(iteration))
-        losses.append(iterate(optimizer, loss, rows))
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    late = losses[-10:]
-    return finite, sum(late) / len(late) < losses[0], optimizer.health.skipped_steps
+def surroundings(seed):
+    """Return the command, the machine and the versions in words."""
+    command = shlex.join(["python", *sys.argv])
+    return (
+        f"`{command}` (seed {seed}) on {processor()}, {os.cpu_count()} cores, {platform.system()}; "
+        f"relfisher {relfisher.__version__}, Python {platform.python_version()}, torch {torch.__version__}."
+    )
 
 
 def main():
-    """Run the grid and write the table."""
+    """Run the campaign and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="a few faults of each kind")
+    parser.add_argument("--iterations", type=int, default=60, help="of each run with extreme options")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the runs with extreme options")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and places")
+    parser.add_argument("--out", type=Path, help="the file of the tables")
     options = parser.parse_args()
-    grid = list(itertools.product(RATES, DAMPINGS, BATCHES, MOMENTUMS))
-    lines = ["| rule | network | runs | weights not finite | loss below the first | steps left out |", "|" + "---|" * 6]
-    lost = 0
+    warnings.simplefilter("ignore")
+    # Forks of a process with several threads may wait for those they lack.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        tallies = []
+        for tally in campaign(Path(root), options.seed, QUICK if options.quick else FULL):
+            tell(tally)
+            tallies.append(tally)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for rule, name in itertools.product(RULES, (*UNITS, "convolutions")):
-            found = pool.map(partial(run, rule, name, options.iterations), grid, chunksize=1)
-            broken = sum(not finite for finite, _, _ in found)
-            lost += broken
-            learned, skipped = (sum(result[place] for result in found) for place in (1, 2))
-            lines.append(f"| {rule} | {name} | {len(found)} | {broken} | {learned} | {skipped} |")
-            print(lines[-1], flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines) + "\n")
-    sys.exit(int(lost > 0))
+        chosen = training.OPTIONS[::40] if options.quick else training.OPTIONS
+        tally, grid = training.extreme(pool.map, options.iterations, chosen)
+    tell(tally)
+    tallies.append(tally)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, markdown(tallies, grid, surroundings(options.seed)).encode())
+    sys.exit(int(any(each.lost for each in tallies)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGEST_RATE",
     "check_bool",
     "check_callable",
     "check_finite",
@@ -23,11 +24,12 @@ __all__ = [
     "check_one_of",
     "check_positive",
     "check_rate",
+    "check_scalar",
     "check_sequence",
 ]
 
 # Rates beyond this could only turn weights into infinity.
-_LARGEST_RATE = 1e6
+LARGEST_RATE = 1e6
 
 
 def _number(name: str, value: object) -> Any:
@@ -85,7 +87,7 @@ def check_positive(name: str, value: object) -> None:
 
 def check_rate(name: str, value: object) -> None:
     """Raise unless `value` is a learning rate: a number above 0 that moves no weight to infinity in one step."""
-    check_interval(name, value, 0, _LARGEST_RATE, closed="right")
+    check_interval(name, value, 0, LARGEST_RATE, closed="right")
 
 
 def check_sequence(name: str, value: object) -> None:
@@ -152,3 +154,24 @@ def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | Non
         expected = ", ".join("any" if size is None else str(size) for size in (rows, columns))
         raise ValueError(f"{name} must have shape {axes} = [{expected}], got {list(tensor.shape)}")
     check_finite(name, tensor)
+
+
+def check_scalar(name: str, value: object) -> None:
+    """Raise unless `value` can be a loss: one finite real number, as a tensor with a gradient.
+
+    Args:
+        name: the name of what returned it, for the message.
+        value: the value to check.
+
+    Raises:
+        TypeError: if `value` is not a real floating-point tensor, or has no gradient.
+        ValueError: if it is not one finite number.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+        raise TypeError(f"{name} must return a scalar tensor with a floating-point dtype, got {got}")
+    if value.numel() != 1 or not bool(torch.isfinite(value).all()):
+        got = str(float(value.detach())) if value.numel() == 1 else f"a tensor of shape {list(value.shape)}"
+        raise ValueError(f"{name} must return one finite number, got {got}")
+    if not value.requires_grad:
+        raise TypeError(f"{name} must return a tensor computed from the model's output, got one without a gradient")

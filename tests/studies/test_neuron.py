@@ -230,13 +230,13 @@ def test_the_command_writes_figure_tables_and_configuration(tmp_path, capsys, ru
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--pair", "3"], "--pair: '3' is not a pair"),
-        (["--pair", "3,3"], "--pair: 3 and 3 are not two classes"),
-        (["--pair", "3,12"], "--pair: 3 and 12 are not two classes"),
-        (["--size", "many"], "--size: 'many' is not a number"),
-        (["--size", "4"], "--size: 4 images of 3 and 5 in mnist5k: allowed are 20 to 1000"),
-        (["--methods", "adam"], "--methods: 'adam' is not a method, allowed are GD, WhiteGD, NGD, WhiteNGD"),
-        (["--data", "nowhere"], "--data: 'nowhere' is neither"),
+        (["--pair", "3"], "'--pair': '3' is not a pair"),
+        (["--pair", "3,3"], "'--pair': 3 and 3 are not two classes"),
+        (["--pair", "3,12"], "'--pair': 3 and 12 are not two classes"),
+        (["--size", "many"], "'--size': 'many' is not a number"),
+        (["--size", "4"], "'--size': 4 images of 3 and 5 in mnist5k: allowed are 20 to 1000"),
+        (["--methods", "adam"], "'--methods': 'adam' is not a method, allowed are GD, WhiteGD, NGD, WhiteNGD"),
+        (["--data", "nowhere"], "'--data': 'nowhere' is neither"),
         (["--runs", "0"], "--runs"),
     ],
 )

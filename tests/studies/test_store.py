@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from instant import Trial, record
 
+from relfisher.studies.files import write_atomically
 from relfisher.studies.runs import Record
-from relfisher.studies.store import Store, write_atomically
+from relfisher.studies.store import Store
 
 RUN = Trial("test", "PLAIN+SGD", 0.1, 0)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, cast
 
 import relfisher
 
@@ -15,12 +16,14 @@ except ImportError:
 from relfisher.cli.bench_race import bench_race
 from relfisher.cli.bench_step import bench_step
 from relfisher.cli.data_fetch import data_fetch
+from relfisher.cli.output import FAILURE_STATUS, Output, failure, tell
 from relfisher.cli.plan import plan
 from relfisher.cli.reproduce_mlp import reproduce_mlp
 from relfisher.cli.reproduce_neuron import reproduce_neuron
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
 __all__ = ["main"]
 
@@ -55,14 +58,37 @@ def main() -> int:
     """Run the command of this process.
 
     Returns:
-        The exit status: 0, 1 if a worker process was lost, 2 for a wrong argument, 130 after Ctrl-C.
+        The exit status: 0, 1 if a file, a worker process, memory or the standard output failed, 2 for a wrong argument,
+        130 after Ctrl-C.
     """
+    out, errors = Output(sys.stdout), Output(sys.stderr)
+    with redirect_stdout(cast("TextIO", out)), redirect_stderr(cast("TextIO", errors)):
+        status = _status()
+        out.flush()
+        if out.failure is not None:
+            tell(f"standard output failed: {out.failure.strerror}; files were still written, if the command has any")
+            status = status or FAILURE_STATUS
+        errors.flush()
+    return status
+
+
+def _status() -> int:
+    """Run the command, tell of an error in one line, and return the exit status."""
     command = typer.main.get_command(app)
     try:
         status = command.main(prog_name="relfisher", standalone_mode=False)
     except typer.TyperException as error:
-        print("relfisher:", " ".join(error.format_message().split()), file=sys.stderr)
+        tell(error.format_message())
         return error.exit_code
+    except OSError as error:
+        tell(failure(error))
+        return FAILURE_STATUS
+    except (MemoryError, RuntimeError) as error:
+        # The latter is how torch says it.
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        tell(f"there is not enough memory: {error}")
+        return FAILURE_STATUS
     return status if isinstance(status, int) else 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,14 +15,65 @@ if TYPE_CHECKING:
 
     from relfisher.studies.data import Dataset
 
-__all__ = ["ArgumentError", "check_writable", "loaded", "selected"]
+__all__ = ["DIGITS", "ArgumentError", "check_writable", "loaded", "number", "selected", "whole"]
+
+MOST = 100_000
+DIGITS = re.compile("[0-9]{1,18}")
 
 
 class ArgumentError(typer.BadParameter):
     """An invalid argument; the message is one line for the user."""
 
     def __init__(self, argument: str, message: str) -> None:
-        super().__init__(message, param_hint=argument)
+        super().__init__(message, param_hint=f"'{argument}'")
+
+
+def whole(option: str, help: str, low: int = 1, most: int = MOST) -> Any:  # noqa: A002  # as typer calls it
+    """Return an option whose value is a whole number.
+
+    Args:
+        option: the name of the option, for errors.
+        help: its description.
+        low: the smallest value.
+        most: the largest value.
+
+    Returns:
+        The option.
+    """
+
+    def parse(text: str | int) -> int:
+        # typer also passes on the default.
+        value = int(text) if DIGITS.fullmatch(str(text)) else -1
+        if not low <= value <= most:
+            raise ArgumentError(option, f"{str(text)!r} is not a whole number from {low} to {most}")
+        return value
+
+    return typer.Option(option, parser=parse, metavar=f"{low}..{most}", help=help)
+
+
+def number(option: str, help: str, *, above: bool = True) -> Any:  # noqa: A002  # as typer calls it
+    """Return an option whose value is a finite number.
+
+    Args:
+        option: the name of the option, for errors.
+        help: its description.
+        above: True if it must be above 0, False if it may be 0.
+
+    Returns:
+        The option.
+    """
+    allowed = "> 0" if above else ">= 0"
+
+    def parse(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and not above))):
+            raise ArgumentError(option, f"{str(text)!r} is not a finite number {allowed}")
+        return value
+
+    return typer.Option(option, parser=parse, metavar=f"x{allowed}".replace(" ", ""), help=help)
 
 
 def selected(chosen: str | None, known: Iterable[str], option: str = "--methods") -> tuple[str, ...]:
@@ -44,7 +97,8 @@ def selected(chosen: str | None, known: Iterable[str], option: str = "--methods"
     names = []
     for name in map(str.strip, chosen.split(",")):
         if name.upper() not in spelled:
-            raise ArgumentError(option, f"{name!r} is not a {kind}, allowed are {', '.join(spelled.values())}")
+            wrong = f"{name!r} is not a {kind}" if name else f"{chosen!r} has an empty name"
+            raise ArgumentError(option, f"{wrong}, allowed are {', '.join(spelled.values())}")
         names.append(spelled[name.upper()])
     return tuple(dict.fromkeys(names))
 
@@ -83,6 +137,7 @@ def check_writable(out: Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass
-    except OSError as error:
-        message = f"cannot write to {out}: {error.strerror}; allowed is a directory that can be made or written to"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        message = f"cannot write to {out}: {reason}; allowed is a directory that can be made or written to"
         raise ArgumentError("--out", message) from error

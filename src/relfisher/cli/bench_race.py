@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from relfisher.cli.arguments import check_writable, loaded, selected
+from relfisher.cli.arguments import check_writable, loaded, number, selected, whole
+from relfisher.cli.output import tell
 from relfisher.cli.running import carried_out, leave
 
 __all__ = ["bench_race"]
@@ -21,11 +21,11 @@ def bench_race(
     out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method's chosen configuration.")] = 3,
-    budget: Annotated[float | None, typer.Option(min=0, help="Training seconds per run.")] = None,
-    tuning: Annotated[float | None, typer.Option(min=0, help="Seconds per tuning run; a sixth by default.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a run; all cores by default.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Concurrent runs; more than one distorts the times.")] = 1,
+    seeds: Annotated[int, whole("--seeds", "Runs of each method's chosen configuration.")] = 3,
+    budget: Annotated[float | None, number("--budget", "Training seconds per run.")] = None,
+    tuning: Annotated[float | None, number("--tuning", "Seconds per tuning run; a sixth by default.")] = None,
+    threads: Annotated[int | None, whole("--threads", "Threads of a run; all cores by default.", most=1024)] = None,
+    jobs: Annotated[int, whole("--jobs", "Concurrent runs; more than one distorts the times.")] = 1,
 ) -> None:
     """Race optimizers to a training loss, all with equal tuning time."""
     from relfisher.studies.race import RACES, available, carry_out_run, plan
@@ -33,11 +33,11 @@ def bench_race(
     from relfisher.studies.runs import Record
     from relfisher.studies.workloads import WORKLOADS
 
-    (name,) = selected(name, RACES, "NAME")
+    (name,) = selected(name, RACES, "name")
     race = RACES[name]
     notes, taking_part = available(selected(methods, race.methods), WORKLOADS[race.workload])
     for method, note in notes.items():
-        print(f"relfisher: {method} is left out, {note}", file=sys.stderr)
+        tell(f"{method} is left out, {note}")
     seconds = budget or race.budget
     loaded(data)
     check_writable(out)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relfisher.cli.arguments import check_writable, loaded, selected
+from relfisher.cli.arguments import check_writable, loaded, number, selected, whole
 from relfisher.cli.running import leave
 
 __all__ = ["bench_step"]
@@ -19,9 +19,9 @@ def bench_step(
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     workloads: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Means of 200 iterations for each method.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="Time limit of a method on a workload.")] = 30.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")] = None,
+    repeats: Annotated[int, whole("--repeats", "Means of 200 iterations for each method.")] = 5,
+    seconds: Annotated[float, number("--seconds", "Time limit of a method on a workload.")] = 30.0,
+    threads: Annotated[int | None, whole("--threads", "Threads; all cores by default.", most=1024)] = None,
     growth: Annotated[bool, typer.Option(help="Also measure growth up to a width and a batch of 4096.")] = True,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory, in a process per method.")] = True,
 ) -> None:
@@ -64,4 +64,4 @@ def bench_step(
 
     widths = {width: grown(growing(width)) for width in WIDTHS if growth}
     batches = {batch: grown(growing(BATCHES_WIDTH, batch)) for batch in BATCHES if growth}
-    leave(report(found, widths, batches), out)
+    leave(report(found, widths, batches), out, repeatable=False)

@@ -25,5 +25,5 @@ def data_fetch(
     try:
         directory = fetch(name, base_url=base_url, bar=DownloadDisplay(console) if console.is_terminal else None)
     except DataError as error:
-        raise ArgumentError("NAME", str(error)) from error
+        raise ArgumentError("name" if base_url is None else "--base-url", str(error)) from error
     print(directory)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import relfisher
-from relfisher.cli.arguments import ArgumentError
+from relfisher.cli.arguments import ArgumentError, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["plan"]
+
+SIZE = re.compile("0*[1-9][0-9]{0,14}")
+AXES = 8
 
 
 def plan(
@@ -33,15 +37,21 @@ def plan(
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Maps the output to a scalar, to identify a softmax head."),
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Maps the output to a scalar, to identify a softmax head; under any other loss, as for RNGD, the "
+            "units of a head are linear.",
+        ),
     ] = None,
     structure: Annotated[str, typer.Option(help="As for RNGD, for all layers.")] = "auto",
-    mebibytes: Annotated[int, typer.Option(min=1, help="Memory limit of auto for one layer, in MiB.")] = 256,
-    samples: Annotated[int, typer.Option(min=0, help="Maximum samples in the statistics; 0 for all.")] = 256,
+    mebibytes: Annotated[int, whole("--mebibytes", "Memory limit of auto for one layer, in MiB.", most=1 << 30)] = 256,
+    samples: Annotated[
+        int, whole("--samples", "Maximum samples in the statistics; 0 for all.", low=0, most=1 << 30)
+    ] = 256,
 ) -> None:
     """Print what RNGD will keep and compute for each layer of a model, and the costs of other structures."""
     network, batch = _made(model)
-    score = None if loss is None else _imported("--loss", loss)
+    score = None if loss is None else _scoring(loss)
     from relfisher.optim.assignment import check_rules
 
     if inputs is not None:
@@ -56,10 +66,15 @@ def plan(
         structure=structure, structure_bytes=mebibytes << 20, stats_samples=samples or None
     )
     try:
-        print(relfisher.plan(network, batch, metric, score))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        planned = relfisher.plan(network, batch, metric, score)
+    except ArgumentError:
+        raise
+    except Exception as error:
+        given = "--model" if inputs is None else "--inputs"
+        what = f"the inputs that {model} returns" if inputs is None else "them"
         remedy = "give the shape it takes, with :N for whole numbers below N, or let the factory return (model, inputs)"
-        raise ArgumentError("--inputs", f"the model cannot be called with them: {error}; {remedy}") from error
+        raise ArgumentError(given, f"the model cannot be called with {what}: {_named(error)}; {remedy}") from error
+    print(planned)
 
 
 def _made(spec: str) -> tuple[nn.Module, Any]:
@@ -67,7 +82,7 @@ def _made(spec: str) -> tuple[nn.Module, Any]:
     factory = _imported("--model", spec)
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError("--model", f"{spec}, called without arguments, raised {_named(error)}") from error
     import torch
 
@@ -77,6 +92,22 @@ def _made(spec: str) -> tuple[nn.Module, Any]:
         got = f"({names})" if isinstance(made, tuple) else names
         raise ArgumentError("--model", f"{spec} must return a torch.nn.Module or (model, inputs), got {got}")
     return parts[0], parts[1]
+
+
+def _scoring(spec: str) -> Callable[[Any], Tensor]:
+    """Return a loss whose errors are those of the argument `--loss`."""
+    function = _imported("--loss", spec)
+    from relfisher.validation import check_scalar
+
+    def score(output: Any) -> Tensor:
+        try:
+            value: Tensor = function(output)
+            check_scalar("it", value)
+            return value
+        except Exception as error:
+            raise ArgumentError("--loss", f"{spec}, called with the model's output: {_named(error)}") from error
+
+    return score
 
 
 def _imported(option: str, spec: str) -> Callable[..., Any]:
@@ -89,7 +120,7 @@ def _imported(option: str, spec: str) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(option, str(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ArgumentError(option, f"importing {module} raised {_named(error)}") from error
     finally:
         sys.path.pop(0)
@@ -98,7 +129,7 @@ def _imported(option: str, spec: str) -> Callable[..., Any]:
     return found
 
 
-def _named(error: Exception) -> str:
+def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -106,13 +137,20 @@ def _batch(text: str) -> Tensor:
     """Return a batch of the given shape, of floats or of whole numbers below a limit."""
     import torch
 
+    from relfisher.memory import check_fits
+
     shape, colon, limit = text.lower().partition(":")
     parts = shape.split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in [*parts, *([limit] if colon else [])]):
-        allowed = "whole numbers joined by x, such as 50x784, and :N for whole numbers below N, such as 4x9:100"
-        raise ArgumentError("--inputs", f"{text!r} is not a shape, allowed are {allowed}")
+    if len(parts) > AXES or not all(map(SIZE.fullmatch, [*parts, *([limit] if colon else [])])):
+        allowed = f"up to {AXES} whole numbers joined by x, such as 50x784, and :N for whole numbers below N"
+        raise ArgumentError("--inputs", f"{text!r} is not a shape, allowed are {allowed}, such as 4x9:100")
     sizes = tuple(map(int, parts))
+    count = math.prod(sizes)
+    try:
+        check_fits(f"a batch of {text}", count, torch.int64, torch.device("cpu"), "give a smaller one")
+    except ValueError as error:
+        raise ArgumentError("--inputs", str(error)) from error
     if not colon:
         return torch.randn(sizes)
     # From N - 1, which an embedding with fewer rows lacks, down to 0 and around.
-    return torch.arange(-1, -1 - math.prod(sizes), -1).remainder(int(limit)).view(sizes)
+    return torch.arange(-1, -1 - count, -1).remainder(int(limit)).view(sizes)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected
+from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected, whole
 from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_mlp"]
@@ -20,12 +20,12 @@ def reproduce_mlp(
     data: Annotated[str, typer.Option(help="mnist5k, mnist, fashion-mnist, or a directory of IDX files.")] = "mnist5k",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: two minutes on mnist5k.")] = False,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method's chosen learning rate.")] = 1,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    seeds: Annotated[int, whole("--seeds", "Seeds for each method's chosen learning rate.")] = 1,
+    epochs: Annotated[int | None, whole("--epochs", "Passes over the training images.")] = None,
     lr: Annotated[
         list[str] | None, typer.Option(metavar="METHOD=VALUE[,VALUE...]", help="Replace a learning-rate grid.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    jobs: Annotated[int, whole("--jobs", "Worker processes.")] = 1,
 ) -> None:
     """Train the paper's 784-64-64-64-10 network with every method of figure 5."""
     import torch
@@ -35,7 +35,7 @@ def reproduce_mlp(
     from relfisher.studies.runs import Record
 
     names = selected(methods, METHODS)
-    grids = dict(_grid(entry, names) for entry in lr or ())
+    grids = _grids(lr or [], names)
     dataset = loaded(data)
     check_writable(out)
     study = plan(dataset, methods=names, quick=quick, epochs=epochs, seeds=seeds, grids=grids)
@@ -45,19 +45,27 @@ def reproduce_mlp(
     leave(report(outcome, dataset), out, jobs)
 
 
-def _grid(entry: str, selected: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
-    name, _, values = entry.partition("=")
-    method = name.strip().upper()
-    if method not in selected:
-        raise ArgumentError("--lr", f"{name!r} is not a method of this run, allowed are {', '.join(selected)}")
-    return method, tuple(dict.fromkeys(_learning_rate(value) for value in values.split(",")))
+def _grids(entries: list[str], selected: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    grids: dict[str, tuple[float, ...]] = {}
+    for entry in entries:
+        name, _, values = entry.partition("=")
+        method = name.strip().upper()
+        if method not in selected:
+            raise ArgumentError("--lr", f"{name!r} is not a method of this run, allowed are {', '.join(selected)}")
+        if method in grids:
+            raise ArgumentError("--lr", f"{name!r} is given twice, allowed is one grid of several values")
+        grids[method] = tuple(dict.fromkeys(_learning_rate(entry, value) for value in values.split(",")))
+    return grids
 
 
-def _learning_rate(text: str) -> float:
+def _learning_rate(entry: str, text: str) -> float:
+    from relfisher.validation import LARGEST_RATE
+
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ArgumentError("--lr", f"{text!r} is not a learning rate, allowed are finite numbers above 0")
+    if not 0 < value <= LARGEST_RATE:
+        wrong = f"{text!r} in {entry!r} is not a learning rate" if text.strip() else f"{entry!r} lacks a learning rate"
+        raise ArgumentError("--lr", f"{wrong}, allowed are numbers above 0, up to {LARGEST_RATE:g}")
     return value

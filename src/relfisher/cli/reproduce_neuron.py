@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from relfisher.cli.arguments import ArgumentError, check_writable, loaded, selected
+from relfisher.cli.arguments import DIGITS, ArgumentError, check_writable, loaded, number, selected, whole
 from relfisher.cli.running import carried_out, leave
 
 __all__ = ["reproduce_neuron"]
@@ -26,9 +26,11 @@ def reproduce_neuron(
         typer.Option(metavar="N|all", help="Images in total; repeatable. A subset and all by default."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all by default.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Initial weights, and subsets, for each configuration.")] = 10,
-    epochs: Annotated[int, typer.Option(min=1, help="Full-batch steps.")] = 100,
-    initial_std: Annotated[float, typer.Option(min=0, help="Standard deviation of the initial weights.")] = 0.01,
+    runs: Annotated[int, whole("--runs", "Initial weights, and subsets, for each configuration.")] = 10,
+    epochs: Annotated[int, whole("--epochs", "Full-batch steps.")] = 100,
+    initial_std: Annotated[
+        float, number("--initial-std", "Standard deviation of the initial weights.", above=False)
+    ] = 0.01,
 ) -> None:
     """Train the paper's single sigmoid neuron with the four methods of figure 4."""
     from relfisher.studies.neuron import METHODS, Curves, plan, solve
@@ -51,7 +53,7 @@ def reproduce_neuron(
 
 def _pair(text: str) -> tuple[int, int]:
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 2 or not all(map(DIGITS.fullmatch, parts)):
         raise ArgumentError("--pair", f"{text!r} is not a pair of classes, allowed are two numbers such as 3,5")
     return int(parts[0]), int(parts[1])
 
@@ -59,6 +61,6 @@ def _pair(text: str) -> tuple[int, int]:
 def _size(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal():
+    if not DIGITS.fullmatch(text):
         raise ArgumentError("--size", f"{text!r} is not a number of images, allowed are whole numbers and all")
     return int(text)

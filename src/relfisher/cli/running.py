@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from relfisher.cli.output import FAILURE_STATUS, failure, tell
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["carried_out", "leave"]
 
-WORKER_STATUS = 1
 INTERRUPTED_STATUS = 130
 
 
@@ -53,43 +54,61 @@ def carried_out(study: S, work: Work[C, R], decode: Callable[..., R], out: Path,
         outcome = carry_out(study, work, store, jobs=jobs, watcher=display)
     messages = {message: cell for cell, result in outcome.records.items() for message in result.warnings}
     for message, cell in messages.items():
-        print(f"relfisher: warning in {cell}: {message}", file=sys.stderr)
+        tell(f"warning in {cell}: {message}")
     return outcome
 
 
-def leave(report: Report, out: Path, jobs: int = 1) -> None:
-    """Write a report and show it on the terminal.
+def leave(report: Report, out: Path, jobs: int = 1, *, repeatable: bool = True) -> None:
+    """Write a report and show it on the terminal, also if it cannot be written.
 
     Args:
         report: the report.
         out: the output directory.
         jobs: the number of worker processes.
+        repeatable: whether the same command makes the report again from the runs in `out`. If not, a table that
+            cannot be written is printed.
+
+    Raises:
+        typer.Exit: if a file cannot be written.
     """
     from rich.console import Console
 
     from relfisher.studies.report import Invocation, write
 
-    paths = write(report, Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs), out)
+    error, paths = None, []
+    try:
+        paths = write(report, Invocation(shlex.join(["relfisher", *sys.argv[1:]]), jobs), out)
+    except OSError as raised:
+        error = raised
     if report.terminal is not None:
         Console().print(report.terminal)
     print(report.remark, end="")
+    if error is not None:
+        if repeatable:
+            tell(f"{failure(error)}; all runs are safe in {out / 'runs'}, the same command writes the rest from them")
+        else:
+            print(report.table)
+            tell(f"{failure(error)}; standard output has the whole table, the same command measures again")
+        raise typer.Exit(FAILURE_STATUS) from error
     for name, path in zip(("table:  ", "picture:"), paths, strict=False):
         print(name, path)
 
 
 @contextmanager
 def _resumable(store: Store[R]) -> Iterator[None]:
-    """Explain how to resume after an interruption and, at the end, list damaged files."""
+    """Explain how to resume after an interruption or a failure and, at the end, list damaged files."""
     from relfisher.studies.executor import WorkerError
 
     try:
         yield
     except KeyboardInterrupt as error:
-        missing = f"the same command goes on with the runs missing in {store.directory}"
-        print(f"relfisher: stopped; {missing}", file=sys.stderr)
+        tell(f"stopped; the same command goes on with the runs missing in {store.directory}")
         raise typer.Exit(INTERRUPTED_STATUS) from error
     except WorkerError as error:
-        print(f"relfisher: {error}; the same command goes on with what is missing", file=sys.stderr)
-        raise typer.Exit(WORKER_STATUS) from error
+        tell(f"{error}; the same command goes on with what is missing")
+        raise typer.Exit(FAILURE_STATUS) from error
+    except OSError as error:
+        tell(f"{failure(error)}; finished runs are safe in {store.directory}, the same command goes on with the others")
+        raise typer.Exit(FAILURE_STATUS) from error
     for path in store.damaged:
-        print(f"relfisher: {path} was unreadable, its run was repeated", file=sys.stderr)
+        tell(f"{path} was unreadable, its run was repeated")

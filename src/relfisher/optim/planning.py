@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from relfisher.optim.options import MetricOptions
 from relfisher.optim.renamed import reject
 from relfisher.responses import Response
 from relfisher.structures import Structure
-from relfisher.validation import check_callable, check_instance
+from relfisher.validation import check_callable, check_instance, check_scalar
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -142,7 +143,8 @@ def plan(
         inputs: one batch of the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
         metric: as for `RNGD`.
         loss: maps the model's output to a scalar. It is needed to identify a head whose softmax is outside the model,
-            as RNGD does from the first gradients.
+            as RNGD does from the first gradients. Under any other loss, such as a binary cross-entropy, RNGD takes the
+            units of the head as linear.
         responses: as for `RNGD`.
         **unknown: not allowed; the error for a renamed option says its new name.
 
@@ -150,8 +152,8 @@ def plan(
         One row per layer with trained parameters.
 
     Raises:
-        ValueError: if a key of `structure` matches no layer.
-        TypeError: if an argument has the wrong type, or is unknown.
+        ValueError: if a key of `structure` matches no layer, or the loss is not one finite number.
+        TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("plan", unknown)
     found = _surveyed(model, inputs, metric, loss, responses)
@@ -244,7 +246,8 @@ def coverage(
         inputs: the model's inputs: a tensor, a tuple of arguments, or keyword arguments.
         metric: as for `RNGD`.
         loss: maps the model's output to a scalar. It is needed to identify a head whose softmax is outside the model,
-            as RNGD does from the first gradients.
+            as RNGD does from the first gradients. Under any other loss, such as a binary cross-entropy, RNGD takes the
+            units of the head as linear.
         responses: as for `RNGD`.
         **unknown: not allowed; the error for a renamed option says its new name.
 
@@ -252,8 +255,8 @@ def coverage(
         One row per parameter. If the inputs do not reach its layer, AdamW trains the parameter until they do.
 
     Raises:
-        ValueError: if a key of `structure` matches no layer.
-        TypeError: if an argument has the wrong type, or is unknown.
+        ValueError: if a key of `structure` matches no layer, or the loss is not one finite number.
+        TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("coverage", unknown)
     found = _surveyed(model, inputs, metric, loss, responses)
@@ -304,7 +307,7 @@ def _surveyed(
     metric.check(found.layers)
     rules = {layer: rule_for(layer, metric.structure) for layer in found.layers}
     layers = [layer for layer in found.layers if rules[layer] != FALLBACK]
-    seen, samples = survey(model, layers, inputs, loss, responses)
+    seen, samples = survey(model, layers, inputs, loss and partial(_score, loss), responses)
     refused = {name: role.refused for layer, role in seen.items() if role.refused for name in layer.parameter_names}
     trained = [
         layer
@@ -317,6 +320,12 @@ def _surveyed(
     unseen = {layer: Role(layer.own_response) for layer in trained if layer not in reached}
     structures = assign(reached, rules, metric.structure_bytes) | {layer: before[layer] for layer in unseen}
     return _Survey(structures, reached | unseen, samples, found.refused | refused)
+
+
+def _score(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
+    value = loss(output)
+    check_scalar("loss", value)
+    return value
 
 
 def _size(value: float, unit: str, base: int = 1000) -> str:

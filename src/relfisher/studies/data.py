@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from relfisher.studies.files import remove_stale, write_atomically
 from relfisher.studies.idx import IdxError, read_idx
 
 __all__ = ["DOWNLOADS", "DataError", "Dataset", "DownloadBar", "fetch", "load"]
@@ -22,6 +22,8 @@ __all__ = ["DOWNLOADS", "DataError", "Dataset", "DownloadBar", "fetch", "load"]
 PIXELS = 28 * 28
 CLASSES = 10
 FEWEST_IMAGES = 60
+TIMEOUT_SECONDS = 30
+PART_BYTES = 1 << 16
 VALIDATION_FRACTION = 12
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 TRAINING_IMAGES = "train-images-idx3-ubyte"
@@ -115,7 +117,7 @@ def load(source: str) -> Dataset:
     if source in DOWNLOADS:
         return _from_idx(source, _installed(source))
     directory = Path(source)
-    if not directory.is_dir():
+    if not source or not directory.is_dir():
         allowed = ", ".join(["mnist5k", *DOWNLOADS])
         raise DataError(f"{source!r} is neither a directory nor one of {allowed}")
     return _from_idx(directory.resolve().name, directory)
@@ -135,26 +137,64 @@ def fetch(name: str, *, base_url: str | None = None, bar: DownloadBar | None = N
     Raises:
         DataError: if the name is unknown, there is no connection, or a file has a wrong hash.
     """
-    import pooch
-    import requests
-
     if name not in DOWNLOADS:
         raise DataError(f"{name!r} cannot be fetched, allowed are {', '.join(DOWNLOADS)}")
     download = DOWNLOADS[name]
-    url = (base_url or download.base_url).rstrip("/")
+    url = (download.base_url if base_url is None else base_url).rstrip("/")
     directory = _cache() / name
-    pooch.get_logger().setLevel(logging.WARNING)
     for file, known_hash in download.hashes.items():
+        path = directory / file
         try:
-            pooch.retrieve(f"{url}/{file}", known_hash, fname=file, path=directory, progressbar=bar or False)
-        except requests.exceptions.RequestException as error:
-            status = "no answer" if error.response is None else f"status {error.response.status_code}"
-            raise DataError(f"{url}/{file} cannot be downloaded: {status} from the server") from error
-        except ValueError as error:
-            raise DataError(f"{url}/{file} is not the published file: its SHA-256 is not {known_hash}") from error
+            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == known_hash:
+                continue
+            directory.mkdir(parents=True, exist_ok=True)
+            remove_stale(directory)
+            content = _downloaded(f"{url}/{file}", bar)
+            if hashlib.sha256(content).hexdigest() != known_hash:
+                raise DataError(f"{url}/{file} is not the published file: its SHA-256 is not {known_hash}")
+            write_atomically(path, content)
         except OSError as error:
-            raise DataError(f"{directory / file} cannot be written: {error.strerror}") from error
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
     return directory
+
+
+def _downloaded(url: str, bar: DownloadBar | None) -> bytes:
+    """Return the content of a URL.
+
+    Raises:
+        DataError: if it cannot be downloaded; the message says why.
+    """
+    import requests
+
+    content = bytearray()
+    try:
+        with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS) as answer:
+            answer.raise_for_status()
+            if bar is not None:
+                bar.reset()
+                bar.total = int(answer.headers.get("content-length", 0))
+            for part in answer.iter_content(PART_BYTES):
+                content += part
+                if bar is not None:
+                    bar.update(len(part))
+    except requests.exceptions.RequestException as error:
+        raise DataError(f"{url} cannot be downloaded: {_reason(error)}") from error
+    finally:
+        if bar is not None:
+            bar.close()
+    return bytes(content)
+
+
+def _reason(error: Exception) -> str:
+    import requests
+
+    if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
+        return f"status {error.response.status_code} from the server"
+    if isinstance(error, requests.exceptions.ConnectionError | requests.exceptions.Timeout):
+        return "no answer from the server"
+    if isinstance(error, ValueError):
+        return "allowed are URLs that begin with http:// or https:// and a host"
+    return str(error)
 
 
 def _cache() -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -19,7 +19,7 @@ from relfisher.studies.runs import Record
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-__all__ = ["AVERAGED", "FLOOR", "SMOOTHED_FRACTION", "STYLE", "Line", "Look", "averaged", "line", "panels", "save"]
+__all__ = ["AVERAGED", "FLOOR", "SMOOTHED_FRACTION", "STYLE", "Line", "Look", "averaged", "encode", "line", "panels"]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
@@ -137,23 +137,21 @@ def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAG
     return Line(method, look, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
 
 
-def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG.
+def encode(figure: Figure) -> dict[str, bytes]:
+    """Return a figure as PNG and as SVG.
 
     Args:
         figure: the figure.
-        directory: the directory to write to.
-        name: the name of the files, without the suffix.
 
     Returns:
-        The paths of the files.
+        The contents of the two files, by their suffixes.
     """
     FigureCanvasAgg(figure)
-    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+    png, svg = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(paths[0])
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+        figure.savefig(png, format="png")
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return {"png": png.getvalue(), "svg": svg.getvalue()}
 
 
 def _smooth(cost: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -200,9 +200,9 @@ def log_mean(log_cost: Tensor) -> Tensor:
 
 
 def lowest(outcome: NeuronOutcome, panel: Panel) -> float:
-    """Return ln of the lowest mean cost in a panel, over all methods, configurations and epochs."""
+    """Return ln of the lowest mean cost in a panel, of all methods, configurations and epochs; infinity without one."""
     means = [log_mean(curves.log_cost) for batch, curves in outcome.records.items() if batch.panel == panel]
-    return min(float(mean[mean.isfinite()].min()) for mean in means)
+    return min((float(mean[mean.isfinite()].min()) for mean in means if mean.isfinite().any()), default=math.inf)
 
 
 def plan(

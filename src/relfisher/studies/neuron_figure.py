@@ -99,7 +99,7 @@ def _panel(axes: Axes, outcome: NeuronOutcome, panel: Panel) -> None:
         _compress(axes, bottom, top)
     else:
         _decades(axes)
-    if lowest(outcome, panel) > MINIMUM:
+    if MINIMUM < lowest(outcome, panel) < math.inf:
         _inset(axes, outcome, panel)
     axes.set_xlabel("epoch", loc="right", labelpad=1)
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.08), fontsize=9, frameon=False, labelspacing=0.3)

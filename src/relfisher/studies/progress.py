@@ -58,7 +58,7 @@ class Display:
 
 
 class DownloadDisplay:
-    """A progress bar with the methods that pooch calls."""
+    """A progress bar for downloads."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(

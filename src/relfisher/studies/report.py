@@ -17,10 +17,10 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from relfisher.studies.figures import save
-from relfisher.studies.store import write_atomically
+from relfisher.studies.figures import encode
+from relfisher.studies.files import remove_stale, write_atomically
 
-__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "shown", "write"]
+__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor", "shown", "write"]
 
 ABSENT = "-"
 PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
@@ -63,7 +63,7 @@ class Report:
 
 
 def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]:
-    """Write a report.
+    """Write a report; its files are written in order, each of them whole or not at all.
 
     Args:
         report: the results.
@@ -72,6 +72,9 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
 
     Returns:
         The paths of the table and the figures.
+
+    Raises:
+        OSError: if a file cannot be written, with its path as `filename`.
     """
     about = {"command": invocation.command, **report.about, **_surroundings(invocation, report.threads)}
     files = {
@@ -79,10 +82,12 @@ def write(report: Report, invocation: Invocation, directory: Path) -> list[Path]
         f"{report.about_name}.json": (json.dumps(about, indent=1) + "\n").encode(),
         **{name: encoded(name, lines) for name, lines in report.files.items()},
     }
+    for name, figure in report.figures.items():
+        files |= {f"{name}.{kind}": content for kind, content in encode(figure).items()}
+    remove_stale(directory)
     for name, content in files.items():
         write_atomically(directory / name, content)
-    pictures = [save(figure, directory, name)[0] for name, figure in report.figures.items()]
-    return [directory / "table.md", *pictures]
+    return [directory / "table.md", *(directory / f"{name}.png" for name in report.figures)]
 
 
 def markdown(header: Sequence[str], rows: Rows, texts: int = 1) -> str:
@@ -110,23 +115,7 @@ def encoded(name: str, lines: Lines) -> bytes:
     return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
 
 
-def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
-    """Return the package versions and the machine that produced the results."""
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "jobs": invocation.jobs,
-            "threads_per_run": sorted(set(threads)),
-            "torch_threads": torch.get_num_threads(),
-        },
-        "peers": {name: _version(name) for name in PEER_PACKAGES},
-    }
-
-
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name; on Linux, Python itself only knows the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -134,6 +123,22 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _surroundings(invocation: Invocation, threads: Iterable[int]) -> dict[str, object]:
+    """Return the package versions and the machine that produced the results."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "jobs": invocation.jobs,
+            "threads_per_run": sorted(set(threads)),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "peers": {name: _version(name) for name in PEER_PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
-import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relfisher.studies.cells import Cell, Result
+from relfisher.studies.files import remove_stale, write_atomically
 
-__all__ = ["Store", "write_atomically"]
+__all__ = ["Store"]
 
-STALE_SECONDS = 60.0
 R = TypeVar("R", bound=Result)
 
 
@@ -38,10 +33,7 @@ class Store(Generic[R]):
     def __post_init__(self) -> None:
         """Create the directory and remove files that killed processes left incomplete."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".*.tmp"):
-            # A more recent file may still be in use by another process.
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        remove_stale(self.directory)
 
     def path(self, cell: Cell) -> Path:
         """Return the file path of a cell, whether the file exists or not."""
@@ -64,7 +56,8 @@ class Store(Generic[R]):
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 if str(file["run"]) == cell.identity():
                     return self.decode(file)
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        except Exception:
+            # What a damaged file raises depends on where the damage is: zlib.error, KeyError, NotImplementedError, ...
             pass
         self.damaged.append(path)
         return None
@@ -74,23 +67,3 @@ class Store(Generic[R]):
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, run=np.array(cell.identity()), **result.arrays())
         write_atomically(self.path(cell), content.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is never incomplete under its name, not even after a power cut.
-
-    Args:
-        path: the path of the file, which is replaced if it exists.
-        content: the whole content.
-    """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            # Temporary files are private, but results are not.
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
