@@ -25,7 +25,7 @@ from faults import inputs, runs, torn, training
 from faults.site import Site
 
 import relfisher
-from relfisher.studies.files import write_atomically
+from relfisher.files import write_atomically
 from relfisher.studies.report import processor
 
 SHOWN = 20

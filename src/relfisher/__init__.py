@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relfisher import responses, testing
+    from relfisher.along import MetricRecord, MetricRecorder
     from relfisher.autodiff import as_function, fisher, observed_fisher, relative_fisher
     from relfisher.diagnostics import balance, compare, unbalance
     from relfisher.layers import Layer, register_layer
@@ -52,6 +53,8 @@ __all__ = [
     "LogisticRegression",
     "Metric",
     "MetricOptions",
+    "MetricRecord",
+    "MetricRecorder",
     "Preconditioner",
     "StepRule",
     "Structure",
@@ -80,6 +83,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "along": "MetricRecord MetricRecorder",
     "autodiff": "as_function fisher observed_fisher relative_fisher",
     "diagnostics": "balance compare unbalance",
     "layers": "Layer register_layer",

@@ -12,15 +12,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from relfisher.files import write_atomically
 from relfisher.layers import Layer, Rows, discover
 from relfisher.metric import GroupedMetric, Metric
 from relfisher.observe import metric_of, observe
-
 from relfisher.observe.module import Seen
 from relfisher.optim.averaging import iterate, to_iterate
 from relfisher.responses import Response
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["MetricRecord", "MetricRecorder"]
 
 
+@runtime_checkable
 class ScalarWriter(Protocol):
     """A writer of scalars, such as `torch.utils.tensorboard.SummaryWriter`."""
 
@@ -236,7 +237,8 @@ class MetricRecorder:
         except ValueError:  # the samples or the information are not finite
             unknown = dict.fromkeys(_QUANTITIES, math.nan)
             return MetricRecord(self._steps, name, **{**unknown, "rank": 0})  # type: ignore[arg-type]
-        values = _within_span(metric).eigvalsh().clamp(min=0)
+        narrow = _within_span(metric)
+        values = narrow.eigvalsh().clamp(min=0)
         trace = float(metric.trace())
         damping = self._damping * trace / metric.shape[0]
         drift = _drift(self._last.get(name), metric)
@@ -247,7 +249,7 @@ class MetricRecorder:
             layer=name,
             largest=float(values[-1]),
             trace=trace,
-            rank=_within_span(metric).rank(),
+            rank=narrow.rank(),
             effective_dimension=float((values / (values + damping)).sum()) if damping else float((values > 0).sum()),
             length=float(metric.inner(step, step)),
             divergence=_divergence(layer, calls, step),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from instant import Trial, record
 
-from relfisher.studies.files import write_atomically
+from relfisher.files import write_atomically
 from relfisher.studies.runs import Record
 from relfisher.studies.store import Store
 

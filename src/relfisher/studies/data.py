@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relfisher.studies.files import remove_stale, write_atomically
+from relfisher.files import remove_stale, write_atomically
 from relfisher.studies.idx import IdxError, read_idx
 
 __all__ = ["DOWNLOADS", "DataError", "Dataset", "DownloadBar", "fetch", "load"]

@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from relfisher.files import remove_stale, write_atomically
 from relfisher.studies.figures import encode
-from relfisher.studies.files import remove_stale, write_atomically
 
 __all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor", "shown", "write"]
 

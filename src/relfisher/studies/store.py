@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from relfisher.files import remove_stale, write_atomically
 from relfisher.studies.cells import Cell, Result
-from relfisher.studies.files import remove_stale, write_atomically
 
 __all__ = ["Store"]
 
