@@ -145,12 +145,13 @@ def torn_checkpoints(site, times):
 
 
 def fingerprint(saved):
-    """Return a hash of a saved state."""
+    """Return a hash of a saved state; names of parameters are taken from the optimizer if it lacks them."""
     digest = hashlib.sha256()
     for key, state in sorted(saved["state"].items(), key=str):
         for name, value in sorted(state.items()):
             digest.update(f"{key} {name}".encode())
             value = value != 0 if name == "is_head" else value
-            digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
-    digest.update(str(saved["param_groups"]).encode())
+            digest.update(value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode())
+    for group in saved["param_groups"]:
+        digest.update(str({key: value for key, value in group.items() if key != "param_names"}).encode())
     return digest.hexdigest()
