@@ -24,6 +24,7 @@ from sklearn.linear_model import LogisticRegression as Reference
 from relfisher.logistic import LogisticRegression
 from relfisher.logistic.newton import LogisticObjective
 from relfisher.studies.data import load
+from relfisher.studies.files import write_atomically
 
 SOLVERS = ("natural gradient", "newton-cholesky", "newton-cg", "lbfgs")
 FACTORS = (10.0, 1.0, 0.1, 0.01)
@@ -115,10 +116,10 @@ def main() -> None:
             numbers = (f"{seconds:.2f}", f"{processor:.2f}", steps, f"{gradient:.1e}", f"{objective:.9f}")
             lines.append((name, len(x), x.shape[1] + 1, C, target, solver, *numbers))
             print(*lines[-1], sep="\t", flush=True)
-        (arguments.out / "table.md").write_text(markdown(lines))
+        write_atomically(arguments.out / "table.md", markdown(lines).encode())
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([HEADER, *lines])
-        (arguments.out / "table.csv").write_text(text.getvalue())
+        write_atomically(arguments.out / "table.csv", text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ FULL = {
     "training": {},
 }
 QUICK = {
-    "every": 29,
+    "every": 61,
     "kills": 1,
     "disks": 1,
     "results": 1,
@@ -49,7 +49,7 @@ QUICK = {
     "together": 1,
     "epochs": 1,
     "rates": 1,
-    "training": {"structures": ("kronecker",), "moments": (5,), "values": (float("nan"),), "every": 4},
+    "training": {"structures": ("kronecker",), "moments": (5,), "values": (float("nan"),), "every": 8},
 }
 
 

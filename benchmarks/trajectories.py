@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher import RNGD
+from relfisher.studies.files import write_atomically
 
 STEPS = 300
 
@@ -158,7 +159,7 @@ def main() -> int:
         found, path = trajectory(name), options.out / f"{name}.json"
         if options.record:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**machine, **found}, indent=1) + "\n")
+            write_atomically(path, (json.dumps({**machine, **found}, indent=1) + "\n").encode())
             continue
         recorded = json.loads(path.read_text())
         pairs = zip(found["losses"], recorded["losses"], strict=True)

@@ -23,6 +23,7 @@ from torch import nn
 import relfisher
 from relfisher import RNGD, MetricOptions
 from relfisher.optim.rules import polar_factor
+from relfisher.studies.files import write_atomically
 from relfisher.studies.training import Length, train
 from relfisher.studies.workloads import WORKLOADS, Samples, samples
 
@@ -175,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases:
-        (arguments.out / f"{name}.md").write_text(table(CASES[name]))
+        write_atomically(arguments.out / f"{name}.md", table(CASES[name]).encode())
 
 
 if __name__ == "__main__":

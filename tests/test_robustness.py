@@ -1,10 +1,15 @@
 """The quick campaign of faults: nothing is lost."""
 
+import io
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import relfisher
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -26,3 +31,35 @@ def test_nothing_is_lost(tallies):
     assert len(tallies) == 12
     assert [loss for tally in tallies for loss in tally.lost] == []
     assert all(tally.tried > 0 for tally in tallies)
+
+
+def intact():
+    page = (BENCHMARKS.parent / "docs" / "robustness.md").read_text()
+    found = {}
+    exec(re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE).group(1), found)
+    return found["intact"]
+
+
+def loaded(path):
+    """Return what torch reads from a saved state, as bytes; None if it refuses the file."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception:
+        return None
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()
+
+
+def test_the_documented_check_finds_every_changed_bit_of_a_saved_state(tmp_path):
+    path = tmp_path / "state.pt"
+    model = torch.nn.Linear(4, 3)
+    torch.save(relfisher.RNGD(model).state_dict(), path)
+    content, before = path.read_bytes(), loaded(path)
+    check = intact()
+    assert check(path)
+    for place in range(0, len(content), 7):
+        torn = bytearray(content)
+        torn[place] ^= 1 << place % 8
+        path.write_bytes(torn)
+        assert not check(path) or loaded(path) in (None, before)

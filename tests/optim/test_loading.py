@@ -168,3 +168,35 @@ def test_distributed_checkpoints_find_a_state_for_every_parameter_that_is_traine
     set_state_dict(twin, other, model_state_dict=weights, optim_state_dict=state)
     for seed in range(3):
         assert step(model, optimizer, inputs(seed)) == step(twin, other, inputs(seed))
+
+
+def test_a_metric_without_its_number_of_updates_is_refused():
+    _, optimizer = trained()
+    saved, before = copy.deepcopy(optimizer.state_dict()), contents(optimizer)
+    del saved["state"][0]["updates"]
+    with pytest.raises(ValueError, match="lacks updates"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+
+
+def test_a_state_of_no_parameter_is_refused():
+    """As of a group whose list of parameters is torn."""
+    _, optimizer = trained()
+    saved, before = copy.deepcopy(optimizer.state_dict()), contents(optimizer)
+    saved["param_groups"][0]["params"][1] = 99
+    with pytest.raises(ValueError, match="state of parameter 1, which is in none of its groups"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+
+
+def test_a_head_that_was_none_is_refused_before_anything_is_loaded():
+    """Its structure would be another one, whose metric has other shapes."""
+    model, optimizer = trained()
+    saved, before = copy.deepcopy(optimizer.state_dict()), contents(optimizer)
+    (head,) = (name for name, role in ((each.name, each.role) for each in optimizer.layers) if role.is_head)
+    place = list(dict(model.named_parameters())).index(f"{head}.weight")
+    saved["state"][place]["is_head"].zero_()
+    with pytest.raises(ValueError, match=f"the loaded metric of '{head}'"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+    assert next(each.role for each in optimizer.layers if each.name == head).is_head

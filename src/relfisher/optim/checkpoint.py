@@ -41,7 +41,7 @@ def loading(optimizer: torch.optim.Optimizer, curvature: Curvature, state_dict: 
     def before(_: object, state_dict: dict[str, Any]) -> None:
         saved = check(optimizer.param_groups, state_dict, declared(optimizer.param_groups, curvature, structures=False))
         for record in curvature.records.values():
-            curvature.ownership.check(record, saved.get(record.key, {}))
+            curvature.check(record, saved.get(record.key, {}))
         found.update(state_dict)
 
     def after(_: object) -> None:
@@ -97,6 +97,9 @@ def check(
     _check_names(groups, saved)
     _check_shapes(groups, saved, state_dict["state"], kept)
     places = [place for group in saved for place in group["params"]]
+    strange = [place for place in state_dict["state"] if place not in places]
+    if strange:
+        raise ValueError(f"state_dict has a state of parameter {strange[0]!r}, which is in none of its groups")
     pairs = zip(kept, places, strict=False)  # torch says so if there are more of either
     return {parameter: state_dict["state"].get(place, {}) for parameter, place in pairs}
 

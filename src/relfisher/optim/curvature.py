@@ -225,6 +225,24 @@ class Curvature:
             if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
                 self._health.failed(iteration, layer.name)
 
+    def check(self, record: Record, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.
+
+        Args:
+            record: of the layer.
+            saved: its state.
+
+        Raises:
+            ValueError: with what is missing, or what differs.
+        """
+        self.ownership.check(record, saved)
+        role = record.role
+        if role is None or role.is_head is None or not self.ownership.holds_statistics(saved):
+            return
+        settled = self._assigned({record.layer: replace(role, is_head=bool(saved["is_head"]))})[record.layer]
+        if role.is_head != bool(saved["is_head"]) and not self.ownership.fits(record.layer, settled, saved):
+            raise self.ownership.mismatch(record, [settled], saved)
+
     def recall(self) -> None:
         """Restore from loaded states which layers have statistics, which are heads, and which parts were trained.
 

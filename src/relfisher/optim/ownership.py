@@ -88,7 +88,12 @@ class Ownership:
         own = saved.keys() - self.beside(layer)
         if record.is_refused or not own:
             return
-        wanted = {"ema_weight", "is_head", *(key for owner in self.owners for key in owner.declares(layer.shape))}
+        wanted = {
+            "ema_weight",
+            "updates",
+            "is_head",
+            *(key for owner in self.owners for key in owner.declares(layer.shape)),
+        }
         missing = sorted(wanted - saved.keys())
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}: load it into an optimizer with the same step rule")

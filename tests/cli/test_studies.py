@@ -4,43 +4,18 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
 from functools import partial
 
-import numpy as np
 import pytest
+from commands import call
 
 import relfisher
-from relfisher.cli import main
-from relfisher.studies.data import load
 
 PROGRAM = [sys.executable, "-c", "import sys; from relfisher.cli import main; sys.exit(main())"]
 OUTPUTS = ["config.json", "curves.csv.gz", "figure5.png", "figure5.svg", "grid.csv", "runs", "table.csv", "table.md"]
-
-
-def write_idx(path, values):
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    path.write_bytes(gzip.compress(header + values.tobytes()))
-
-
-@pytest.fixture
-def digits(tmp_path):
-    directory = tmp_path / "digits"
-    directory.mkdir()
-    generator = np.random.default_rng(0)
-    write_idx(directory / "train-images-idx3-ubyte.gz", generator.integers(0, 256, (240, 28, 28), dtype=np.uint8))
-    write_idx(directory / "train-labels-idx1-ubyte.gz", generator.integers(0, 10, 240).astype(np.uint8))
-    yield directory
-    load.cache_clear()
-
-
-def call(arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["relfisher", *arguments])
-        return main()
 
 
 def test_help_does_not_load_torch():
@@ -286,94 +261,3 @@ def test_the_installed_program_has_the_same_errors():
     assert done.stdout == ""
     assert done.stderr.startswith("relfisher: ")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.fixture
-def factories(tmp_path, monkeypatch):
-    """A module of the working directory that makes models."""
-    lines = [
-        "import torch",
-        "def bare(): return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))",
-        "def with_inputs(): return torch.nn.Embedding(9, 3), torch.tensor([1, 2])",
-        "def tokens(): return torch.nn.Sequential(torch.nn.Embedding(9, 3), torch.nn.Linear(3, 2))",
-        "def images(): return torch.nn.BatchNorm2d(3)",
-        "def nothing(): return 3",
-        "def triple(): return bare(), torch.ones(5, 6), 3",
-        "def sized(width): return torch.nn.Linear(width, width)",
-        "def broken(): raise KeyError('weights.pt')",
-        "def softmax(z): return -z.log_softmax(-1)[:, 0].mean()",
-        "number = 3",
-    ]
-    (tmp_path / "factories.py").write_text("\n".join(lines))
-    (tmp_path / "unreadable.py").write_text("def")
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("factories", None)
-
-
-@pytest.mark.usefixtures("factories")
-def test_plan_prints_a_row_a_layer(capsys):
-    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6"]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "kronecker"]
-    assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "shared"]
-    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:softmax"]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
-    assert call(["plan", "--model", "factories:with_inputs"]) == 0
-    assert "diagonal" in capsys.readouterr().out
-    assert call(["plan", "--model", "factories:tokens", "--inputs", "4x5:9"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["0", "3x9", "LinearGaussian", "diagonal"]
-
-
-@pytest.mark.usefixtures("factories")
-def test_plan_limits_samples_as_the_optimizer_does(capsys):
-    for options, operations in (
-        ([], "12.8 kFLOP"),
-        (["--samples", "0"], "25.6 kFLOP"),
-        (["--samples", "100"], "5 kFLOP"),
-    ):
-        assert call(["plan", "--model", "factories:bare", "--inputs", "512x6", *options]) == 0
-        assert f"  {operations}  " in capsys.readouterr().out.splitlines()[2]
-
-
-@pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "factories"], "'factories' is not of the form MODULE:NAME"),
-        (["--model", "factories:number"], "'--model': factories:number must be callable, got int"),
-        (["--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:none"], "has no attribute 'none'"),
-        (["--model", "absent:bare"], "No module named 'absent'"),
-        (["--model", "factories:absent"], "has no attribute 'absent'"),
-        (["--model", "factories:nothing"], "must return a torch.nn.Module or (model, inputs), got int"),
-        (
-            ["--model", "factories:triple"],
-            "or (model, inputs), got (Sequential, Tensor, int)",
-        ),
-        (
-            ["--model", "factories:sized"],
-            "factories:sized, called without arguments, raised TypeError: sized()",
-        ),
-        (["--model", "factories:broken"], "'--model': factories:broken, called without arguments, raised KeyError"),
-        (["--model", "unreadable:bare"], "'--model': importing unreadable raised SyntaxError"),
-        (["--model", "factories:bare"], "returns no inputs: give the shape of a batch"),
-        (["--model", "factories:bare", "--inputs", "5,6"], "'5,6' is not a shape"),
-        (["--model", "factories:bare", "--inputs", "5x6:0"], "'5x6:0' is not a shape"),
-        (["--model", "factories:bare", "--inputs", "5x6:"], "such as 4x9:100"),
-        (["--model", "factories:bare", "--inputs", "5x7"], "the model cannot be called with them"),
-        (["--model", "factories:tokens", "--inputs", "5x7"], "with :N for whole numbers below N, or let the factory"),
-        (["--model", "factories:tokens", "--inputs", "5x7:10"], "index out of range in self; give the shape it takes"),
-        (["--model", "factories:tokens", "--inputs", "1x1:10"], "index out of range in self; give the shape it takes"),
-        (
-            ["--model", "factories:images", "--inputs", "5x7"],
-            "'--inputs': the model cannot be called with them: ValueError: expected 4",
-        ),
-        (["--model", "factories:bare", "--inputs", "5x6", "--structure", "kron"], "structure must be one of"),
-    ],
-)
-def test_plan_explains_wrong_arguments(capsys, arguments, message):
-    assert call(["plan", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
