@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression as Reference
 
+from relfisher.files import write_atomically
 from relfisher.logistic import LogisticRegression
 from relfisher.logistic.newton import LogisticObjective
 from relfisher.studies.data import load
-from relfisher.studies.files import write_atomically
 
 SOLVERS = ("natural gradient", "newton-cholesky", "newton-cg", "lbfgs")
 FACTORS = (10.0, 1.0, 0.1, 0.01)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher import RNGD
-from relfisher.studies.files import write_atomically
+from relfisher.files import write_atomically
 
 STEPS = 300
 

@@ -22,8 +22,8 @@ from torch import nn
 
 import relfisher
 from relfisher import RNGD, MetricOptions
+from relfisher.files import write_atomically
 from relfisher.optim.rules import polar_factor
-from relfisher.studies.files import write_atomically
 from relfisher.studies.training import Length, train
 from relfisher.studies.workloads import WORKLOADS, Samples, samples
 

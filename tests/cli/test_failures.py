@@ -8,8 +8,8 @@ import sys
 import pytest
 from commands import call
 
+from relfisher import files
 from relfisher.cli.output import Output
-from relfisher.studies import files
 
 STUDY = ["--methods", "PLAIN+SGD", "--lr", "PLAIN+SGD=0.1,0.2", "--epochs", "1"]
 WRITTEN = 2 + 5 + 2
