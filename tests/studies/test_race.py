@@ -8,14 +8,13 @@ import torch
 
 from relfisher.studies import training
 from relfisher.studies.engine import carry_out
-from relfisher.studies.peers import CONFIGURATIONS, PEERS, UNTUNED
+from relfisher.studies.peers import CONFIGURATIONS, PEERS, UNTUNED, available
 from relfisher.studies.race import (
     RACES,
     Race,
     RaceOptions,
     RaceRun,
     RaceStudy,
-    available,
     carry_out_run,
     plan,
     reached,
@@ -170,7 +169,7 @@ def test_a_run_whose_optimizer_cannot_decompose_its_matrices_has_diverged(monkey
 
 def test_methods_that_cannot_be_had_are_told_apart(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    notes, names = available(("SOAP", "Adam"), WORKLOADS["mlp"])
+    notes, names = available(("SOAP", "Adam"), PEERS, WORKLOADS["mlp"].build)
     assert names == ("Adam",)
     assert "relfisher[bench]" in notes["SOAP"]
 

@@ -1,43 +1,74 @@
-"""`relfisher bench race`: the time to a loss."""
+"""`relfisher bench race`: the time to a loss, or the best validation."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relfisher.cli.arguments import check_writable, loaded, number, selected, whole
+from relfisher.cli.arguments import ArgumentError, check_writable, loaded, number, selected, whole
 from relfisher.cli.output import tell
 from relfisher.cli.running import carried_out, leave
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from relfisher.studies.peers import Peer
 
 __all__ = ["bench_race"]
 
 
 def bench_race(
-    name: Annotated[str, typer.Argument(help="mlp, mlp-tanh, mlp-sigmoid, autoencoder, cnn or transformer.")],
+    name: Annotated[str, typer.Argument(help="A workload, such as mlp; an unknown name lists all.")],
     out: Annotated[Path, typer.Option(help="Results go here; runs already finished there are kept.")],
+    by: Annotated[str, typer.Option(help="training: the time to a loss; or validation: the best of equal epochs.")] = (
+        "training"
+    ),
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
-    seeds: Annotated[int, whole("--seeds", "Runs of each method's chosen configuration.")] = 3,
-    budget: Annotated[float | None, number("--budget", "Training seconds per run.")] = None,
-    tuning: Annotated[float | None, number("--tuning", "Seconds per tuning run; a sixth by default.")] = None,
-    threads: Annotated[int | None, whole("--threads", "Threads of a run; all cores by default.", most=1024)] = None,
+    seeds: Annotated[int | None, whole("--seeds", "Runs of each method's chosen configuration.")] = None,
+    budget: Annotated[float | None, number("--budget", "By training: seconds per run.")] = None,
+    tuning: Annotated[float | None, number("--tuning", "By training: seconds to tune; a sixth by default.")] = None,
+    threads: Annotated[int | None, whole("--threads", "By training: threads; all cores by default.", most=1024)] = None,
+    epochs: Annotated[int | None, whole("--epochs", "By validation: epochs per run.")] = None,
+    samples: Annotated[int | None, whole("--samples", "By validation: training samples; 0 for all.", low=0)] = None,
     jobs: Annotated[int, whole("--jobs", "Concurrent runs; more than one distorts the times.")] = 1,
 ) -> None:
-    """Race optimizers to a training loss, all with equal tuning time."""
-    from relfisher.studies.race import RACES, available, carry_out_run, plan
+    """Race optimizers to a training loss in equal time, or to the best validation in equal epochs."""
+    (by,) = selected(by, ("training", "validation"), "--by")
+    of_training = {"--budget": budget, "--tuning": tuning, "--threads": threads}
+    of_validation = {"--epochs": epochs, "--samples": samples}
+    for option, value in (of_validation if by == "training" else of_training).items():
+        if value is not None:
+            raise ArgumentError(option, f"{value:g} does not apply to a race by {by}, leave it out")
+    if by == "validation":
+        _by_validation(name, out, data, methods, seeds, epochs, samples, jobs)
+    else:
+        _by_training(name, out, data, methods, seeds, budget, tuning, threads, jobs)
+
+
+def _by_training(
+    name: str,
+    out: Path,
+    data: str,
+    methods: str | None,
+    seeds: int | None,
+    budget: float | None,
+    tuning: float | None,
+    threads: int | None,
+    jobs: int,
+) -> None:
+    from relfisher.studies.peers import PEERS
+    from relfisher.studies.race import RACES, carry_out_run, plan
     from relfisher.studies.race_report import report
     from relfisher.studies.runs import Record
-    from relfisher.studies.workloads import WORKLOADS
 
     (name,) = selected(name, RACES, "name")
     race = RACES[name]
-    notes, taking_part = available(selected(methods, race.methods), WORKLOADS[race.workload])
-    for method, note in notes.items():
-        tell(f"{method} is left out, {note}")
+    notes, taking_part = _available(selected(methods, race.methods), PEERS, race.workload)
     seconds = budget or race.budget
     loaded(data)
     check_writable(out)
@@ -45,10 +76,52 @@ def bench_race(
         name,
         data,
         methods=taking_part,
-        seeds=seeds,
+        seeds=seeds or 3,
         tuning=tuning or seconds / 6,
         budget=seconds,
         threads=threads or os.cpu_count() or 1,
     )
     outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
     leave(report(outcome, notes), out, jobs)
+
+
+def _by_validation(
+    name: str,
+    out: Path,
+    data: str,
+    methods: str | None,
+    seeds: int | None,
+    epochs: int | None,
+    samples: int | None,
+    jobs: int,
+) -> None:
+    import torch
+
+    from relfisher.studies.contest import CONTESTS, carry_out_run, plan
+    from relfisher.studies.contest_report import report
+    from relfisher.studies.contestants import CONTESTANTS
+    from relfisher.studies.runs import Record
+
+    (name,) = selected(name, CONTESTS, "name")
+    contest = CONTESTS[name]
+    loaded(data)
+    notes, taking_part = _available(selected(methods, contest.methods), CONTESTANTS, contest.workload)
+    check_writable(out)
+    study = plan(name, data, methods=taking_part, seeds=seeds, epochs=epochs, most=samples)
+    # As in worker processes.
+    torch.set_num_threads(1)
+    outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)
+    leave(report(outcome, notes), out, jobs)
+
+
+def _available(
+    methods: tuple[str, ...], peers: Mapping[str, Peer], workload: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Tell which methods are not available, and return why, and the names of the others."""
+    from relfisher.studies.peers import available
+    from relfisher.studies.workloads import WORKLOADS
+
+    notes, taking_part = available(methods, peers, WORKLOADS[workload].build)
+    for method, note in notes.items():
+        tell(f"{method} is left out, {note}")
+    return notes, taking_part

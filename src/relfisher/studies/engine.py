@@ -29,6 +29,10 @@ class Study(ABC, Generic[C]):
     def repeats(self, best: C) -> Sequence[C]:
         """Return the cells that repeat the best candidate of a group."""
 
+    def score(self, result: Result) -> float:
+        """Return the score of a candidate's result: the lowest is the best."""
+        return result.score
+
     @property
     @abstractmethod
     def groups(self) -> tuple[str, ...]:
@@ -53,7 +57,7 @@ class Outcome(Generic[S, C, R]):
 
     @cached_property
     def chosen(self) -> dict[str, C | None]:
-        """The candidate of each group with the lowest score; None where all diverged."""
+        """The candidate of each group with the lowest score of the study; None where all diverged."""
         return {group: self._best(group) for group in self.study.groups}
 
     def repeats(self, group: str) -> list[C]:
@@ -72,7 +76,7 @@ class Outcome(Generic[S, C, R]):
         return [cell for cell in cells if self.records[cell].diverged]
 
     def _best(self, group: str) -> C | None:
-        best: C = min(self.study.candidates(group), key=lambda cell: self.records[cell].score)
+        best: C = min(self.study.candidates(group), key=lambda cell: self.study.score(self.records[cell]))
         return None if self.records[best].diverged else best
 
 

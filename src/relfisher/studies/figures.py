@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,19 @@ from relfisher.studies.runs import Record
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-__all__ = ["AVERAGED", "FLOOR", "SMOOTHED_FRACTION", "STYLE", "Line", "Look", "averaged", "encode", "line", "panels"]
+__all__ = [
+    "AVERAGED",
+    "FLOOR",
+    "SMOOTHED_FRACTION",
+    "STYLE",
+    "Line",
+    "Look",
+    "averaged",
+    "encode",
+    "label_ends",
+    "line",
+    "panels",
+]
 
 SMOOTHED_FRACTION = 0.02
 LABEL_GAP = 0.055
@@ -104,7 +116,7 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
         right.tick_params(labelleft=True)
         if lines:
             _fit(left, lines)
-            _label_ends(left, lines)
+            label_ends(left, {one.method: one.look for one in lines}, {one.method: one.smooth[-1] for one in lines})
             top = left.get_ylim()[1]
             for one in lines:
                 height = min(one.smooth[-1], top)
@@ -135,6 +147,29 @@ def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAG
     ends = np.minimum(group * np.arange(1, len(cost) + 1), count)
     seconds = np.mean([record.seconds[ends - 1] for record in records], axis=0)
     return Line(method, look, ends.astype(float), seconds, np.maximum(cost, FLOOR), np.maximum(_smooth(cost), FLOOR))
+
+
+def label_ends(axes: Axes, looks: Mapping[str, Look], values: Mapping[str, float]) -> None:
+    """Write each method's name at the right end of its line; names that would overlap are moved apart.
+
+    Args:
+        axes: the axes, whose range is set; a line that ends outside of it is labelled at its border.
+        looks: the style of each method.
+        values: the last value of each method's line.
+    """
+    to_axes = axes.transScale.transform
+    low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
+    heights = {method: (to_axes((1, value))[1] - low) / (high - low) for method, value in values.items()}
+    ends = {method: min(1.0, max(0.0, height)) for method, height in heights.items()}
+    places = _spread(ends)
+    for method, place in places.items():
+        look = looks[method]
+        leader = ([1.0, 1.05], [ends[method], place])
+        axes.plot(
+            *leader, transform=axes.transAxes, color=look.color, linewidth=1, linestyle=look.dashes, clip_on=False
+        )
+        weight = "bold" if look.width > BASELINE_WIDTH else "normal"
+        axes.text(1.06, place, method, transform=axes.transAxes, va="center", color=look.color, weight=weight)
 
 
 def encode(figure: Figure) -> dict[str, bytes]:
@@ -176,22 +211,6 @@ def _fit(axes: Axes, lines: list[Line]) -> None:
     lowest = min(line.smooth.min() for line in lines)
     highest = max(line.smooth[len(line.smooth) // 50] for line in lines)
     axes.set_ylim(lowest / 1.8, highest * 1.6)
-
-
-def _label_ends(axes: Axes, lines: list[Line]) -> None:
-    """Write each method's name at the right end of its line; names that would overlap are moved apart."""
-    to_axes = axes.transScale.transform
-    low, high = (to_axes((1, limit))[1] for limit in axes.get_ylim())
-    ends = {line.method: min(1.0, (to_axes((1, line.smooth[-1]))[1] - low) / (high - low)) for line in lines}
-    places = _spread(ends)
-    for line in lines:
-        place, look = places[line.method], line.look
-        leader = ([1.0, 1.05], [ends[line.method], place])
-        axes.plot(
-            *leader, transform=axes.transAxes, color=look.color, linewidth=1, linestyle=look.dashes, clip_on=False
-        )
-        weight = "bold" if look.width > BASELINE_WIDTH else "normal"
-        axes.text(1.06, place, line.method, transform=axes.transAxes, va="center", color=look.color, weight=weight)
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:

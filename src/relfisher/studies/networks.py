@@ -14,7 +14,9 @@ __all__ = [
     "WIDTHS",
     "Normalization",
     "PatchTransformer",
+    "Recurrent",
     "Transformer",
+    "adapt",
     "convolutions",
     "paper_network",
     "residual",
@@ -25,6 +27,7 @@ WIDTHS = (784, 64, 64, 64, 10)
 INITIAL_STD = 0.1
 BATCH_NORM_EPSILON = 1e-3
 HEADS = 4
+TIED_STD = 0.02
 
 Normalization = Literal["none", "after", "before"]
 
@@ -143,15 +146,18 @@ class _Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A character model: at each position it predicts the next character."""
+    """A language model: at each position it predicts the next character or subword, as GPT-2 with a tied head."""
 
-    def __init__(self, alphabet: int, context: int, width: int, layers: int) -> None:
+    def __init__(self, alphabet: int, context: int, width: int, layers: int, *, tied: bool = False) -> None:
         super().__init__()
         self.character = nn.Embedding(alphabet, width)
         self.position = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(_Block(width, causal=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, alphabet)
+        self.head = nn.Linear(width, alphabet, bias=not tied)
+        if tied:
+            nn.init.normal_(self.character.weight, std=TIED_STD)
+            self.head.weight = self.character.weight
 
     def forward(self, characters: Tensor) -> Tensor:
         """Return the logits `[n, positions, characters]` of characters `[n, positions]`."""
@@ -159,6 +165,46 @@ class Transformer(nn.Module):
         stream = self.blocks(self.character(characters) + self.position(position))
         logits: Tensor = self.head(self.norm(stream))
         return logits
+
+
+class Recurrent(nn.Module):
+    """A character model with an LSTM."""
+
+    def __init__(self, alphabet: int, width: int) -> None:
+        super().__init__()
+        self.character = nn.Embedding(alphabet, width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.head = nn.Linear(width, alphabet)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Return the logits `[n, positions, characters]` of characters `[n, positions]`."""
+        hidden, _ = self.lstm(self.character(characters))
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer with a trained low-rank change B A, which starts at zero. Hu et al. 2022 (LoRA)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.frozen(x) + self.up(self.down(x))
+        return result
+
+
+def adapt(model: nn.Module, rank: int) -> None:
+    """Freeze a model, and give each linear layer in its blocks a trained change of a rank; its head is trained, too."""
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, child.requires_grad_() if name == "head" else _Adapted(child, rank))
 
 
 class PatchTransformer(nn.Module):

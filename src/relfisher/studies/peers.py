@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,21 @@ from torch import Tensor, nn
 import relfisher
 from relfisher.studies.networks import Normalization
 
-__all__ = ["CONFIGURATIONS", "PACKAGES", "PEERS", "UNTUNED", "Configuration", "Peer", "UnavailableError"]
+__all__ = [
+    "CONFIGURATIONS",
+    "PEERS",
+    "UNTUNED",
+    "Configuration",
+    "Joint",
+    "Peer",
+    "UnavailableError",
+    "available",
+    "installed",
+    "with_adamw",
+]
 
 CONFIGURATIONS = 8
 UNTUNED = "RNGD-defaults"
-PACKAGES = ("pytorch-optimizer", "singd")
 SMALL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 LARGE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 MIDDLE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -33,11 +44,15 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer: a function that creates it for a model, its tuning grid, and the batch norm to use with it."""
+    """An optimizer: a function that creates it for a model, its tuning grid, and the batch norm to use with it.
+
+    With `scheduled`, a cosine takes its learning rates to 0 over a run whose length is known.
+    """
 
     make: Callable[..., torch.optim.Optimizer]
     grid: Mapping[str, tuple[float, ...]]
     normalization: Normalization = "none"
+    scheduled: bool = False
 
     @property
     def configurations(self) -> list[Configuration]:
@@ -45,7 +60,7 @@ class Peer:
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
-class _Joint(torch.optim.Optimizer):
+class Joint(torch.optim.Optimizer):
     """Several optimizers as one, each with its share of a model's parameters; its state is their combined state."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -53,11 +68,12 @@ class _Joint(torch.optim.Optimizer):
         self._parts = parts
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
+        """Take the step of each."""
         for part in self._parts:
             part.step()
 
 
-class _InSingle(_Joint):
+class _InSingle(Joint):
     """Optimizers that would convert everything to bfloat16, run in single precision."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here passes a closure
@@ -88,7 +104,7 @@ def _muon(model: nn.Module, lr: float = 1e-2, rest_lr: float = 1e-3) -> torch.op
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = [layer.weight for layer in layers[:-1]]
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
-    return _with_adamw(muon, model, rest_lr)
+    return with_adamw(muon, model, rest_lr)
 
 
 def _single_muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -96,21 +112,18 @@ def _single_muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def _soap(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return _installed("SOAP")(model.parameters(), weight_decay=0.0, **options)
+    return installed("SOAP")(model.parameters(), weight_decay=0.0, **options)
 
 
 def _shampoo(model: nn.Module, *, lr: float = 1e-2, interval: float = 20) -> torch.optim.Optimizer:
-    return _installed("Shampoo")(model.parameters(), lr=lr, preconditioning_compute_steps=int(interval))
+    return installed("Shampoo")(model.parameters(), lr=lr, preconditioning_compute_steps=int(interval))
 
 
 def _kfac(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """Create inverse-free K-FAC for linear layers and convolutions, and AdamW for the rest."""
-    try:
-        from singd.optim.optimizer import SINGD
-    except ImportError as error:
-        raise _missing("singd") from error
-    kfac = SINGD(model, kfac_like=True, warn_unsupported=False, normalize_lr_cov=True, alpha1=0.0, **options)
-    return _with_adamw(kfac, model, 1e-3)
+    make = installed("optim.optimizer.SINGD", "singd")
+    kfac = make(model, kfac_like=True, warn_unsupported=False, normalize_lr_cov=True, alpha1=0.0, **options)
+    return with_adamw(kfac, model, 1e-3)
 
 
 def _rngd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -135,24 +148,57 @@ def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None
     return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging)
 
 
-def _with_adamw(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Add AdamW for the parameters of a model that an optimizer does not train."""
+def with_adamw(
+    optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Add AdamW for the trained parameters of a model that an optimizer does not train."""
     known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    rest = [parameter for parameter in model.parameters() if parameter not in known]
-    return _Joint(optimizer, torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)) if rest else optimizer
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known]
+    return Joint(optimizer, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)) if rest else optimizer
 
 
-def _installed(name: str) -> Callable[..., torch.optim.Optimizer]:
+def installed(name: str, package: str = "pytorch-optimizer") -> Callable[..., torch.optim.Optimizer]:
+    """Return an optimizer of another package by its name.
+
+    Args:
+        name: the name, after that of the module.
+        package: the package.
+
+    Returns:
+        The class.
+
+    Raises:
+        UnavailableError: if the package is not installed.
+    """
+    module, _, attribute = f"{package.replace('-', '_')}.{name}".rpartition(".")
     try:
-        import pytorch_optimizer
+        optimizer: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise _missing("pytorch-optimizer") from error
-    optimizer: Callable[..., torch.optim.Optimizer] = getattr(pytorch_optimizer, name)
+        remedy = "comes with the extra `bench`, pip install 'relfisher[bench]'"
+        raise UnavailableError(f"not installed: {package} {remedy}") from error
     return optimizer
 
 
-def _missing(package: str) -> UnavailableError:
-    return UnavailableError(f"not installed: {package} comes with the extra `bench`, pip install 'relfisher[bench]'")
+def available(
+    methods: tuple[str, ...], peers: Mapping[str, Peer], build: Callable[[int, Normalization], nn.Module]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Separate the available methods from the others.
+
+    Args:
+        methods: keys of `peers`.
+        peers: the methods.
+        build: returns the model for which they are created, from a seed and its normalization.
+
+    Returns:
+        The reasons why methods are not available, by method, and the names of the available methods.
+    """
+    notes = {}
+    for method in methods:
+        try:
+            peers[method].make(build(0, peers[method].normalization))
+        except UnavailableError as error:
+            notes[method] = str(error)
+    return notes, tuple(method for method in methods if method not in notes)
 
 
 PEERS = {

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from relfisher.studies.cells import Options
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
-from relfisher.studies.peers import PEERS, UNTUNED, Configuration, UnavailableError
+from relfisher.studies.peers import PEERS, UNTUNED, Configuration
 from relfisher.studies.runs import Record, Run, Scalar
 from relfisher.studies.training import Length, train
-from relfisher.studies.workloads import WORKLOADS, Workload, samples
+from relfisher.studies.workloads import WORKLOADS, samples
 
 __all__ = [
     "RACES",
@@ -25,7 +25,6 @@ __all__ = [
     "RaceOutcome",
     "RaceRun",
     "RaceStudy",
-    "available",
     "carry_out_run",
     "plan",
     "reached",
@@ -202,22 +201,3 @@ def running_mean(values: NDArray[np.floating], window: int) -> NDArray[np.float6
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
     means: NDArray[np.float64] = (sums[window:] - sums[:-window]) / window
     return means
-
-
-def available(methods: tuple[str, ...], workload: Workload) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Separate the available methods from the others.
-
-    Args:
-        methods: keys of `PEERS`.
-        workload: the workload for whose model they are created.
-
-    Returns:
-        The reasons why methods are not available, by method, and the names of the available methods.
-    """
-    notes = {}
-    for method in methods:
-        try:
-            PEERS[method].make(workload.build(0, PEERS[method].normalization))
-        except UnavailableError as error:
-            notes[method] = str(error)
-    return notes, tuple(method for method in methods if method not in notes)

@@ -24,7 +24,7 @@ __all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor",
 
 ABSENT = "-"
 PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
-PEER_PACKAGES = ("pytorch-optimizer", "singd")
+PEER_PACKAGES = ("pytorch-optimizer", "schedulefree", "singd")
 
 Rows = Sequence[Sequence[str]]
 Lines = Sequence[Sequence[object]]

@@ -1,18 +1,21 @@
-"""A text that comes with every Python: the source of its standard library, as characters."""
+"""Texts that come with packages: the standard library in characters, SciPy's docstrings in subwords."""
 
 from __future__ import annotations
 
-import hashlib
+import ast
 import sysconfig
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import scipy
 import torch
 from torch import Tensor
 
-__all__ = ["ALPHABET", "characters", "fingerprint"]
+__all__ = ["ALPHABET", "SUBWORDS", "characters", "subwords"]
 
 ALPHABET = 128
+SUBWORDS = 1024
 BYTES = 4 * 2**20
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
@@ -31,11 +34,28 @@ def source() -> bytes:
     return bytes(text[:BYTES]).decode("ascii", errors="replace").replace("\ufffd", "?").encode("ascii")
 
 
-def fingerprint() -> str:
-    """Return the SHA-256 of the text, which depends on the Python version."""
-    return hashlib.sha256(source()).hexdigest()
-
-
 def characters() -> Tensor:
-    """Return the text as integers below `ALPHABET`."""
+    """Return the source as integers below `ALPHABET`, which depend on the Python version."""
     return torch.frombuffer(bytearray(source()), dtype=torch.uint8).long()
+
+
+@lru_cache(maxsize=1)
+def subwords() -> Tensor:
+    """Return the docstrings of SciPy's modules, classes and functions in path order as integers below `SUBWORDS`.
+
+    The subwords are those of a byte pair encoding (Sennrich et al. 2016) of the same text.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    documentation = "\n\n".join(_docstrings(Path(scipy.__file__).parent))
+    encoding = ByteLevelBPETokenizer()
+    encoding.train_from_iterator(documentation.splitlines(keepends=True), SUBWORDS, show_progress=False)
+    return torch.tensor(encoding.encode(documentation).ids)
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*.py")):
+        if not LEFT_OUT.intersection(path.relative_to(root).parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    yield ast.get_docstring(node) or ""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from sklearn import datasets
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from relfisher.studies import text
 from relfisher.studies.data import Dataset, load
 from relfisher.studies.networks import (
     Normalization,
     PatchTransformer,
+    Recurrent,
     Transformer,
+    adapt,
     convolutions,
     paper_network,
     residual,
@@ -27,11 +33,14 @@ __all__ = ["WORKLOADS", "Samples", "Workload", "batches", "growing", "of_images"
 
 AUTOENCODER_WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 CONTEXT = 128
+SUBWORD_CONTEXT = 64
+PRETRAINED_EPOCHS = 5
+ADAPTED_RANK = 4
 TRANSFORMER_WIDTH = 256
 TRANSFORMER_LAYERS = 4
 HELD_OUT_WINDOWS = 64
 
-Kind = Literal["classes", "images", "text"]
+Kind = Literal["classes", "images", "text", "subwords", "table", "values"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,9 @@ class Samples:
 class Workload:
     """A model and its task.
 
-    `kind` is the target: the classes of images, the images themselves, or text. `make` builds the model with torch's
-    global generator; models without a place for batch norm only accept "none".
+    `kind` is the target: the classes of images, the images themselves, the next character or subword of a text, the
+    classes of a table's rows, or their values. `make` builds the model with torch's global generator; models without a
+    place for batch norm only accept "none".
     """
 
     title: str
@@ -66,22 +76,24 @@ class Workload:
             return self.make(normalization)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy: a mean over samples and positions and, for images, a sum over pixels."""
+        """Return the mean squared error of values, or the cross entropy, which is a sum over the pixels of images."""
         outputs = model(inputs)
+        if self.kind == "values":
+            return mse_loss(outputs.squeeze(-1), targets)
         if self.kind == "images":
             return binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(inputs)
         return cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def validate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
         """Return the accuracy of a classifier, or the loss of any other model."""
-        if self.kind == "classes":
+        if self.higher_is_better:
             return float((model(inputs).argmax(-1) == targets).double().mean())
         return float(self.loss(model, inputs, targets))
 
     @property
     def higher_is_better(self) -> bool:
         """Whether `validate` returns an accuracy."""
-        return self.kind == "classes"
+        return self.kind in {"classes", "table"}
 
 
 def batches(data: Samples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,13 +119,13 @@ def samples(kind: Kind, source: str) -> Samples:
 
     Args:
         kind: see `Workload`.
-        source: the data set of images, as for `load`; text is always the standard library's.
+        source: the data set of images, as for `load`; texts and tables have their own.
 
     Returns:
         The samples.
     """
-    if kind == "text":
-        return _windows()
+    if kind in OWN:
+        return OWN[kind]()
     return of_images(load(source), kind)
 
 
@@ -135,14 +147,51 @@ def growing(width: int, batch_size: int = 256) -> Workload:
     )
 
 
-def _windows() -> Samples:
-    """Return the text in windows of the context's length, with the following characters; the last ones are held out."""
-    characters = text.characters()
-    count = (len(characters) - 1) // CONTEXT
-    inputs = characters[: count * CONTEXT].view(count, CONTEXT)
-    targets = characters[1 : count * CONTEXT + 1].view(count, CONTEXT)
+def _windows(name: str, text: Tensor, context: int) -> Samples:
+    """Return a text in windows, with the characters or subwords that follow each; the last ones are held out."""
+    count = (len(text) - 1) // context
+    inputs = text[: count * context].view(count, context)
+    targets = text[1 : count * context + 1].view(count, context)
     end = count - HELD_OUT_WINDOWS
-    return Samples("stdlib", text.fingerprint(), inputs[:end], targets[:end], inputs[end:], targets[end:])
+    parts = (inputs[:end], targets[:end], inputs[end:], targets[end:])
+    return Samples(name, hashlib.sha256(text.numpy().tobytes()).hexdigest(), *parts)
+
+
+def _table(name: str, columns: NDArray[np.float64], answers: NDArray[np.int64 | np.float64]) -> Samples:
+    """Return the rows of a table with standardized columns, in a random order; a quarter is held out."""
+    order = np.random.default_rng(0).permutation(len(columns))
+    columns, answers = columns[order], answers[order]
+    end = len(columns) * 3 // 4
+    columns = (columns - columns[:end].mean(0)) / np.maximum(columns[:end].std(0), 1e-3)
+    if answers.dtype == np.float64:
+        answers = (answers - answers[:end].mean()) / answers[:end].std()
+    inputs = torch.from_numpy(columns).float()
+    targets = torch.from_numpy(answers)
+    targets = targets.float() if targets.is_floating_point() else targets.long()
+    digest = hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
+    return Samples(name, digest, inputs[:end], targets[:end], inputs[end:], targets[end:])
+
+
+OWN: dict[Kind, Callable[[], Samples]] = {
+    "text": lambda: _windows("stdlib", text.characters(), CONTEXT),
+    "subwords": lambda: _windows("SciPy's docstrings", text.subwords(), SUBWORD_CONTEXT),
+    "table": lambda: _table("scikit-learn's digits", *datasets.load_digits(return_X_y=True)),
+    "values": lambda: _table("scikit-learn's diabetes", *datasets.load_diabetes(return_X_y=True)),
+}
+
+
+def _fine_tuned() -> nn.Module:
+    """Return the vision transformer after five epochs of AdamW on the digits that ship, ready for new classes."""
+    digits, workload = samples("classes", "mnist5k"), WORKLOADS["vit"]
+    model = PatchTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    drawn = batches(digits, workload.batch_size, torch.default_generator)
+    for _ in range(PRETRAINED_EPOCHS * (len(digits.inputs) // workload.batch_size)):
+        optimizer.zero_grad()
+        workload.loss(model, *next(drawn)).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        optimizer.step()
+    adapt(model, ADAPTED_RANK)
+    return model
 
 
 def _paper(activation: Callable[[], nn.Module]) -> Callable[[Normalization], nn.Module]:
@@ -165,6 +214,29 @@ WORKLOADS = {
     ),
     "resnet": Workload("a ResNet of three blocks with batch norm, batch 100", "classes", 100, lambda _: residual()),
     "vit": Workload("a vision transformer of two layers, batch 100", "classes", 100, lambda _: PatchTransformer()),
+    "lora": Workload(
+        f"the vision transformer from digits to clothes, by changes of rank {ADAPTED_RANK}, batch 100",
+        "classes",
+        100,
+        lambda _: _fine_tuned(),
+    ),
+    "table": Workload("64-128-128-10 ReLU, batch 50", "table", 50, lambda _: stack((64, 128, 128, 10), nn.ReLU)),
+    "values": Workload("10-64-64-1 ReLU, batch 20", "values", 20, lambda _: stack((10, 64, 64, 1), nn.ReLU)),
+    "characters": Workload(
+        f"2 layers, width 128, {CONTEXT} characters, batch 16",
+        "text",
+        16,
+        lambda _: Transformer(text.ALPHABET, CONTEXT, 128, 2),
+    ),
+    "gpt": Workload(
+        f"2 layers, width 128, {SUBWORD_CONTEXT} of {text.SUBWORDS} subwords, tied, batch 16",
+        "subwords",
+        16,
+        lambda _: Transformer(text.SUBWORDS, SUBWORD_CONTEXT, 128, 2, tied=True),
+    ),
+    "lstm": Workload(
+        f"an LSTM of width 128, {CONTEXT} characters, batch 16", "text", 16, lambda _: Recurrent(text.ALPHABET, 128)
+    ),
     "transformer": Workload(
         f"{TRANSFORMER_LAYERS} layers, width {TRANSFORMER_WIDTH}, {CONTEXT} characters, batch 16",
         "text",
