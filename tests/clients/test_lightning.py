@@ -11,6 +11,7 @@ import copy
 import lightning
 import torch
 from builders import assert_close_weights, assert_same_weights
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_cnn import Classifier, loader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
@@ -107,3 +108,37 @@ def test_gradients_are_clipped_before_the_metric_takes_them():
 
     assert gradient(clipped) < 1.01e-3 < gradient(free)
     assert 0 < distance(clipped) < distance(free) / 2
+
+
+class Validated(Classifier):
+    """With its validation loss, which is that of the average."""
+
+    def configure_optimizers(self):
+        return RNGD(self)
+
+    def validation_step(self, batch, _):
+        images, labels = batch
+        self.log("validation", cross_entropy(self(images), labels))
+
+
+def test_the_best_checkpoint_has_the_validation_that_was_seen(tmp_path):
+    torch.manual_seed(0)
+    model = Validated()
+    best = ModelCheckpoint(tmp_path, monitor="validation", save_weights_only=True)
+    stopping = EarlyStopping("validation", patience=2)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=12,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[best, stopping],
+    )
+    trainer.fit(model, loader(128, 32), loader(64, 64))
+    restored = Validated()
+    restored.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    images, labels = next(iter(loader(64, 64)))
+    with torch.no_grad():
+        seen = cross_entropy(restored(images), labels).item()
+    assert seen == pytest.approx(best.best_model_score.item(), rel=1e-5)
+    assert seen == pytest.approx(stopping.best_score.item(), rel=1e-5)

@@ -110,13 +110,22 @@ def test_the_figure_is_a_png_and_an_svg_and_the_same_every_time(outcome):
 
 
 def test_the_figure_shows_the_curves_of_the_runs(outcome):
-    left, right = mlp_report.figure5(outcome, "A title").axes
+    left, right, third = mlp_report.figure5(outcome, "A title").axes
     thin = left.lines[0]
     records = [outcome.records[run("PLAIN+SGD", 0.1, seed)] for seed in (0, 1)]
     np.testing.assert_allclose(thin.get_ydata(), np.mean([figures.averaged(each.cost) for each in records], axis=0))
     assert thin.get_xdata()[-1] == ITERATIONS
     assert right.lines[0].get_xdata()[-1] == pytest.approx(ITERATIONS / 50)
     assert left.get_yscale() == right.get_yscale() == "log"
+    accuracies = np.mean([record.validation for record in records], axis=0)
+    np.testing.assert_allclose(third.lines[0].get_ydata(), 100 * accuracies)
+    assert list(third.lines[0].get_xdata()) == list(range(1, len(accuracies) + 1))
+
+
+def test_the_axis_of_accuracies_starts_where_most_methods_are_early():
+    curves = [np.linspace(start, end, 10) for start, end in ((0.1, 0.5), (0.6, 0.9), (0.7, 1.0))]
+    low, high = figures.accuracy_range(curves)
+    assert (low, high) == (pytest.approx(0.5), pytest.approx(1.025))
 
 
 def test_a_curve_that_blows_up_leaves_the_figure_and_hides_no_other():

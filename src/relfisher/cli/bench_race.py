@@ -100,6 +100,7 @@ def _by_validation(
     from relfisher.studies.contest import CONTESTS, carry_out_run, plan
     from relfisher.studies.contest_report import report
     from relfisher.studies.contestants import CONTESTANTS
+    from relfisher.studies.data import DataError
     from relfisher.studies.runs import Record
 
     (name,) = selected(name, CONTESTS, "name")
@@ -107,7 +108,10 @@ def _by_validation(
     loaded(data)
     notes, taking_part = _available(selected(methods, contest.methods), CONTESTANTS, contest.workload)
     check_writable(out)
-    study = plan(name, data, methods=taking_part, seeds=seeds, epochs=epochs, most=samples)
+    try:
+        study = plan(name, data, methods=taking_part, seeds=seeds, epochs=epochs, most=samples)
+    except DataError as error:
+        raise ArgumentError("name", str(error)) from error
     # As in worker processes.
     torch.set_num_threads(1)
     outcome = carried_out(study, partial(carry_out_run, data), Record.of, out, jobs)

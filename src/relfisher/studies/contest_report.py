@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from relfisher.studies.contest import ContestOutcome
 from relfisher.studies.contestants import CONTESTANTS, PARTS, RIVALS
-from relfisher.studies.figures import STYLE, Look, label_ends
+from relfisher.studies.figures import STYLE, Look, accuracy_range, label_ends
 from relfisher.studies.peers import UNTUNED, Configuration
 from relfisher.studies.report import ABSENT, Report, markdown, shown
 from relfisher.studies.workloads import WORKLOADS
@@ -32,7 +32,6 @@ LOOKS = {
     "RNGD": Look("#d1345b", "--"),
     UNTUNED: Look("#d1345b", width=2.6),
 }
-SHOWN_RANGE = 0.25
 BRIEF = (0, 2, 4, 6, 7)
 """The columns that fit into a terminal."""
 
@@ -159,8 +158,7 @@ def figure(outcome: ContestOutcome) -> Figure:
             for axes in (left, right):
                 axes.set_xlim(left=0)
             left.margins(x=0)
-            low, high = _range([scale * course.mean for course in drawn.values()], study.higher_is_better)
-            left.set_ylim(low, high)
+            left.set_ylim(_range([scale * course.mean for course in drawn.values()], study.higher_is_better))
             label_ends(left, LOOKS, {method: scale * course.mean[-1] for method, course in drawn.items()})
         if goal is not None:
             for axes in (left, right):
@@ -174,13 +172,12 @@ def figure(outcome: ContestOutcome) -> Figure:
     return made
 
 
-def _range(curves: Sequence[NDArray[np.float64]], higher_is_better: bool) -> tuple[float, float]:
-    """Return the range of the axis: from the best value of all down to what most methods reach early."""
-    signed = [curve if higher_is_better else -curve for curve in curves]
-    top = max(float(curve.max()) for curve in signed)
-    worst = float(np.median([curve[: max(1, len(curve) // 10)].max() for curve in signed]))
-    low, high = worst - SHOWN_RANGE * (top - worst), top + SHOWN_RANGE / 4 * (top - worst)
-    return (low, high) if higher_is_better else (-high, -low)
+def _range(curves: list[NDArray[np.float64]], higher_is_better: bool) -> tuple[float, float]:
+    """Return the range of the axis; that of losses is the one of accuracies, upside down."""
+    if higher_is_better:
+        return accuracy_range(curves)
+    low, high = accuracy_range([-curve for curve in curves])
+    return -high, -low
 
 
 def _course(outcome: ContestOutcome, method: str) -> Course:

@@ -26,6 +26,7 @@ __all__ = [
     "STYLE",
     "Line",
     "Look",
+    "accuracy_range",
     "averaged",
     "encode",
     "label_ends",
@@ -89,7 +90,13 @@ def averaged(values: NDArray[np.floating], group: int = AVERAGED) -> NDArray[np.
     return sums / counts
 
 
-def panels(lines: list[Line], title: str, caption: str, target: float | None = None) -> Figure:
+def panels(
+    lines: list[Line],
+    title: str,
+    caption: str,
+    target: float | None = None,
+    accuracies: Mapping[str, NDArray[np.float64]] | None = None,
+) -> Figure:
     """Draw curves against iterations and, next to it, against wall-clock time.
 
     Args:
@@ -97,13 +104,16 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
         title: the title, which says what was trained on which data.
         caption: the explanation of the lines.
         target: a cost to mark.
+        accuracies: the validation accuracy after each epoch, by method, for a third panel.
 
     Returns:
         The figure.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 5.2), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.75})
+        count, margin = (3, 0.055) if accuracies else (2, 0.085)
+        figure = Figure(figsize=(6 * count, 5.2), dpi=150)
+        left, right, *third = figure.subplots(1, count, gridspec_kw={"wspace": 0.75})
+        right.sharey(left)
         for one in lines:
             _draw(left, one, one.iterations)
             _draw(right, one, one.seconds)
@@ -124,9 +134,12 @@ def panels(lines: list[Line], title: str, caption: str, target: float | None = N
             if target is not None:
                 for axes in (left, right):
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
-        figure.suptitle(title, x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
-        figure.text(0.07, 0.012, caption, fontsize=9, color="#555555")
-        figure.subplots_adjust(left=0.085, right=0.985, top=0.9, bottom=0.17)
+        if accuracies:
+            _draw_accuracies(third[0], {one.method: one.look for one in lines}, accuracies)
+        title_at = margin - 0.015
+        figure.suptitle(title, x=title_at, y=0.985, ha="left", fontsize=13, fontweight="bold")
+        figure.text(title_at, 0.012, caption, fontsize=9, color="#555555")
+        figure.subplots_adjust(left=margin, right=0.88 if accuracies else 0.985, top=0.9, bottom=0.17)
     return figure
 
 
@@ -204,6 +217,26 @@ def _draw(axes: Axes, line: Line, x: NDArray[np.float64]) -> None:
     look = line.look
     axes.plot(x, line.cost, color=look.color, alpha=0.16, linewidth=0.6, rasterized=True)
     axes.plot(x, line.smooth, color=look.color, linestyle=look.dashes, linewidth=look.width, label=line.method)
+
+
+def _draw_accuracies(axes: Axes, looks: Mapping[str, Look], accuracies: Mapping[str, NDArray[np.float64]]) -> None:
+    """Draw validation accuracy against epochs, from what most methods reach in the first ones."""
+    for method, curve in accuracies.items():
+        look = looks[method]
+        epochs = np.arange(1, len(curve) + 1)
+        axes.plot(epochs, 100 * curve, color=look.color, linestyle=look.dashes, linewidth=look.width)
+    low, high = accuracy_range(list(accuracies.values()))
+    axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(100 * low, 100 * high))
+    axes.margins(x=0)
+    label_ends(axes, looks, {method: 100 * curve[-1] for method, curve in accuracies.items()})
+
+
+def accuracy_range(curves: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """Return the range of an axis: from somewhat below what most curves reach early to above the best of all."""
+    top = max(float(curve.max()) for curve in curves)
+    early = float(np.median([curve[: max(1, len(curve) // 10)].max() for curve in curves]))
+    span = max(top - early, 1e-6)
+    return early - span / 4, top + span / 16
 
 
 def _fit(axes: Axes, lines: list[Line]) -> None:

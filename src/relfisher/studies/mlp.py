@@ -27,7 +27,6 @@ WORKLOAD = WORKLOADS["mlp"]
 
 SGD = Peer(partial(PEERS["SGD"].make, momentum=0.0), {"lr": (0.03, 0.1, 0.3, 1.0)})
 ADAM = Peer(PEERS["Adam"].make, {"lr": (0.0003, 0.001, 0.003, 0.01)})
-RNGD_RATES = {"lr": (0.01, 0.03, 0.1, 0.3)}
 METHODS = {
     "PLAIN+SGD": SGD,
     "PLAIN+ADAM": ADAM,
@@ -35,8 +34,8 @@ METHODS = {
     "BNA+ADAM": replace(ADAM, normalization="after"),
     "BNB+SGD": replace(SGD, normalization="before"),
     "BNB+ADAM": replace(ADAM, normalization="before"),
-    "PLAIN+RNGD": Peer(PEERS["RNGD-published"].make, RNGD_RATES),
-    "PLAIN+RNGD-DEFAULT": Peer(PEERS["RNGD"].make, RNGD_RATES),
+    "PLAIN+RNGD": Peer(PEERS["RNGD-published"].make, {"lr": (0.01, 0.03, 0.1, 0.3)}),
+    "PLAIN+RNGD-DEFAULT": Peer(PEERS["RNGD"].make, {"lr": (0.003, 0.01, 0.03, 0.1)}),
 }
 
 

@@ -177,7 +177,7 @@ def _number(value: float | None, specification: str) -> str:
 
 
 def figure5(outcome: MlpOutcome, title: str) -> Figure:
-    """Draw the study as the paper's figure 5, with a second panel against wall-clock time.
+    """Draw the study as the paper's figure 5, with panels against wall-clock time and of validation.
 
     Args:
         outcome: a finished study of the methods in `LOOKS`; methods without a converged run are omitted.
@@ -188,7 +188,12 @@ def figure5(outcome: MlpOutcome, title: str) -> Figure:
     """
     compared = {method: outcome.compared(method) for method in outcome.study.groups}
     lines = [line(method, LOOKS[method], records) for method, records in compared.items() if records]
-    return panels(lines, title, _caption(outcome))
+    accuracies = {
+        method: np.mean([record.validation for record in records], axis=0)
+        for method, records in compared.items()
+        if records
+    }
+    return panels(lines, title, _caption(outcome), accuracies=accuracies)
 
 
 def summary(table: Sequence[Row]) -> Table:

@@ -12,6 +12,8 @@ import scipy
 import torch
 from torch import Tensor
 
+from relfisher.studies.data import DataError
+
 __all__ = ["ALPHABET", "SUBWORDS", "characters", "subwords"]
 
 ALPHABET = 128
@@ -44,9 +46,15 @@ def subwords() -> Tensor:
     """Return the docstrings of SciPy's modules, classes and functions in path order as integers below `SUBWORDS`.
 
     The subwords are those of a byte pair encoding (Sennrich et al. 2016) of the same text.
-    """
-    from tokenizers import ByteLevelBPETokenizer
 
+    Raises:
+        DataError: if the package tokenizers is not installed.
+    """
+    try:
+        from tokenizers import ByteLevelBPETokenizer
+    except ImportError as error:
+        message = "subwords need the package tokenizers, pip install 'relfisher[bench]'"
+        raise DataError(message) from error
     documentation = "\n\n".join(_docstrings(Path(scipy.__file__).parent))
     encoding = ByteLevelBPETokenizer()
     encoding.train_from_iterator(documentation.splitlines(keepends=True), SUBWORDS, show_progress=False)

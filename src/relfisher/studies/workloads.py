@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ def _windows(name: str, text: Tensor, context: int) -> Samples:
     return Samples(name, hashlib.sha256(text.numpy().tobytes()).hexdigest(), *parts)
 
 
-def _table(name: str, columns: NDArray[np.float64], answers: NDArray[np.int64 | np.float64]) -> Samples:
+def _table(name: str, columns: NDArray[np.float64], answers: NDArray[Any]) -> Samples:
     """Return the rows of a table with standardized columns, in a random order; a quarter is held out."""
     order = np.random.default_rng(0).permutation(len(columns))
     columns, answers = columns[order], answers[order]
