@@ -41,6 +41,46 @@ def test_a_pass_and_its_gradients_tell_the_roles_once():
     observer.close()
 
 
+class Pair(nn.Module):
+    """An encoder and a decoder, of which a program may call each by itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.decoder = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6))
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+    def rebuild(self, x):
+        return self.decoder(self.encoder(x))
+
+
+@pytest.mark.parametrize("call", [Pair.forward, Pair.rebuild, lambda pair, x: pair.decoder(pair.encoder(x))])
+@pytest.mark.parametrize("held", [lambda pair: pair, lambda pair: nn.ModuleList(pair.children())])
+def test_parts_that_are_called_by_themselves_tell_the_roles(call, held):
+    pair = Pair()
+    observer, layers = observed(held(pair))
+    call(pair, torch.rand(7, 6)).square().sum().backward()
+    roles = [observer.roles[layer] for layer in layers]
+    assert [role.response for role in roles] == [TanhBernoulli(), LinearGaussian(), ReLUGaussian(), LinearGaussian()]
+    assert [role.reads_input for role in roles] == [True, False, False, False]
+    assert roles[0].following is layers[1]
+    observer.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.modules())
+
+
+def test_only_the_whole_model_is_watched_once_all_roles_are_known():
+    pair = Pair()
+    observer, _ = observed(pair)
+    assert pair.decoder._forward_pre_hooks
+    pair(torch.rand(7, 6)).sum().backward()
+    assert not pair.decoder._forward_pre_hooks
+    assert pair._forward_pre_hooks
+    observer.close()
+
+
 def test_the_inputs_stay_raw_without_parameters_on_the_way():
     class Pixels(nn.Module):
         def __init__(self):

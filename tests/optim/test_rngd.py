@@ -1,8 +1,6 @@
 """RNGD as an optimizer: what it moves, what it bounds, and which arguments it takes."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -150,11 +148,3 @@ def test_arguments_outside_what_is_allowed_are_named(options, message):
 def test_groups_of_options_check_their_ranges(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
-
-
-def test_parameters_instead_of_a_model_are_explained():
-    """In a process of its own, where no type checker of the tests speaks first."""
-    code = "import torch, relfisher; relfisher.RNGD(torch.nn.Linear(2, 2).parameters())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "TypeError: model must be a torch.nn.Module, got generator" in run.stderr
-    assert "write RNGD(model), not RNGD(model.parameters())" in run.stderr

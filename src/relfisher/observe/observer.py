@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.layers import Call, Layer, Rows, Sampling
 from relfisher.observe.activations import Responses
+from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import Hook
 from relfisher.observe.messages import MaskWarning, ResponseWarning, TiedWarning, tell_misfit, tell_unscored
 from relfisher.observe.passes import Pass
@@ -34,12 +36,12 @@ __all__ = ["Observer"]
 class Observer:
     """Observes the layers of a model, independently of how the observations are used.
 
-    The first forward pass of the whole model that reaches a layer determines its role. The gradients of an output layer
+    The first forward pass that reaches a layer determines its role. The gradients of an output layer
     show how it is scored; until its role is known, its samples are held as rows. What one thread observes does not
     depend on the passes of others.
 
     Args:
-        model: the module whose forward pass determines the roles.
+        model: the module whose forward passes determine the roles, or those of parts that are called by themselves.
         responses: responses by activation.
         limit: the approximate maximum number of samples per layer and step in the statistics; None for all.
 
@@ -69,10 +71,9 @@ class Observer:
         self._awaited: dict[nn.Module, RemovableHandle] = {}  # hooks before the calls of their modules
         self._outputs: dict[Layer, Role] = {}  # output layers whose gradients have yet to show how they are scored
         self._unresolved: list[Batch] = []
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
-            model.register_forward_hook(Hook(self._leave), always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self._entries = Entries(model, self._enter, self._leave)
+        self._whole = weakref.ref(model)
 
     def twin(self, model: nn.Module, memo: dict[int, Any]) -> Observer:
         """Return an observer of a copy of the model, with the same knowledge.
@@ -178,6 +179,7 @@ class Observer:
         """Remove the hooks from the model."""
         for handle in [*self._handles, *self._awaited.values()]:
             handle.remove()
+        self._entries.close()
         self._pass.end()
         self.drop()
 
@@ -262,7 +264,12 @@ class Observer:
         self._new.update(roles)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._pass.model, self._pass.inputs = model, [*args, *kwargs.values()]
+        if self._pass.model is not None:
+            return  # a part of the module that was called
+        inputs = [*args, *kwargs.values()]
+        if model is not self._whole():  # what other parts have computed is not raw
+            inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
+        self._pass.model, self._pass.inputs = model, inputs
         if self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)
 
@@ -274,6 +281,8 @@ class Observer:
             trace.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if module is not self._pass.model:
+            return
         trace, ran = self._pass.end()
         raised = output is None and sys.exc_info()[0] is not None
         if trace is None or raised:
@@ -283,6 +292,8 @@ class Observer:
             self._conclude([layer for layer in ran if layer not in self.roles], trace)
             self._missed = self._unknown()
             self._await({layer.module for layer in self._missed})
+            if not self._missed:
+                self._entries.settle()
 
     def _await(self, modules: set[nn.Module]) -> None:
         """Hook the calls of these modules, and of no others."""

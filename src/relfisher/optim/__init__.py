@@ -3,6 +3,7 @@
 from relfisher.optim.assignment import assign, register_structure
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import AdamWOptions, MetricOptions
+from relfisher.optim.owners import OwnerWarning
 from relfisher.optim.planning import Coverage, Plan, coverage, plan
 from relfisher.optim.preconditioner import Preconditioner
 from relfisher.optim.rngd import RNGD
@@ -16,6 +17,7 @@ __all__ = [
     "Health",
     "HealthWarning",
     "MetricOptions",
+    "OwnerWarning",
     "Plan",
     "Preconditioner",
     "UncoveredWarning",

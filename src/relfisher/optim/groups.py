@@ -98,12 +98,23 @@ def split(group: dict[str, Any], with_metric: Collection[int], names: Mapping[in
     return found
 
 
-def listed(params: object) -> list[Any]:
-    """Return the parameters or groups of an iterable, or raise TypeError if they are none or have no order."""
+def listed(params: object, what: str = "params must be tensors or groups of them") -> list[Any]:
+    """Return the parameters or groups of an iterable, or raise TypeError if they are none or have no order.
+
+    Args:
+        params: the iterable.
+        what: what it must be, for the error.
+
+    Returns:
+        Its entries.
+
+    Raises:
+        TypeError: if it is no iterable of entries in order.
+    """
     if isinstance(params, set):
         raise TypeError("the parameters of a group must have an order, got a set")
-    if not isinstance(params, Iterable) or isinstance(params, Tensor | str):
-        raise TypeError(f"params must be tensors or groups of them, got {params!r}")
+    if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes):
+        raise TypeError(f"{what}, got {params!r:.200}")
     return list(params)
 
 

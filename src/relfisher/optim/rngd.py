@@ -22,6 +22,7 @@ from relfisher.optim.groups import ADAMW, METRIC, check_options, listed
 from relfisher.optim.health import Health
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
+from relfisher.optim.owners import model_of
 from relfisher.optim.published import PUBLISHED
 from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
@@ -51,7 +52,9 @@ class RNGD(Watching, torch.optim.Optimizer):
     rates to absolute values, such as `OneCycleLR`, needs one value per resulting group.
 
     Args:
-        model: the module to train; its first training forward pass determines the responses of its layers.
+        model: the module to train; its first training forward pass determines the responses of its layers. Its
+            parameters, or groups of them, work too, where a program calls the optimizer with `model.parameters()`: the
+            module that owns them is then searched in memory, and a warning names it.
         lr: the learning rate; None for the step rule's default.
         params: the parameters to train, as for any torch optimizer: parameters of the model, with or without names, or
             groups of them with their own options; None for all parameters of the model.
@@ -78,12 +81,12 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     Raises:
         ValueError: if an argument is out of range, or there is nothing to train.
-        TypeError: if `model` is not a module, or an argument has the wrong type or is unknown.
+        TypeError: if an argument has the wrong type or is unknown.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Iterable[Any],
         lr: float | None = None,
         *,
         params: Iterable[Any] | None = None,
@@ -100,11 +103,12 @@ class RNGD(Watching, torch.optim.Optimizer):
         **unknown: Any,
     ) -> None:
         reject("RNGD", unknown)
+        self._found: nn.Module | None = None
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module, got {type(model).__name__}: RNGD needs to see the layers run; "
-                "write RNGD(model), not RNGD(model.parameters())"
-            )
+            if params is not None:
+                raise TypeError(f"model must be a torch.nn.Module if params are given, got {type(model).__name__}")
+            params = entries = listed(model, "model must be a torch.nn.Module, or its parameters")
+            model = self._found = model_of(entries)  # nothing else may hold a list of several models
         check_instance("metric", metric, MetricOptions)
         check_instance("fallback", fallback, AdamWOptions)
         check_responses(responses)
@@ -334,6 +338,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 _COPIED = (
     "_curvature",  # first, since it copies the model and thus all parameters
     "_binding",
+    "_found",
     "_complete",
     "defaults",
     "state",

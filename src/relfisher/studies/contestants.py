@@ -81,8 +81,9 @@ def _schedule_free(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def _shampoo(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Create Shampoo without momentum, which makes this one diverge, and with a damping that lets it take steps."""
     shampoo = installed("Shampoo")
-    return shampoo(_trained(model), momentum=0.9, weight_decouple=True, preconditioning_compute_steps=20, **options)
+    return shampoo(_trained(model), weight_decouple=True, preconditioning_compute_steps=20, matrix_eps=1e-3, **options)
 
 
 def _of_trained(make: Callable[..., torch.optim.Optimizer], model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -115,7 +116,7 @@ RIVALS = {
     "Schedule-Free AdamW": Peer(_schedule_free, {"lr": (2e-3, 4e-3, 8e-3, 1.6e-2), **DECAYS}),
     "Muon": Peer(_muon, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "weight_decay": (0.05, 0.2)}, scheduled=True),
     "SOAP": Peer(_soap, {"lr": (1e-3, 2e-3, 4e-3, 8e-3), **DECAYS}, scheduled=True),
-    "Shampoo": Peer(_shampoo, {"lr": (1e-2, 3e-2, 0.1, 0.3), "weight_decay": (1e-3, 1e-2)}, scheduled=True),
+    "Shampoo": Peer(_shampoo, {"lr": (1e-2, 3e-2, 0.1, 0.2), "weight_decay": (1e-3, 1e-2)}, scheduled=True),
     "K-FAC": Peer(PEERS["K-FAC"].make, {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-3, 1e-1)}, scheduled=True),
 }
 OURS = {

@@ -1,0 +1,64 @@
+"""Where a program may enter a model: a call of the model itself, or of parts of it from methods or from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from relfisher.observe.hooks import Hook
+
+__all__ = ["Entries"]
+
+
+class Entries:
+    """The hooks of a model's calls, and of those of its parts while `settle` has not been called.
+
+    Args:
+        model: the model, or a container such as ModuleList, whose modules are then called themselves.
+        enter: called before each call with the module, its arguments and keyword arguments.
+        leave: called after each call with the module, its arguments and its output, or None after an error.
+    """
+
+    def __init__(self, model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+        self._enter, self._leave = enter, leave
+        roots = _roots(model)
+        self._roots = self._hooked(roots)
+        self._parts = self._hooked(_parts(roots))
+
+    def settle(self) -> None:
+        """Remove the hooks of the parts."""
+        while self._parts:
+            self._parts.pop().remove()
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        self.settle()
+        while self._roots:
+            self._roots.pop().remove()
+
+    def _hooked(self, modules: list[nn.Module]) -> list[RemovableHandle]:
+        handles = []
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(Hook(self._leave), always_call=True))
+        return handles
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    if _is_callable(model):
+        return [model]
+    return [root for child in model.children() for root in _roots(child)]
+
+
+def _parts(roots: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules inside that have parts themselves; a compiled graph is not entered in the middle."""
+    parts = dict.fromkeys(part for root in roots if not hasattr(root, "_orig_mod") for part in root.modules())
+    return [
+        part for part in parts if part not in roots and _is_callable(part) and next(part.children(), None) is not None
+    ]
+
+
+def _is_callable(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is not nn.Module.forward

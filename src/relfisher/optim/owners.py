@@ -1,0 +1,77 @@
+"""The module that owns some parameters, for loops that make an optimizer from `model.parameters()` alone."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["OwnerWarning", "model_of"]
+
+
+class OwnerWarning(UserWarning):
+    """The model was found by its parameters; the message says which it is."""
+
+
+def model_of(entries: Iterable[Any]) -> nn.Module:
+    """Return the module in memory that owns all given parameters, and say so; of several models, a list of them.
+
+    It is the one with the fewest other parameters. Of modules with the same parameters, such as a model and what wraps
+    it, it is the outermost.
+
+    Args:
+        entries: parameters, named parameters, or groups of them, as for any torch optimizer.
+
+    Returns:
+        The module, or a ModuleList of several.
+
+    Raises:
+        ValueError: if no module owns a parameter, or it cannot be told which one it is.
+    """
+    wanted = {id(parameter) for parameter in _parameters(entries)}
+    gc.collect()  # models that are no longer used may own the same parameters
+    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
+    owned = {module: {id(parameter) for parameter in module.parameters()} for module in modules}
+    owned = {module: found for module, found in owned.items() if found & wanted}
+    lost = len(wanted.difference(*owned.values())) if owned else len(wanted)
+    if lost or not wanted:
+        raise ValueError(
+            f"params must be parameters of modules, but {lost or 'none'} of the {len(wanted)} are in no module: RNGD "
+            "needs to see the layers run; write RNGD(model)"
+        )
+    chosen = list(_chosen(owned, wanted))
+    names = " and ".join(type(module).__name__ for module in chosen)
+    message = f"RNGD observes {names}, which it found by the parameters; write RNGD(model) to say it"
+    warnings.warn(message, OwnerWarning, stacklevel=3)
+    return chosen[0] if len(chosen) == 1 else nn.ModuleList(chosen)
+
+
+def _chosen(owned: dict[nn.Module, set[int]], wanted: set[int]) -> Iterator[nn.Module]:
+    """Yield modules until they own all, each the one that owns most of the rest, and the least besides."""
+    while wanted:
+        best = max(owned, key=lambda module: (len(owned[module] & wanted), -len(owned[module])))
+        same = [module for module, found in owned.items() if found == owned[best]]
+        outermost = [one for one in same if not any(one in set(other.modules()) - {other} for other in same)]
+        innermost = [one for one in same if not any(other in set(one.modules()) - {one} for other in same)]
+        for found in (outermost, innermost):
+            if len(found) == 1:
+                yield found[0]
+                break
+        else:
+            names = " and ".join(sorted(type(module).__name__ for module in innermost))
+            raise ValueError(f"params are in several modules alike, {names}: write RNGD(model) with the one that runs")
+        wanted = wanted - owned[best]
+
+
+def _parameters(entries: Iterable[Any]) -> Iterator[Tensor]:
+    for entry in entries:
+        if isinstance(entry, dict):
+            params = entry.get("params", ())
+            yield from _parameters([params] if isinstance(params, Tensor) else params)
+        else:
+            tensor = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+            if isinstance(tensor, Tensor):
+                yield tensor
