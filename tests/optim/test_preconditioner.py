@@ -117,9 +117,17 @@ def test_a_copy_of_model_and_preconditioner_goes_on_as_the_original_does():
     torch.testing.assert_close(preconditioner.state_dict()["layers"], kept["layers"], rtol=0, atol=0)
 
 
-def test_pickling_says_what_to_do_instead():
-    with pytest.raises(TypeError, match=r"save its state_dict\(\)"):
-        pickle.dumps(Preconditioner(network()))
+def test_a_pickle_goes_on_as_the_original_does():
+    model = network()
+    preconditioner = Preconditioner(model)
+    for seed in range(3):
+        backward(model, seed)
+        preconditioner.step()
+    twin, other = pickle.loads(pickle.dumps((model, preconditioner)))
+    for each, one in ((model, preconditioner), (twin, other)):
+        backward(each, 3)
+        one.step()
+    assert torch.equal(model[0].weight.grad, twin[0].weight.grad)
 
 
 def test_resumes_bitwise_where_a_part_is_frozen_at_once():

@@ -6,7 +6,6 @@ without a backward pass, and the recomputation of activation checkpointing are i
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 import weakref
@@ -24,7 +23,7 @@ from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import Hook
 from relfisher.observe.messages import MaskWarning, ResponseWarning, TiedWarning, tell_misfit, tell_unscored
-from relfisher.observe.passes import Pass
+from relfisher.observe.passes import Pass, counts
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
 from relfisher.observe.trace import Trace
@@ -46,6 +45,7 @@ class Observer:
         limit: the approximate maximum number of samples per layer and step in the statistics; None for all.
 
     Attributes:
+        model: a weak reference to the model.
         roles: the roles of layers, as far as they are known, in the order in which the layers first ran.
         due: the modules whose statistics are due in the next passes; new modules are due.
         uninitialized: layers without statistics so far, which are always due.
@@ -73,20 +73,23 @@ class Observer:
         self._unresolved: list[Batch] = []
         self._handles: list[RemovableHandle] = []
         self._entries = Entries(model, self._enter, self._leave)
-        self._whole = weakref.ref(model)
+        self.model = weakref.ref(model)
 
-    def twin(self, model: nn.Module, memo: dict[int, Any]) -> Observer:
-        """Return an observer of a copy of the model, with the same knowledge.
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the model, the layers and what is known of them; hooks and samples stay."""
+        model = self.model()
+        if model is None:
+            raise TypeError("the model is gone, so that its observer cannot be copied or pickled")
+        known = {name: getattr(self, name) for name in _KNOWLEDGE}
+        return {"made": (model, self._responses, self._limit), "layers": list(self._samplers), "known": known}
 
-        Args:
-            model: the copy.
-            memo: the memo of the `deepcopy` that copies the model.
-        """
-        twin = Observer(model, self._responses, self._limit)
-        twin.add(copy.deepcopy(list(self._samplers), memo))
-        for name in ("roles", "due", "uninitialized", "readings", "heads", "_new", "_missed", "_outputs"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Observe the copied model, with the same knowledge."""
+        self.__init__(*state["made"])  # type: ignore[misc]  # hooks are made anew
+        self.add(state["layers"])
+        vars(self).update(state["known"])
+        if not self._unknown():
+            self._entries.settle()
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Observe additional layers."""
@@ -205,7 +208,7 @@ class Observer:
             call = Call(args, kwargs, output, self._pass.random_states.pop(module, None))
             for layer in self._layers[module]:
                 z = layer.output(output)
-                if z is not None and (self._is_due(layer) or layer not in self.roles) and _counts(layer, z):
+                if z is not None and (self._is_due(layer) or layer not in self.roles) and counts(layer, z):
                     with torch.no_grad(), torch._C.DisableTorchFunction():
                         self._see(layer, call, z)
 
@@ -267,7 +270,7 @@ class Observer:
         if self._pass.model is not None:
             return  # a part of the module that was called
         inputs = [*args, *kwargs.values()]
-        if model is not self._whole():  # what other parts have computed is not raw
+        if model is not self.model():  # what other parts have computed is not raw
             inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
         self._pass.model, self._pass.inputs = model, inputs
         if self._unknown() - self._missed:
@@ -343,8 +346,4 @@ class Observer:
         warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)
 
 
-def _counts(layer: Layer, z: Tensor) -> bool:
-    """Return whether gradients can flow back through this output, outside of torch.func transforms."""
-    if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(z)
+_KNOWLEDGE = ("roles", "due", "uninitialized", "readings", "heads", "_new", "_missed", "_outputs")

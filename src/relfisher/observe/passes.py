@@ -13,7 +13,7 @@ from relfisher.layers import Layer
 from relfisher.observe.activations import Responses
 from relfisher.observe.trace import Trace
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "counts"]
 
 
 class Pass(threading.local):
@@ -53,3 +53,10 @@ class Pass(threading.local):
             trace.__exit__(None, None, None)
             trace.forget()
         return trace, ran
+
+
+def counts(layer: Layer, z: Tensor) -> bool:
+    """Return whether gradients can flow back through this output, outside of torch.func transforms."""
+    if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(z)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import warnings
 import weakref
@@ -82,22 +81,17 @@ class Curvature:
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
-        """Return a copy for a copied model; the states must be set afterwards."""
-        model = self.model()
-        if model is None:
-            raise TypeError("the model is gone, so that its observer cannot be copied")
-        twin = copy.copy(self)
-        twin_model = copy.deepcopy(model, memo)
-        twin.model = weakref.ref(twin_model)
-        twin._health = copy.deepcopy(self._health, memo)
-        twin.records = copy.deepcopy(self.records, memo)
-        for record in twin.records.values():
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the states, which belong to the optimizer."""
+        return {key: value for key, value in vars(self).items() if key not in ("states", "model")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on with the copied model; the states must be set afterwards."""
+        vars(self).update(state)
+        self.model = self.observer.model
+        self.states = defaultdict(dict)
+        for record in self.records.values():
             record.metric_in_use = None
-        twin.states = defaultdict(dict)
-        twin.ownership = copy.deepcopy(self.ownership, memo)
-        twin.observer = self.observer.twin(twin_model, memo)
-        return twin
 
     def add(
         self, layers: Iterable[Layer], rules: Mapping[Layer, Rule], not_owned: Mapping[Layer, frozenset[str]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -148,12 +147,13 @@ class Preconditioner(Watching):
         self._curvature.recall()
         self._curvature.advance(self._iteration)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Preconditioner:
-        """Return a copy for a copied model; the model must be part of the same `deepcopy`."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        for key, value in vars(self).items():
-            setattr(twin, key, copy.deepcopy(value, memo))
-        twin._curvature.states = copy.deepcopy(self._curvature.states, memo)
-        weakref.finalize(twin, twin._curvature.observer.close)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle needs, the model among it; it must be part of the same copy or pickle."""
+        return {**vars(self), "states": self._curvature.states}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on with the copied model."""
+        states = state.pop("states")
+        vars(self).update(state)
+        self._curvature.states = states
+        weakref.finalize(self, self._curvature.observer.close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -311,14 +310,16 @@ class RNGD(Watching, torch.optim.Optimizer):
         with loading(self, self._curvature, state_dict):
             super().load_state_dict(state_dict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RNGD:
-        """Return an optimizer for a copied model; the model must be part of the same `deepcopy`."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__({key: copy.deepcopy(getattr(self, key), memo) for key in _COPIED})
-        twin._curvature.states = twin.state
-        twin._release()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle needs, the model among it; it must be part of the same copy or pickle."""
+        return {key: getattr(self, key) for key in _COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on with the copied model."""
+        super().__setstate__(state)
+        if "_curvature" in state:
+            self._curvature.states = self.state
+            self._release()
 
     def _release(self) -> None:
         """Hook the average to the model, and arrange the end of all hooks with that of the optimizer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -45,10 +45,3 @@ class Watching:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        name = type(self).__name__
-        raise TypeError(
-            f"{name} is tied to its model by hooks and cannot be pickled: save its state_dict(), make a new {name} for "
-            "the model and load the state there"
-        )
