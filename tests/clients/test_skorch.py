@@ -36,7 +36,7 @@ def samples():
 def classifier(epochs=3):
     torch.manual_seed(0)
     return NeuralNetClassifier(
-        Network, criterion=nn.CrossEntropyLoss, optimizer=RNGD, lr=0.01, max_epochs=epochs, verbose=0, train_split=None
+        Network, criterion=nn.CrossEntropyLoss, optimizer=RNGD, lr=0.05, max_epochs=epochs, verbose=0, train_split=None
     )
 
 

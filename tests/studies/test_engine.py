@@ -1,11 +1,15 @@
 import math
 import multiprocessing
+import signal
+import threading
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from instant import Trial, impossible, instantly, instantly_at_first, record
 
+from relfisher.studies import executor
 from relfisher.studies.engine import Study, carry_out
 from relfisher.studies.executor import RESUMED, WorkerError, execute
 from relfisher.studies.runs import Record
@@ -122,3 +126,25 @@ def test_an_error_in_a_worker_is_raised_here(tmp_path):
     runs = [replace(RUN, method=method) for method in ("A", "B")]
     with pytest.raises(ZeroDivisionError):
         execute(runs, impossible, Store(tmp_path, Record.of), jobs=2, watcher=Log())
+
+
+def test_ctrl_c_waits_for_the_workers_to_start():
+    """Also if another thread receives it."""
+
+    def receive():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    passed = []
+
+    def start():
+        with executor._interrupts_held():
+            receiver = threading.Thread(target=receive)
+            receiver.start()
+            receiver.join()
+            time.sleep(0.01)
+            passed.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert passed

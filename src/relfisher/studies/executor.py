@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Protocol, TypeVar, runtime_checkable
 
 from relfisher.studies.cells import Cell, Result
@@ -114,18 +114,24 @@ def _in_workers(missing: Sequence[C], work: Work[C, R], store: Store[R], jobs: i
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Block Ctrl-C inside this context, and permanently in the processes that are started in it.
+    """Hold back Ctrl-C inside this context, and block it permanently in the processes that are started in it.
 
-    They receive it as well, but this process decides what to stop.
+    They receive it as well, but this process decides what to stop. Blocking it in this thread is not enough for this
+    process: another thread may receive it.
     """
-    if sys.platform == "win32":
+    if sys.platform == "win32" or current_thread() is not main_thread():
         yield
         return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if held and callable(handler):
+        handler(signal.SIGINT, None)
 
 
 def _begin(reports: SimpleQueue[tuple[int, float, float]], lifeline: Connection) -> None:
