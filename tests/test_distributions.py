@@ -10,6 +10,7 @@ import torch
 from cases import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import polygamma
 from torch import Tensor, distributions
 from torch.distributions import Distribution, Independent, TransformedDistribution, transforms
 from torch.func import jacfwd
@@ -197,6 +198,15 @@ def test_large_shapes_keep_their_precision(alpha: float) -> None:
     assert float(found[0, 0]) == pytest.approx(trigamma, rel=1e-5)
     assert float(found[1, 1]) == pytest.approx(alpha, rel=1e-5)
     assert float(found[0, 1]) == pytest.approx(-1, rel=1e-5)
+
+
+@given(alpha=st.floats(0.01, 1e3), beta=st.floats(0.01, 1e3))
+def test_polygammas_have_all_digits(alpha: float, beta: float) -> None:
+    theta = torch.tensor([alpha, beta], dtype=torch.float64)
+    found = relative_fisher(lambda t: distributions.Beta(t[0], t[1]), theta).to_dense()
+    own = polygamma(1, [alpha, beta])
+    right = np.diag(own) - polygamma(1, alpha + beta)
+    np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-13 * own.max())
 
 
 def test_impossible_classes_contribute_nothing() -> None:

@@ -87,9 +87,14 @@ def _classes(d: Any, at: Any) -> Tensor:
     return coordinates
 
 
+def _trigamma(x: Tensor) -> Tensor:
+    """Return psi'(x) as a Hurwitz zeta function; torch.polygamma keeps nine digits only."""
+    return torch.special.zeta(torch.full_like(x, 2.0), x)
+
+
 def _gamma(d: Any, at: Any) -> Tensor:
     shape, rate = at.concentration.double(), at.rate.double()
-    rows = [[torch.polygamma(1, shape), -1 / rate], [-1 / rate, shape / rate.square()]]
+    rows = [[_trigamma(shape), -1 / rate], [-1 / rate, shape / rate.square()]]
     information = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
     return _rooted(torch.stack([d.concentration, d.rate], dim=-1), information)
 
@@ -104,8 +109,8 @@ def _beta(d: Any, at: Any) -> Tensor:
 
 
 def _simplex(alpha: Float[Tensor, "*batch m"], constant: Float[Tensor, "*batch m"]) -> Tensor:
-    common = torch.polygamma(1, constant.sum(-1))[..., None, None]
-    return _rooted(alpha, torch.diag_embed(torch.polygamma(1, constant)) - common)
+    common = _trigamma(constant.sum(-1))[..., None, None]
+    return _rooted(alpha, torch.diag_embed(_trigamma(constant)) - common)
 
 
 def _gumbel(d: Any, at: Any) -> Tensor:
