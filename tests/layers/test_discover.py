@@ -91,7 +91,7 @@ class Standardised(nn.Conv2d):
 
 
 class Doubled(nn.Linear):
-    """A layer of another function."""
+    """A layer of another function, with a linear operation inside."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -102,9 +102,8 @@ def test_modules_that_compute_otherwise_are_refused_with_the_reason() -> None:
     forward = replaced.forward
     replaced.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
     found = discover(nn.Sequential(Standardised(2, 3, 3), Doubled(2, 2), replaced, nn.Linear(2, 2)))
-    assert [layer.name for layer in found.layers] == ["3"]
+    assert [(layer.name, layer.operation) for layer in found.layers] == [("1", "linear"), ("3", None)]
     assert found.refused["0.weight"] == "Standardised has a _conv_forward of its own"
-    assert found.refused["1.weight"] == "Doubled has a forward of its own"
     assert found.refused["2.weight"] == found.refused["2.bias"] == "its forward was replaced"
 
 

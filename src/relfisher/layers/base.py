@@ -112,6 +112,9 @@ class Layer(ABC):
     kinds: ClassVar[Kinds]
     #: True if the module's output is the pre-activation, so that the activation after it determines the response.
     followed: ClassVar[bool] = True
+    #: The function of `torch.nn.functional`, called with the weight as its second argument inside the module's forward
+    #: pass, whose calls are the samples; None if they are those of the module itself.
+    operation: ClassVar[str | None] = None
     #: True if the samples depend on random numbers drawn during the call.
     random: ClassVar[bool] = False
     #: True if a limited sample of the rows is enough; False if the statistics use all rows of each call.

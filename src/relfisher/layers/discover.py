@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
 from relfisher.layers.base import Layer
 from relfisher.layers.conv import ConvLayer, TransposedConvLayer
-from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer
-from relfisher.layers.linear import BilinearLayer, LinearLayer, TransposedLinearLayer
+from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer, EmbeddingOperation
+from relfisher.layers.linear import BilinearLayer, LinearLayer, LinearOperation, TransposedLinearLayer
 from relfisher.layers.norm import (
     BatchNormLayer,
     GroupNormLayer,
@@ -196,11 +196,14 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
     for prefix, module in model.named_modules():
         own = [parameter for parameter in module.parameters() if id(parameter) not in covered]
         reason = _reason(module, own, owners, extra) if own else None
-        if reason is None:
-            for layer in layers_of(plain_name(model, prefix), module, extra) if own else []:
-                found.layers.append(layer)
-                covered.update(id(parameter) for parameter in layer.parameters)
-        else:
+        layers = layers_of(plain_name(model, prefix), module, extra) if own and reason is None else []
+        if not layers and own and not hasattr(model, "_orig_mod"):
+            inside = _operations_of(plain_name(model, prefix), module)
+            layers = [layer for layer in inside if all(_is_alone(each, owners) for each in layer.parameters)]
+        for layer in layers:
+            found.layers.append(layer)
+            covered.update(id(parameter) for parameter in layer.parameters)
+        if reason is not None:
             found.refused.update({names[id(parameter)]: reason for parameter in module.parameters(recurse=False)})
     for identity, name in names.items():
         if identity not in covered:
@@ -208,6 +211,21 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         else:
             found.refused.pop(name, None)
     return found
+
+
+def _operations_of(name: str, module: nn.Module) -> list[Layer]:
+    """Return the layers that the operations inside a module may have; none if its class is torch's."""
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+        return []
+    if type(module).__module__.startswith("torch."):
+        return []
+    kind = EmbeddingOperation if isinstance(module, nn.Embedding) else LinearOperation
+    return kind.found_in(name, module)
+
+
+def _is_alone(parameter: Tensor, owners: Mapping[int, Mapping[str, nn.Module]]) -> bool:
+    """Return whether a parameter has one owner and a dtype that metrics have."""
+    return len(owners[id(parameter)]) == 1 and parameter.is_floating_point() and parameter.numel() > 0
 
 
 def _reason(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.samples import Rows, Sampling
 
-__all__ = ["EmbeddingBagLayer", "EmbeddingLayer"]
+__all__ = ["EmbeddingBagLayer", "EmbeddingLayer", "EmbeddingOperation"]
 
 
 class EmbeddingLayer(Layer):
@@ -48,6 +48,13 @@ class EmbeddingLayer(Layer):
         """Return sparse inputs [n, tokens] with the given weights, or 1, at each (row, token)."""
         values = torch.ones(len(tokens), device=tokens.device) if weights is None else weights
         return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
+
+
+class EmbeddingOperation(EmbeddingLayer):
+    """The table of an embedding with a forward pass of its own, which passes it to `torch.nn.functional.embedding`."""
+
+    kinds: ClassVar[Kinds] = ()
+    operation = "embedding"
 
 
 class EmbeddingBagLayer(EmbeddingLayer):

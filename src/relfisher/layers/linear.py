@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
 
-__all__ = ["BilinearLayer", "LinearLayer", "TransposedLinearLayer", "column", "whole"]
+__all__ = ["BilinearLayer", "LinearLayer", "LinearOperation", "TransposedLinearLayer", "column", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -60,6 +61,29 @@ class TransposedLinearLayer(LinearLayer):
         """Return the weight and bias as one layer."""
         inputs, out = module.weight.shape
         return [cls(name, module, (Part("weight", torch.t), Part("bias", column)), (out, inputs + 1))]
+
+
+class LinearOperation(LinearLayer):
+    """A weight [out, in] that a module of any class passes to `torch.nn.functional.linear`."""
+
+    kinds: ClassVar[Kinds] = ()
+    operation = "linear"
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return a layer for each matrix of the module's own, with the vector of units that is named as its bias."""
+        own = dict(module.named_parameters(recurse=False))
+        return [
+            _operation(name, module, key, own) for key, matrix in own.items() if matrix.ndim == 2 and matrix.numel()
+        ]
+
+
+def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:
+    weight, other = own[key], key.replace("weight", "bias")
+    bias = own[other] if other != key and other in own and own[other].shape == weight.shape[:1] else None
+    parts = (Part(key, whole),) if bias is None else (Part(key, whole), Part(other, column))
+    suffix = "" if key == "weight" else f".{key}" if name else key
+    return LinearOperation(name, module, parts, (weight.shape[0], weight.shape[1] + len(parts) - 1), suffix)
 
 
 class BilinearLayer(Layer):

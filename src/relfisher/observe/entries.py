@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -13,28 +13,37 @@ __all__ = ["Entries"]
 
 
 class Entries:
-    """The hooks of a model's calls, and of those of its parts while `settle` has not been called.
+    """The hooks of a model's calls, and of those of its parts as long as modules are missed.
 
     Args:
         model: the model, or a container such as ModuleList, whose modules are then called themselves.
         enter: called before each call with the module, its arguments and keyword arguments.
         leave: called after each call with the module, its arguments and its output, or None after an error.
+        found: called like `enter` before each call of a missed module.
     """
 
-    def __init__(self, model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        self._enter, self._leave = enter, leave
+    def __init__(
+        self, model: nn.Module, enter: Callable[..., None], leave: Callable[..., None], found: Callable[..., None]
+    ) -> None:
+        self._enter, self._leave, self._found = enter, leave, found
         roots = _roots(model)
         self._roots = self._hooked(roots)
         self._parts = self._hooked(_parts(roots))
+        self._missed: dict[nn.Module, RemovableHandle] = {}
 
-    def settle(self) -> None:
-        """Remove the hooks of the parts."""
-        while self._parts:
+    def settle(self, missed: Set[nn.Module]) -> None:
+        """Hook the calls of the missed modules, and of no others; without any, remove the hooks of the parts."""
+        for module in self._missed.keys() - missed:
+            self._missed.pop(module).remove()
+        for module in missed - self._missed.keys():
+            hook = Hook(self._found)  # before what watches the module, which ends earlier
+            self._missed[module] = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        while self._parts and not missed:
             self._parts.pop().remove()
 
     def close(self) -> None:
         """Remove all hooks."""
-        self.settle()
+        self.settle(set())
         while self._roots:
             self._roots.pop().remove()
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from relfisher.layers import Layer
 
-__all__ = ["MaskWarning", "ResponseWarning", "TiedWarning", "tell_misfit", "tell_unscored"]
+__all__ = [
+    "MaskWarning",
+    "ResponseWarning",
+    "TiedWarning",
+    "UncoveredWarning",
+    "tell_misfit",
+    "tell_refused",
+    "tell_unscored",
+]
 
 # Shifted targets leave out one position of each sequence: no reason for a warning.
 _FEW = 0.2
@@ -23,8 +31,19 @@ class TiedWarning(UserWarning):
     """The weights of a layer are also used outside its module, so that the layer has no metric."""
 
 
+class UncoveredWarning(UserWarning):
+    """Parameters have no metric."""
+
+
 class MaskWarning(UserWarning):
     """A mask does not fit the samples of a layer, or samples that the loss leaves out count for want of a mask."""
+
+
+def tell_refused(refused: Mapping[Layer, str], kind: type[UserWarning]) -> None:
+    """Warn that layers have no metric after all, with the reasons."""
+    if refused:
+        named = "; ".join(f"{layer.name}, {reason}" for layer, reason in refused.items())
+        warnings.warn(f"no metric for some layers: {named}", kind, stacklevel=3)
 
 
 def tell_misfit(layer: Layer, mask: Tensor, samples: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from relfisher.layers import Call, Layer, Rows, Sampling, layers_of, plain_name
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook, unobserved
+from relfisher.observe.operations import Operations, unseen_role
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.trace import Trace
 from relfisher.pullback import as_rows
@@ -220,23 +221,31 @@ def _run(
     trace = Trace(layers.values(), model, inputs=arguments, responses=responses)
     reached: dict[Layer, Tensor] = {}
 
+    def reach(layer: Layer, call: Call, z: Tensor | None) -> None:
+        if z is None:
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            see(layer, call)
+        reached[layer] = z
+        if layer.followed:
+            trace.show(layer, z)
+
     def hook_of(layer: Layer) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            z = layer.output(output)
-            if z is None:
-                return
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                see(layer, Call(args, kwargs, output))
-            reached[layer] = z
-            if layer.followed:
-                trace.show(layer, z)
+            reach(layer, Call(args, kwargs, output), layer.output(output))
 
         return hook
 
+    inside: dict[nn.Module, list[Layer]] = {}
+    for layer in layers.values():
+        if layer.operation:
+            inside.setdefault(layer.module, []).append(layer)
+    operations = Operations(inside, lambda _: True, reach, own_thread=True)
     handles = [
         layer.module.register_forward_hook(Hook(hook_of(layer), own_thread=True), with_kwargs=True, prepend=True)
         for layer in layers.values()
-    ]
+        if not layer.operation
+    ] + [handle for module in inside for handle in operations.watch(module)]
     try:
         with unobserved(), undisturbed(model), trace:
             output = model(**inputs) if isinstance(inputs, Mapping) else model(*arguments)
@@ -244,6 +253,7 @@ def _run(
         for handle in handles:
             handle.remove()
     roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])
+    roles |= {layer: unseen_role(layer) for layer in operations.missed(roles)}
     heads = [layer for layer in reached if needs_gradient(trace, layer, roles[layer]) and reached[layer].requires_grad]
     trace.forget()
     if loss is not None and heads:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from relfisher.layers import Call, Layer, Rows, Sampling
+from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import Hook
-from relfisher.observe.messages import MaskWarning, ResponseWarning, TiedWarning, tell_misfit, tell_unscored
+from relfisher.observe.operations import Operations, unseen_role
 from relfisher.observe.passes import Pass, counts
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
@@ -64,15 +65,15 @@ class Observer:
         self._pass = Pass()
         self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
+        self._operations = Operations(self._layers, self._wanted, self._observe)
         self._samplers: dict[Layer, Sampler] = {}
         self._active: dict[Layer, Sampler] = {}  # samplers with held or counted samples since the last step
         self._new: dict[Layer, Role] = {}  # roles that `resolve` has not returned yet
         self._missed: set[Layer] = set()  # layers that the last traced pass did not reach
-        self._awaited: dict[nn.Module, RemovableHandle] = {}  # hooks before the calls of their modules
         self._outputs: dict[Layer, Role] = {}  # output layers whose gradients have yet to show how they are scored
         self._unresolved: list[Batch] = []
         self._handles: list[RemovableHandle] = []
-        self._entries = Entries(model, self._enter, self._leave)
+        self._entries = Entries(model, self._enter, self._leave, self._enter_missed)
         self.model = weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class Observer:
         self.add(state["layers"])
         vars(self).update(state["known"])
         if not self._unknown():
-            self._entries.settle()
+            self._entries.settle(set())
 
     def add(self, layers: Sequence[Layer]) -> None:
         """Observe additional layers."""
@@ -98,9 +99,11 @@ class Observer:
             if module not in self._layers:
                 self._layers[module] = []
                 self.due.add(module)
-                # Before the hook that ends the trace, in case the model itself is the layer.
-                seer = Hook(self._seer(module))
-                self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
+                if layer.operation:
+                    self._handles += self._operations.watch(module)
+                else:  # before the hook that ends the trace, in case the model itself is the layer
+                    seer = Hook(self._seer(module))
+                    self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
             if layer.random and not any(other.random for other in self._layers[module]):
                 self._handles.append(module.register_forward_pre_hook(Hook(self._remember)))
             self._layers[module].append(layer)
@@ -176,11 +179,11 @@ class Observer:
             applied, (own.mask, own.masking) = own.masking, before
         if applied and not any(applied) and not self._unmasked:
             self._unmasked.update(self._samplers)
-            warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", MaskWarning, stacklevel=4)
+            warnings.warn(f"the mask {list(mask.shape)} was applied to no layer", messages.MaskWarning, stacklevel=4)
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        for handle in [*self._handles, *self._awaited.values()]:
+        for handle in self._handles:
             handle.remove()
         self._entries.close()
         self._pass.end()
@@ -207,12 +210,14 @@ class Observer:
                 return
             call = Call(args, kwargs, output, self._pass.random_states.pop(module, None))
             for layer in self._layers[module]:
-                z = layer.output(output)
-                if z is not None and (self._is_due(layer) or layer not in self.roles) and counts(layer, z):
-                    with torch.no_grad(), torch._C.DisableTorchFunction():
-                        self._see(layer, call, z)
+                self._observe(layer, call, layer.output(output))
 
         return see
+
+    def _observe(self, layer: Layer, call: Call, z: Tensor | None) -> None:
+        if z is not None and (self._is_due(layer) or layer not in self.roles) and counts(layer, z):
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self._see(layer, call, z)
 
     def _see(self, layer: Layer, call: Call, z: Tensor) -> None:
         traced = layer in self.roles or layer in self._outputs
@@ -239,7 +244,7 @@ class Observer:
         self._pass.masking.append(sampling.masked)
         if sampling.unmasked is not None and layer not in self._unmasked:
             self._unmasked.add(layer)
-            tell_misfit(layer, mask, sampling.unmasked)
+            messages.tell_misfit(layer, mask, sampling.unmasked)
 
     def _count(self, batch: Batch, gradient: Tensor, *, masked: bool) -> None:
         """Count a batch after its gradients have flowed back, once."""
@@ -250,7 +255,7 @@ class Observer:
             if not bool(gradient.any()):
                 return  # not informative
             if not masked:
-                tell_unscored(layer, gradient)
+                messages.tell_unscored(layer, gradient)
             self._resolve_head(layer, is_softmax_gradient(gradient))
         if layer in self.roles:
             self._active[layer] = self._samplers[layer]
@@ -275,6 +280,8 @@ class Observer:
         self._pass.model, self._pass.inputs = model, inputs
         if self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)
+        elif model in self._layers:
+            self._enter_missed(model, args, kwargs)
 
     def _enter_missed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace the rest of the pass in which a layer runs that no traced pass has reached."""
@@ -287,24 +294,15 @@ class Observer:
         if module is not self._pass.model:
             return
         trace, ran = self._pass.end()
+        missed = self._operations.missed(ran)
         raised = output is None and sys.exc_info()[0] is not None
         if trace is None or raised:
             return
-        self._refuse(trace)
+        self._refuse(trace, missed)
         if ran:
             self._conclude([layer for layer in ran if layer not in self.roles], trace)
             self._missed = self._unknown()
-            self._await({layer.module for layer in self._missed})
-            if not self._missed:
-                self._entries.settle()
-
-    def _await(self, modules: set[nn.Module]) -> None:
-        """Hook the calls of these modules, and of no others."""
-        for module in self._awaited.keys() - modules:
-            self._awaited.pop(module).remove()
-        for module in modules - self._awaited.keys():
-            hook = Hook(self._enter_missed)
-            self._awaited[module] = module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._entries.settle({layer.module for layer in self._missed})
 
     def _unknown(self) -> set[Layer]:
         """Return the trained layers whose role is not known yet."""
@@ -314,19 +312,20 @@ class Observer:
             if layer not in self.roles and any(parameter.requires_grad for parameter in layer.parameters)
         } - self._outputs.keys()
 
-    def _refuse(self, trace: Trace) -> None:
+    def _refuse(self, trace: Trace, missed: Sequence[Layer]) -> None:
         """Drop the layers that cannot have a metric after all, and warn."""
         new = self._samplers.keys() - self.roles.keys()
-        refused = roles_of(trace, [layer for layer in trace.misused if layer in new])
+        tied = roles_of(trace, [layer for layer in trace.misused if layer in new])
+        unseen = [layer for layer in missed if layer in new - self._outputs.keys() - tied.keys()]
+        refused = {**tied, **{layer: unseen_role(layer) for layer in unseen}}
         for layer in refused:
             self._layers[layer.module].remove(layer)
             self._outputs.pop(layer, None)
             del self._samplers[layer]
             self._active.pop(layer, None)
         self._learn(refused)
-        if refused:
-            named = "; ".join(f"{layer.name}, {role.refused}" for layer, role in refused.items())
-            warnings.warn(f"no metric for some layers: {named}", TiedWarning, stacklevel=2)
+        for kind, layers in ((messages.TiedWarning, tied), (messages.UncoveredWarning, unseen)):
+            messages.tell_refused({layer: refused[layer].refused or "" for layer in layers}, kind)
 
     def _conclude(self, layers: Sequence[Layer], trace: Trace) -> None:
         """Fix the roles of the layers that ran, and warn about unknown activations."""
@@ -343,7 +342,7 @@ class Observer:
             self._warn(f"the activation is not known: {named}")
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"linear response for some layers: {message}", ResponseWarning, stacklevel=3)
+        warnings.warn(f"linear response for some layers: {message}", messages.ResponseWarning, stacklevel=3)
 
 
 _KNOWLEDGE = ("roles", "due", "uninitialized", "readings", "heads", "_new", "_missed", "_outputs")

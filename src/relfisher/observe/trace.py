@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Layer
+from relfisher.layers import Layer, LinearLayer
 from relfisher.observe.activations import (
     JOINING,
     RESHAPING,
@@ -151,7 +151,7 @@ class Trace(TorchFunctionMode):
         self._running.append(module)
         self._find_weights(module)
         if any(id(tensor) in self._raw for tensor in _tensors([*args, *kwargs.values()])):
-            self._reading.update(self._layers[module])
+            self._reading.update(layer for layer in self._layers[module] if not layer.operation)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module in self._running:
@@ -204,7 +204,8 @@ class Trace(TorchFunctionMode):
         """Register the output of a call of a layer."""
         call = _Call(layer, output=id(z))
         self._calls.setdefault(layer, []).append(call)
-        self._shown_calls[layer] = call, z, z._version
+        if not layer.operation:  # what a module returns may be something else
+            self._shown_calls[layer] = call, z, z._version
         self._shown[id(z)] = (call, z)
 
     @_disable_dynamo  # dynamo must not compile the tracing
@@ -247,6 +248,8 @@ class Trace(TorchFunctionMode):
         A function of parameters alone, such as a penalty on their size, is harmless.
         """
         taken = [self._weights[id(each)][0] for each in tensors if id(each) in self._weights and each.requires_grad]
+        if any(id(each) in self._raw for each in tensors):
+            self._reading.update(layer for layer in taken if layer.operation == name)
         outside = [layer for layer in taken if layer.module not in self._running]
         if not outside or not torch.is_grad_enabled():
             return
@@ -274,10 +277,9 @@ class Trace(TorchFunctionMode):
         if name in _CARRYING and isinstance(result, Tensor) and result.shape[-1:] == activated.shape[-1:]:
             self._activated[id(result)] = (call, result)
         else:
-            linear = name == "linear" and args[0] is activated
+            linear = name == "linear" and len(args) > 1 and args[0] is activated
             follower = self._weights.get(id(args[1]), (None,))[0] if linear else None
-            is_linear = follower is not None and isinstance(follower.module, nn.Linear)
-            self._followers.setdefault(call.layer, []).append(follower if is_linear else None)
+            self._followers.setdefault(call.layer, []).append(follower if isinstance(follower, LinearLayer) else None)
 
     def response(self, layer: Layer) -> UnitResponse:
         """Return the response of a registered layer."""

@@ -165,7 +165,7 @@ def _seen_factors(role: Role, rank: int | None) -> KroneckerFactors | None:
     """Return Kronecker factors whose output factor the forward pass determines, or None if it does not."""
     if role.is_head:
         return KroneckerFactors(Categorical(), rank=rank)
-    return None if role.following is None else KroneckerFactors(through=role.following.module, rank=rank)
+    return None if role.following is None else KroneckerFactors(through=role.following, rank=rank)
 
 
 def possible(layer: Layer, rule: Rule) -> list[Structure]:

@@ -8,16 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from relfisher.observe import UncoveredWarning
 from relfisher.optim.groups import ADAMW, names_of
 
 __all__ = ["UncoveredWarning", "tell"]
 
 # So many names stand for all parameters of a kind.
 _NAMED = 3
-
-
-class UncoveredWarning(UserWarning):
-    """Parameters have no metric, so that AdamW trains them."""
 
 
 def tell(

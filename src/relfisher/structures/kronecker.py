@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from relfisher.information import Information, Isotropic, PulledBack
 from relfisher.metric import Metric
@@ -25,6 +26,15 @@ from relfisher.structures.state import Cost, Samples, State
 from relfisher.validation import check_instance
 
 __all__ = ["KroneckerFactors"]
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A linear layer or module, with a weight [out, in]."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
 
 
 class KroneckerFactors(Structure):
@@ -44,12 +54,12 @@ class KroneckerFactors(Structure):
     tensors = ("metric", "output")
 
     def __init__(
-        self, response: Response | None = None, through: nn.Linear | None = None, rank: int | None = None
+        self, response: Response | None = None, through: Weighted | None = None, rank: int | None = None
     ) -> None:
         check_rank(rank)
         self.rank = rank
         check_instance("response", response, Response, optional=True)
-        check_instance("through", through, nn.Linear, optional=True)
+        check_instance("through", through, Weighted, optional=True)
         if response is not None and through is not None:
             raise ValueError("give response or through, not both: through says whose response it is")
         self._response = response

@@ -1,0 +1,108 @@
+"""The operations on parameters inside the forward passes of their modules, on the steps that need them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from relfisher.layers import Call, Layer
+from relfisher.observe.activations import canonical_name
+from relfisher.observe.hooks import Hook
+from relfisher.observe.roles import Role
+
+__all__ = ["Operations", "unseen_role"]
+
+See = Callable[[Layer, Call, Tensor], None]
+
+
+class Operations:
+    """Observes the operations of layers that have an `operation`.
+
+    Args:
+        layers: the layers of each module.
+        wanted: tells whether the calls of a module are needed.
+        see: called with each layer, the call of its operation and the output.
+        own_thread: as for `Hook`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[nn.Module, Sequence[Layer]],
+        wanted: Callable[[nn.Module], bool],
+        see: See,
+        *,
+        own_thread: bool = False,
+    ) -> None:
+        self._layers, self._wanted, self._see = layers, wanted, see
+        self._own_thread = own_thread
+        self._here = _Here()
+
+    def watch(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hook a module; its calls are watched inside of a trace, which begins before and ends afterwards."""
+        enter, leave = Hook(self._enter, own_thread=self._own_thread), Hook(self._leave, own_thread=self._own_thread)
+        return [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True, prepend=True),
+        ]
+
+    def missed(self, seen: Collection[Layer]) -> list[Layer]:
+        """Return the layers whose modules ran since the last call, without an operation on their parameters."""
+        watched, self._here.watched = self._here.watched, {}
+        return [layer for layer in watched if layer not in seen]
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        watch = None
+        if torch.is_grad_enabled() and self._wanted(module):
+            watch = _Watch(self._layers[module], self._see)
+            self._here.watched.update(dict.fromkeys(self._layers[module]))
+            watch.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        self._here.open.append((module, watch))
+
+    def _leave(self, module: nn.Module, *_: object) -> None:
+        if self._here.open and self._here.open[-1][0] is module:
+            watch = self._here.open.pop()[1]
+            if watch is not None:
+                watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
+
+
+class _Here(threading.local):
+    """What runs in the present thread: modules with their watches, and the layers that were watched."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[nn.Module, _Watch | None]] = []
+        self.watched: dict[Layer, None] = {}
+
+
+class _Watch(TorchFunctionMode):
+    """Finds the calls of layers' operations with their weights, and their biases if they have one."""
+
+    def __init__(self, layers: Sequence[Layer], see: See) -> None:
+        super().__init__()
+        self._layers, self._see = layers, see
+
+    @_disable_dynamo  # dynamo must not compile the watching
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = canonical_name(func)
+        for layer in [layer for layer in self._layers if layer.operation == name]:
+            call = Call(args, kwargs, result)
+            given = call.argument(1, "weight"), call.argument(2, "bias")
+            if all(mine is its for mine, its in zip(layer.parameters, given, strict=False)):
+                self._see(layer, call, result)
+        return result
+
+
+def unseen_role(layer: Layer) -> Role:
+    """Return the role of a layer whose module ran without its operation."""
+    reason = f"its module does not pass it to torch.nn.functional.{layer.operation}"
+    return Role(layer.own_response, refused=reason)

@@ -1,0 +1,221 @@
+"""Weights that modules of any class pass to torch.nn.functional.linear have the metric of a linear layer."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from builders import assert_same_weights, inputs, mlp
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
+
+import relfisher
+from relfisher import RNGD, MetricOptions
+from relfisher.observe import UncoveredWarning
+from relfisher.responses import LinearGaussian, TanhBernoulli
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class Keywords(nn.Linear):
+    def forward(self, x):
+        return linear(input=x, bias=self.bias, weight=self.weight)
+
+
+class OwnClass(nn.Module):
+    """Not torch's at all, with the activation inside."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(outputs, inputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.tanh(linear(x, self.weight, self.bias))
+
+
+class Bare(nn.Module):
+    """Parameters of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight_in, self.bias_in = nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(5))
+        self.weight_out, self.bias_out = nn.Parameter(torch.zeros(3, 5)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return linear(torch.tanh(linear(x, self.weight_in, self.bias_in)), self.weight_out, self.bias_out)
+
+
+def with_weights_of(model, other):
+    """Give a model of float64 the weights of another one, in order."""
+    model = model.double()
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(its)
+    return model
+
+
+def trained(model, steps=30, call=None, **options):
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=2, refresh_interval=8, stagger=False), **options)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        cross_entropy((call or model)(inputs(seed)), torch.arange(len(inputs())) % 3).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.supports("operations", nn.Linear)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(OwnForward(6, 5), nn.Tanh(), Keywords(5, 3)),
+        lambda: nn.Sequential(OwnClass(6, 5), nn.Linear(5, 3)),
+        Bare,
+    ],
+    ids=["own forward", "own class", "bare"],
+)
+def test_steps_are_those_of_linear_layers(make):
+    plain = mlp(sizes=(6, 5, 3))
+    model = with_weights_of(make(), plain)
+    trained(plain)
+    optimizer = trained(model)
+    for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    first, last = (layer.role for layer in optimizer.layers)
+    assert (first.response, first.reads_input) == (TanhBernoulli(), True)
+    assert (last.response, last.is_head) == (LinearGaussian(), True)
+
+
+class Partly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.table = nn.Parameter(torch.randn(3, 6) / 3), nn.Parameter(torch.randn(4, 6))
+        self.double()
+
+    def forward(self, x):
+        return linear(x + self.table[0], self.weight)
+
+
+def test_what_goes_elsewhere_is_said_once_and_trained_by_adamw():
+    model = Partly()
+    before = model.table.detach().clone()
+    with pytest.warns(UncoveredWarning, match=r"table, its module does not pass it") as said:
+        optimizer = trained(model, 3)
+    assert len(said) == 1
+    assert [layer.role.refused is None for layer in optimizer.layers] == [True, False]
+    assert not torch.equal(model.table[0], before[0])
+    assert optimizer.state[model.table].keys() >= {"exp_avg", "exp_avg_sq"}
+
+
+def test_coverage_says_what_training_does():
+    by = {each.name: each.by for each in relfisher.coverage(Partly(), inputs())}
+    assert by == {"weight": "metric", "table": "adamw"}
+
+
+def test_a_bias_that_is_added_elsewhere_is_left_to_adamw():
+    class Added(OwnForward):
+        def forward(self, x):
+            return linear(x, self.weight) + self.bias
+
+    model = nn.Sequential(Added(6, 3)).double()
+    with pytest.warns(UncoveredWarning, match="no metric for some layers: 0"):
+        trained(model, 2)
+
+
+def test_recomputed_passes_and_those_for_evaluation_do_not_count():
+    class Pair(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = OwnForward(6, 5), OwnForward(5, 3)
+            self.again = again
+            self.double()
+
+        def forward(self, x):
+            h = checkpoint(self.first, x, use_reentrant=False) if self.again else self.first(x)
+            return self.second(torch.tanh(h))
+
+    def with_others(x):
+        with torch.no_grad():
+            twin(100 * x)
+        return twin(x)
+
+    model, twin = Pair(again=False), Pair(again=True)
+    trained(model, 6)
+    trained(twin, 6, call=with_others)
+    assert_same_weights(model, twin)
+
+
+def test_errors_inside_a_module_end_the_watch():
+    class Failing(OwnForward):
+        fails = True
+
+        def forward(self, x):
+            if self.fails:
+                raise RuntimeError("not yet")
+            return super().forward(x)
+
+    model = nn.Sequential(Failing(6, 3)).double()
+    optimizer = RNGD(model)
+    with pytest.raises(RuntimeError, match="not yet"):
+        model(inputs())
+    assert not torch.overrides._get_current_function_mode_stack()
+    model[0].fails = False
+    model(inputs()).sum().backward()
+    optimizer.step()
+    assert optimizer.layers[0].structure is not None
+
+
+def test_threads_watch_their_own_operations():
+    model = nn.Sequential(OwnForward(6, 5), nn.Tanh(), OwnForward(5, 3)).double()
+    twin = copy.deepcopy(model)
+    trained(model, 4)
+    errors = []
+
+    def train():
+        try:
+            trained(twin, 4)
+        except Exception as error:  # what the test looks for
+            errors.append(error)
+
+    worker = threading.Thread(target=train)
+    worker.start()
+    worker.join()
+    assert not errors
+    assert_same_weights(model, twin)
+
+
+class Positions(nn.Embedding):
+    """A table of positions as model libraries write it: with two rows in front."""
+
+    def forward(self, x):
+        return super().forward(torch.arange(2, 2 + x.shape[1]).expand(x.shape))
+
+
+class Tokens(nn.Module):
+    def __init__(self, positions):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.position, self.head = nn.Embedding(7, 4), positions, nn.Linear(4, 7)
+        nn.init.ones_(self.position.weight)
+
+    def forward(self, x):
+        at = x if isinstance(self.position, Positions) else torch.arange(2, 2 + x.shape[1]).expand(x.shape)
+        return self.head(torch.tanh(self.token(x) + self.position(at)))
+
+
+def test_tables_of_embeddings_with_a_forward_of_their_own_are_those_of_embeddings():
+    x = torch.randint(7, (8, 5), generator=torch.Generator().manual_seed(0))
+    models = [Tokens(kind(9, 4)) for kind in (Positions, nn.Embedding)]
+    for model in models:
+        optimizer = RNGD(model)
+        for _ in range(20):
+            optimizer.zero_grad()
+            cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+            optimizer.step()
+        assert {layer.name for layer in optimizer.layers} == {"token", "position", "head"}
+    assert_same_weights(*models)
