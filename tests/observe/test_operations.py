@@ -67,7 +67,7 @@ def trained(model, steps=30, call=None, **options):
     return optimizer
 
 
-@pytest.mark.supports("operations", nn.Linear)
+@pytest.mark.supports("a weight that a module of any class passes to `linear`", "Linear")
 @pytest.mark.parametrize(
     "make",
     [

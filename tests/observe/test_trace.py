@@ -47,6 +47,25 @@ def test_looking_at_a_tensor_takes_it_nowhere() -> None:
     assert watch.response(LAYER) == ReLUGaussian()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.rand_like, torch.randn_like),
+        lambda z: torch.full_like(z, 2.0),
+        lambda z: torch.randint_like(z, 5),
+        lambda z: z.new_empty(3),
+        lambda z: z.new_zeros(3),
+        lambda z: z.new_ones(3),
+        lambda z: z.new_full((3,), 2.0),
+        lambda z: z.new_tensor([1.0]),
+    ],
+)
+def test_making_a_tensor_of_its_shape_takes_it_nowhere(make) -> None:
+    watch = watched(make, torch.relu)
+    assert watch.response(LAYER) == ReLUGaussian()
+    assert watch.unresolved(LAYER) == []
+
+
 def test_what_follows_an_in_place_activation_is_not_a_taker() -> None:
     watch = watched(torch.relu_, lambda z: z @ z.T, torch.tanh)
     assert watch.response(LAYER) == ReLUGaussian()

@@ -3,6 +3,7 @@ import multiprocessing
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,6 +129,16 @@ def test_an_error_in_a_worker_is_raised_here(tmp_path):
         execute(runs, impossible, Store(tmp_path, Record.of), jobs=2, watcher=Log())
 
 
+@contextmanager
+def handled():
+    """Handle Ctrl-C as a program does; processes that run tests may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_waits_for_the_workers_to_start():
     """Also if another thread receives it."""
 
@@ -138,7 +149,7 @@ def test_ctrl_c_waits_for_the_workers_to_start():
     passed = []
 
     def start():
-        with executor._interrupts_held():
+        with handled(), executor._interrupts_held():
             receiver = threading.Thread(target=receive)
             receiver.start()
             receiver.join()

@@ -29,8 +29,12 @@ from relfisher.responses import LinearGaussian, UnitResponse
 __all__ = ["Trace"]
 
 
-# Attribute reads, and functions that leave the graph: they do not consume a pre-activation.
-_LOOKS = frozenset(["get", "detach"])
+# Attribute reads, functions that leave the graph, and those that take a shape alone do not consume a pre-activation.
+_LOOKS = frozenset([
+    *("get", "detach"),
+    *(f"{name}_like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")),
+    *(f"new_{name}" for name in ("empty", "full", "ones", "tensor", "zeros")),
+])
 
 # These keep units along the last axis, if its length is unchanged; dropout preserves their mean.
 _CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
