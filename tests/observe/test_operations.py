@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from builders import assert_same_weights, inputs, mlp
+from builders import assert_close_weights, assert_same_weights, inputs, mlp
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
@@ -219,3 +219,33 @@ def test_tables_of_embeddings_with_a_forward_of_their_own_are_those_of_embedding
             optimizer.step()
         assert {layer.name for layer in optimizer.layers} == {"token", "position", "head"}
     assert_same_weights(*models)
+
+
+def compiled_later(model):
+    optimizer = RNGD(model)
+    return torch.compile(model, backend="eager"), optimizer
+
+
+def compiled_before(model):
+    compiled = torch.compile(model, backend="eager")
+    return compiled, RNGD(compiled)
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model, RNGD(model)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
+@pytest.mark.parametrize("compiling", [compiled_later, compiled_before, compiled_in_place])
+def test_compiled_models_take_the_same_steps(compiling):
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnForward(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    twin = copy.deepcopy(model)
+    for call, optimizer in ((model, RNGD(model)), compiling(twin)):
+        for seed in range(25):
+            optimizer.zero_grad()
+            cross_entropy(call(inputs(seed)), torch.arange(len(inputs())) % 3).backward()
+            optimizer.step()
+        assert [layer.name for layer in optimizer.layers] == ["0", "2"]
+    assert_close_weights(model, twin)

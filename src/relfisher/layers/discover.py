@@ -197,7 +197,7 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         own = [parameter for parameter in module.parameters() if id(parameter) not in covered]
         reason = _reason(module, own, owners, extra) if own else None
         layers = layers_of(plain_name(model, prefix), module, extra) if own and reason is None else []
-        if not layers and own and not hasattr(model, "_orig_mod"):
+        if not layers and own:
             inside = _operations_of(plain_name(model, prefix), module)
             layers = [layer for layer in inside if all(_is_alone(each, owners) for each in layer.parameters)]
         for layer in layers:
