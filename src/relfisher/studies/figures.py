@@ -139,7 +139,7 @@ def panels(
         title_at = margin - 0.015
         figure.suptitle(title, x=title_at, y=0.985, ha="left", fontsize=13, fontweight="bold")
         figure.text(title_at, 0.012, caption, fontsize=9, color="#555555")
-        figure.subplots_adjust(left=margin, right=0.88 if accuracies else 0.985, top=0.9, bottom=0.17)
+        figure.subplots_adjust(left=margin, right=0.86 if accuracies else 0.985, top=0.9, bottom=0.17)
     return figure
 
 
