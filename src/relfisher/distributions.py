@@ -89,7 +89,8 @@ def _classes(d: Any, at: Any) -> Tensor:
 
 def _trigamma(x: Tensor) -> Tensor:
     """Return psi'(x) as a Hurwitz zeta function; torch.polygamma keeps nine digits only."""
-    return torch.special.zeta(torch.full_like(x, 2.0), x)
+    values: Tensor = torch.special.zeta(torch.full_like(x, 2.0), x)
+    return values
 
 
 def _gamma(d: Any, at: Any) -> Tensor:

@@ -88,6 +88,17 @@ class ScaledBlocks:
         values = self._eigen[0].abs().masked_fill(self.null, 0)
         return (values.log() + 2 * self.units.log()).nan_to_num(neginf=-torch.inf, nan=-torch.inf).sum(-1)
 
+    def least_values(self) -> Float[Tensor, "q"]:
+        """Return the smallest absolute eigenvalue of each block that does not count as 0; infinite if all do.
+
+        It is found from the largest one of the pseudo-inverse. Those of the block have the rounding errors of its
+        largest one.
+        """
+        unit = torch.eye(self.units.shape[-1], dtype=self.units.dtype, device=self.units.device)
+        inverse = self.pseudo_solve(unit.expand_as(self.matrix))
+        values: Tensor = torch.linalg.eigvalsh((inverse + inverse.mT) / 2)
+        return 1 / values.abs().amax(-1)
+
     def regular_solve(self, right: Float[Tensor, "m b k"]) -> Float[Tensor, "m b k"] | None:
         """Return B^-1 times the columns; None if a block is singular, or not positive and singular."""
         factor, info = torch.linalg.cholesky_ex(self.matrix)
