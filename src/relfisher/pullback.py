@@ -93,12 +93,16 @@ class PullbackMetric(Metric):
             jacobian: Tensor = jacrev(self._pre_activation)(self._theta)
         return jacobian.detach()
 
+    def _field(self) -> Float[Tensor, "D n out"]:
+        """Return the derivative by each parameter."""
+        return self.information.contrasts(self._jacobian().permute(2, 0, 1))
+
     def _direct_sum(self) -> Float[Tensor, "q b b"]:
-        jacobian = self._jacobian()
-        image = self.information.apply(jacobian.permute(2, 0, 1)).reshape(self.shape[0], -1)
-        return (image @ jacobian.reshape(-1, self.shape[0]) / self.samples).unsqueeze(0)
+        field = self._field()
+        image = self.information.apply(field).reshape(self.shape[0], -1)
+        return (image @ field.reshape(self.shape[0], -1).T / self.samples).unsqueeze(0)
 
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return the diagonal of J' F J."""
-        field = self._jacobian().permute(2, 0, 1)
+        field = self._field()
         return (field * self.information.apply(field)).sum((1, 2)) / self.samples
