@@ -7,9 +7,17 @@ import torch
 from cases import assert_close
 from torch import Tensor, nn
 
-from relfisher import compare
-from relfisher.metric import BlockMetric, ConvergenceWarning, DenseMetric, KroneckerMetric, Metric
-from relfisher.responses import SigmoidBernoulli
+from relfisher import compare, fisher, layer_metric, relative_fisher
+from relfisher.metric import (
+    BlockMetric,
+    ConvergenceWarning,
+    DenseMetric,
+    DiagonalMetric,
+    KroneckerMetric,
+    Metric,
+    TransformedMetric,
+)
+from relfisher.responses import LinearGaussian, SigmoidBernoulli
 
 CORRELATIONS = torch.tensor([[4.0, 1, 1], [1, 4, 2], [1, 2, 4]], dtype=torch.float64)
 
@@ -94,3 +102,62 @@ def test_large_metrics_are_solved_in_all_units(level: float, size: float, monkey
 def test_the_largest_eigenvalue_of_a_large_metric_that_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relfisher.metric.base._DENSE_BLOCK", 2)
     assert Large(torch.zeros(9, 3), 1.0).eigvalsh(2).tolist() == [0, 0]
+
+
+HUGE = 1e200 * torch.eye(2, dtype=torch.float64)
+
+
+def through(scale: float) -> Metric:
+    theta = torch.full((2,), 1 / scale, dtype=torch.float64)
+    return relative_fisher(lambda p: (scale * p).unsqueeze(0), theta, LinearGaussian())
+
+
+def of_a_root() -> Metric:
+    theta = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return relative_fisher(lambda p: p.sqrt().unsqueeze(0), theta, LinearGaussian())
+
+
+def of_large_weights() -> Metric:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[1].weight, 1e200)
+    return fisher(model, torch.ones(3, 1, dtype=torch.float64), LinearGaussian())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KroneckerMetric(HUGE, HUGE),
+        lambda: TransformedMetric(DenseMetric(HUGE / 1e200), HUGE),
+        lambda: through(1e200),
+        lambda: layer_metric(HUGE / 1e200, HUGE / 1e200, None, LinearGaussian(1e-160)),
+        of_a_root,
+        of_large_weights,
+    ],
+    ids=["Kronecker", "transformed", "pullback", "noise", "no derivative", "model"],
+)
+def test_metrics_that_are_not_finite_are_refused_when_they_are_made(make) -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: BlockMetric(torch.ones(2, 2, 3), (2, 3)), ValueError, "blocks must be square"),
+        (lambda: KroneckerMetric(torch.ones(2, 3), torch.eye(2)), ValueError, "outputs must be square"),
+        (lambda: KroneckerMetric(torch.eye(2), torch.eye(2).double()), TypeError, "must have one dtype"),
+        (lambda: BlockMetric(torch.eye(3).expand(1, 3, 3), (2, 4)), ValueError, "q b = 8 parameters, or one that is"),
+        (lambda: BlockMetric(torch.eye(3).expand(2, 3, 3), (3, 3)), ValueError, "q b = 9 parameters, or one that is"),
+        (lambda: BlockMetric(torch.eye(3), (3,)), ValueError, "q b = 3 parameters, or one that is"),
+        (lambda: DiagonalMetric(torch.ones(3), (4,)), ValueError, r"diagonal must have shape \[4\]"),
+    ],
+)
+def test_parts_that_do_not_make_up_a_metric_are_refused(make, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_one_block_may_stand_for_all() -> None:
+    block = torch.tensor([[2.0, 1], [1, 2]])
+    assert_close(BlockMetric(block.unsqueeze(0), (3, 2)).to_dense(), torch.block_diag(block, block, block))

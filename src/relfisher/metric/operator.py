@@ -216,6 +216,10 @@ class Operator(ABC):
         """Return a vector with different entries whose sum is not larger than 2."""
         return torch.linspace(1, 2, self.shape[0], dtype=self.dtype, device=self.device).unsqueeze(1) / self.shape[0]
 
+    def _check_products(self) -> None:
+        """Raise ValueError if a product with the probe, of the size of a mean over columns, is not finite."""
+        check_finite("the metric", self._product(self._probe()))
+
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         check_floating(name, tensor)
         if tensor.dtype != self.dtype:

@@ -44,8 +44,10 @@ def units_of(blocks: Float[Tensor, "*q b b"], dtype: torch.dtype) -> Float[Tenso
     return torch.where(squares >= tiny, squares.sqrt(), torch.inf)
 
 
-def check_symmetric(name: str, blocks: Float[Tensor, "*q b b"]) -> None:
-    """Raise ValueError if two entries (i, j) and (j, i) differ by more than sqrt(eps) S_i S_j."""
+def check_symmetric(name: str, blocks: Tensor) -> None:
+    """Raise ValueError unless blocks are square, and entries (i, j) and (j, i) differ by at most sqrt(eps) S_i S_j."""
+    if blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(f"{name} must be square, got shape {list(blocks.shape)}")
     size = blocks.shape[-1]
     for some in torch.split(blocks.reshape(-1, size, size), max(1, _CHUNK // size**2)):
         units = units_of((some.abs() + some.mT.abs()) / 2, some.dtype).unsqueeze(-1)
