@@ -375,3 +375,72 @@ def test_a_metric_is_semi_definite_where_the_observed_one_is_not() -> None:
     observed = observed_fisher(partial(affine, p), theta, torch.full((1, 1), 5.0, dtype=torch.float64), response)
     assert observed.eigvalsh()[0] < -0.1
     assert relative_fisher(partial(affine, p), theta, response).eigvalsh()[0] > -1e-12
+
+
+@pytest.mark.parametrize("z", [20.0, -20.0])
+@pytest.mark.parametrize("outcomes", [[0.0], [1.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], ids=str)
+def test_outcomes_that_leave_out_or_repeat_a_rare_one_are_refused(z: float, outcomes: list[float]) -> None:
+    log_prob = lambda t, y: Bernoulli(logits=t).log_prob(torch.full_like(t, y))  # noqa: E731
+    with pytest.raises(ValueError, match="outcomes must be all values of y, each once"):
+        relative_fisher(log_prob, torch.tensor([z], dtype=torch.float64), outcomes=outcomes)
+
+
+@pytest.mark.parametrize("z", [-90.0, -20.0, 0.0, 20.0, 90.0])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
+def test_complete_outcomes_of_saturated_units_are_accepted(z: float, kind: torch.dtype) -> None:
+    theta = torch.tensor([z], dtype=kind)
+    for log_prob in (
+        lambda t, y: Bernoulli(logits=t).log_prob(torch.full_like(t, y)),
+        lambda t, y: nn.functional.logsigmoid(t if y else -t),
+        lambda t, y: torch.log_softmax(torch.stack([t * 0, t]), 0)[int(y)],
+    ):
+        found = relative_fisher(log_prob, theta, outcomes=[0.0, 1.0]).to_dense()
+        wanted = math.exp(-abs(z)) / (1 + math.exp(-abs(z))) ** 2
+        assert float(found) == pytest.approx(wanted, rel=1e-4, abs=1e-38)
+
+
+def test_probabilities_that_sum_to_one_at_one_point_only_are_refused() -> None:
+    with pytest.raises(ValueError, match="their expected score must be 0"):
+        relative_fisher(lambda t, y: y * t - math.log(2), torch.zeros(1).double(), outcomes=[0.0, 1.0])
+
+
+@pytest.mark.parametrize(("z", "y"), [((5, 1), (5,)), ((5, 3), (5, 1, 1)), ((5, 3), (4, 3)), ((5,), (5, 1))], ids=str)
+def test_there_is_one_observation_per_unit(z: tuple, y: tuple) -> None:
+    with pytest.raises(ValueError, match=r"y must have shape \[5"):
+        observed_fisher(lambda t: t.expand(z), torch.zeros(1), torch.zeros(y), SIGMOID)
+
+
+def test_there_is_one_observation_per_sample_of_several_units() -> None:
+    class Softmax(responses.Categorical):
+        def log_prob(self, z, y):
+            return torch.log_softmax(z, -1)[range(len(y)), y]
+
+    with pytest.raises(ValueError, match=r"y must have shape \[5\], got \[2\]"):
+        observed_fisher(lambda t: t.expand(5, 3), torch.zeros(1), torch.tensor([0, 1]), Softmax())
+
+
+def test_a_vector_of_logits_has_no_samples() -> None:
+    theta, softmax = torch.zeros(3), responses.Categorical()
+    for call in (
+        lambda: relative_fisher(lambda t: t, theta, softmax),
+        lambda: observed_fisher(lambda t: t, theta, torch.tensor(1), softmax),
+        lambda: fisher(nn.Linear(2, 3), torch.zeros(2), softmax),
+    ):
+        with pytest.raises(ValueError, match=r"pre-activation of Categorical must be \[n, out\], got \[3\]"):
+            call()
+
+
+def test_parameters_that_do_not_reach_the_output_have_no_metric() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.other = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.other(x)
+            return self.main(x)
+
+    metric = fisher(Heads(), torch.ones(4, 3), SIGMOID, ["other.weight"])
+    assert torch.equal(metric @ torch.ones(6), torch.zeros(6))
+    assert torch.equal(metric @ torch.ones(6, 2), torch.zeros(6, 2))
+    assert torch.equal(metric.to_dense(), torch.zeros(6, 6))

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -242,3 +243,71 @@ def test_a_bijection_with_parameters_is_sampled_with_the_right_information() -> 
     found = relative_fisher(scaled, torch.tensor(0.3), draws=600)
     assert found.standard_error > 0
     assert abs(float(found.to_dense()) - 0.25) <= 4 * float(found.standard_error)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("p", [0.3, 1e-9, 1e-18])
+def test_the_information_about_small_probabilities(p: float, kind: torch.dtype) -> None:
+    """The logits of torch are clamped at the machine epsilon, and have no derivative there."""
+    theta = torch.tensor(p, dtype=kind)
+    n = 1 / (p * (1 - p))
+    for distribution, wanted in (
+        (lambda q: distributions.Bernoulli(q), n),
+        (lambda q: distributions.Bernoulli(q.expand(2)).expand((3, 2)), 2 * n),
+        (lambda q: Independent(distributions.Bernoulli(q.expand(4, 2)), 1), 2 * n),
+        (lambda q: distributions.Binomial(7, q), 7 * n),
+        (lambda q: distributions.Geometric(q), n / p),
+        (lambda q: distributions.Categorical(torch.stack([q, 1 - q])), n),
+        (lambda q: distributions.OneHotCategorical(torch.stack([q, 1 - q])), n),
+        (lambda q: distributions.Multinomial(3, torch.stack([q, 1 - q])), 3 * n),
+    ):
+        assert float(relative_fisher(distribution, theta).to_dense()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_certain_outcomes_contribute_nothing() -> None:
+    z = torch.tensor([100.0, 0.0])
+    found = relative_fisher(lambda t: distributions.Bernoulli(torch.sigmoid(t)), z).to_dense()
+    assert_close(found, torch.diag(torch.tensor([0, 0.125])), 1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 19.0, 21.0, 1e6, 1e12, 1e16])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
+def test_shapes_of_any_size(alpha: float, kind: torch.dtype) -> None:
+    theta = torch.tensor([alpha, 0.5], dtype=kind)
+    with mpmath.workdps(60):
+        large, small = (mpmath.mpf(float(each)) for each in theta)
+        gamma = [[mpmath.psi(1, large), -1 / small], [-1 / small, large / small**2]]
+        both = mpmath.psi(1, large + small)
+        beta = [[mpmath.psi(1, large) - both, -both], [-both, mpmath.psi(1, small) - both]]
+        three = mpmath.psi(1, 3 * large)
+        dirichlet = [[3 * mpmath.psi(1, large) - 9 * three, 0], [0, 0]]
+        chi2 = [[mpmath.psi(1, large / 2) / 4, 0], [0, 0]]
+    for distribution, wanted in (
+        (lambda t: distributions.Gamma(t[0], t[1]), gamma),
+        (lambda t: distributions.InverseGamma(t[0], t[1]), gamma),
+        (lambda t: distributions.Beta(t[0], t[1]), beta),
+        (lambda t: distributions.Dirichlet(t[0].expand(3)), dirichlet),
+        (lambda t: distributions.Chi2(t[0]), chi2),
+    ):
+        found = relative_fisher(distribution, theta).to_dense().double().numpy()
+        digits = 1e-5 if kind == torch.float32 else 1e-12
+        np.testing.assert_allclose(found, np.array(wanted, dtype=np.float64), rtol=digits, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("transform", "base"),
+    [
+        (transforms.ExpTransform().inv, distributions.Gamma),
+        (transforms.ComposeTransform([transforms.TanhTransform(), transforms.ExpTransform()]), distributions.Normal),
+        (transforms.IndependentTransform(transforms.ExpTransform(), 1), distributions.Normal),
+        (transforms.StickBreakingTransform(), distributions.Normal),
+        (transforms.ReshapeTransform((4,), (2, 2)), distributions.Normal),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_bijections_without_parameters_change_nothing(transform: transforms.Transform, base: type) -> None:
+    theta = torch.tensor([0.7, 0.4], dtype=torch.float64)
+    plain = lambda t: Independent(base(t[0].expand(4), t[1]), 1)  # noqa: E731
+    found = relative_fisher(lambda t: TransformedDistribution(plain(t), transform), theta)
+    assert found.standard_error is None
+    assert_close(found.to_dense(), relative_fisher(plain, theta).to_dense())

@@ -122,3 +122,36 @@ def test_each_response_has_the_cheapest_kind_that_is_exact() -> None:
     assert kinds.pop("softmax") is information.Softmax
     assert set(kinds) == set(BERNOULLI | GAUSSIAN) - {"linear"}
     assert set(kinds.values()) == {information.Diagonal}
+
+
+@pytest.mark.parametrize("gap", [3.0, 12.0, 40.0])
+def test_overlaps_of_softmax_units_that_are_all_but_certain(gap: float) -> None:
+    z = torch.tensor([[gap, 0, -1], [0, gap, 0.5], [gap + 1, 1, 0]], dtype=torch.float64)
+    difference = torch.tensor([[1.0, -1, 0], [1, 0, -1], [0, 1, -1]], dtype=torch.float64)
+    eta = torch.softmax(z, -1)
+    pairs = torch.stack([eta[:, 0] * eta[:, 1], eta[:, 0] * eta[:, 2], eta[:, 1] * eta[:, 2]], -1)
+    matrices = torch.einsum("np,pi,pj->nij", pairs, difference, difference)
+    softmax = responses.Categorical().operator(z)
+    expected = torch.einsum("nij,mij->nm", matrices, matrices)
+    torch.testing.assert_close(softmax.overlaps(softmax), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 3000.0])
+@pytest.mark.parametrize("bias", [0.0, 12.0])
+def test_a_shift_of_all_classes_does_not_change_what_is_pulled_back(outlier: float, bias: float) -> None:
+    """The weights are multiples of 1/16, so that the shift is exact in float32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-16, 17, (4, 3), generator=generator).double() / 16
+    weight[3] += outlier
+    slope = torch.rand(6, 3, generator=generator)
+    eta = torch.softmax(torch.tensor([bias, 0, 0, -20]), -1).expand(6, 4)
+    pairs = torch.outer(eta[0].double(), eta[0].double()).fill_diagonal_(0)
+    matrix = torch.diag(pairs.sum(0)) - pairs
+    columns = slope.double().unsqueeze(1) * weight
+    expected = columns.mT @ matrix @ columns
+    shifted = information.PulledBack(information.Softmax(eta), (weight + 4096).float(), slope)
+    torch.testing.assert_close(shifted.dense().double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    diagonal = expected.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(shifted.diagonal().double(), diagonal, rtol=1e-4, atol=0)
+    applied = shifted.apply(torch.eye(3).unsqueeze(1).expand(3, 6, 3)).permute(1, 2, 0).double()
+    torch.testing.assert_close(applied, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

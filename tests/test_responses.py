@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import reference
 import torch
@@ -72,6 +73,32 @@ def test_divergence_has_the_shape_of_log_prob(response) -> None:
     found = response.divergence(z, z.square() + 1)
     assert found.shape == response.log_prob(z, response.sample(z)).shape
     assert (found[0] > 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("step", [200.0, 3.0, 0.1, 1e-3, 1e-6])
+@pytest.mark.parametrize("z", [0.3, 8.0, 20.0, 60.0])
+def test_divergences_of_small_steps_and_of_saturated_units_have_their_digits(z: float, step: float, kind: torch.dtype):
+    for response, gain in ((responses.SigmoidBernoulli(), 1), (responses.TanhBernoulli(), 2), (None, 1)):
+        for sign in (1, -1):
+            at = torch.tensor([z, 0.0, -1.0], dtype=kind)
+            to = at + torch.tensor([sign * step, 0.0, 0.0], dtype=kind)
+            if response is None:
+                found, logits = responses.Categorical().divergence(at, to), (at, to)
+            else:
+                at, to = at[:1], to[:1]
+                found = response.divergence(at, to)[0]
+                logits = [torch.cat([gain * each, torch.zeros_like(each)]) for each in (at, to)]
+            wanted = exact_divergence(*logits)
+            assert float(found) == pytest.approx(wanted, rel=1e-5 if kind == torch.float32 else 1e-12, abs=1e-37)
+
+
+def exact_divergence(*logits: Tensor) -> float:
+    with mpmath.workdps(80):
+        logs = [[mpmath.mpf(float(each)) for each in z] for z in logits]
+        totals = [mpmath.log(mpmath.fsum(mpmath.exp(each) for each in z)) for z in logs]
+        log_p, log_q = ([each - total for each in z] for z, total in zip(logs, totals, strict=True))
+        return float(mpmath.fsum(mpmath.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)))
 
 
 def test_divergence_of_classes_that_are_ruled_out() -> None:

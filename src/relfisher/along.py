@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.files import write_atomically
-from relfisher.layers import Layer, Rows, discover
+from relfisher.layers import Layer, discover
 from relfisher.metric import GroupedMetric, Metric
 from relfisher.observe import metric_of, observe
 from relfisher.observe.module import Seen
@@ -252,7 +252,7 @@ class MetricRecorder:
             rank=narrow.rank(),
             effective_dimension=float((values / (values + damping)).sum()) if damping else float((values > 0).sum()),
             length=float(metric.inner(step, step)),
-            divergence=_divergence(layer, calls, step),
+            divergence=_divergence(calls, step),
             drift=drift,
             variation=self._variation[name],
         )
@@ -291,13 +291,13 @@ def _drift(last: Metric | None, metric: Metric) -> float:
     return math.sqrt(max(change, 0.0) / before) if before else math.nan
 
 
-def _divergence(layer: Layer, calls: Sequence[Seen], step: Tensor) -> float:
+def _divergence(calls: Sequence[Seen], step: Tensor) -> float:
     """Return the divergence of the responses of all calls by a step; NaN if a response does not define it."""
     total, samples = 0.0, 0
     for call in calls:
-        x, z = layer.cast(Rows(call.rows.x, call.rows.z))
+        x, z = call.rows.x.double(), call.rows.z.double()  # a step may be no larger than rounding errors of float32
         try:
-            total += float(call.response.divergence(z, z + x @ step.mT).sum())
+            total += float(call.response.divergence(z, z + x @ step.double().mT).sum())
         except NotImplementedError:
             return math.nan
         samples += z.shape[-2]

@@ -24,7 +24,7 @@ from relfisher.distributions import coordinates, has_closed_form, samples_of
 from relfisher.evaluation import differentiable, evaluation_mode
 from relfisher.metric import DenseMetric, Metric
 from relfisher.pullback import PullbackMetric, as_rows
-from relfisher.responses import Response
+from relfisher.responses import Response, UnitResponse
 from relfisher.validation import check_callable, check_finite, check_floating, check_instance, check_integer
 
 __all__ = ["as_function", "fisher", "observed_fisher", "relative_fisher"]
@@ -173,7 +173,8 @@ def observed_fisher(
         The matrix [D, D], a mean over samples and positions and a sum over units.
 
     Raises:
-        ValueError: if there is no parameter, or a parameter or y is not finite.
+        ValueError: if there is no parameter, a parameter or y is not finite, or y does not have the shape of the
+            pre-activation, or of its samples for responses of several units.
     """
     _check(subsystem, response, samples)
     theta, shape, restore = _flatten(parameters)
@@ -187,7 +188,9 @@ def observed_fisher(
 
     with torch.no_grad():
         terms = subsystem(restore(theta)) if response is not None else subsystem(restore(theta), y)
-    samples = samples or (as_rows(terms).shape[0] if response is not None else _count(terms))
+        if response is not None:
+            _check_observations(terms, y, response)
+    samples = samples or (as_rows(terms, response).shape[0] if response is not None else _count(terms))
     hessian = jacrev(grad(log_likelihood))(theta)
     return DenseMetric(-(hessian + hessian.mT) / (2 * samples), shape, samples)
 
@@ -242,6 +245,20 @@ def _check(subsystem: object, response: object, samples: int | None) -> None:
         check_integer("samples", samples)
 
 
+def _check_observations(z: Tensor, y: Any, response: Response) -> None:
+    """Raise ValueError unless there is one observation per unit, or per sample if the response is of several units."""
+    given: tuple[int, ...] = tuple(getattr(y, "shape", ()))
+    if isinstance(response, UnitResponse):
+        wanted = z.shape
+        expanded = (1,) * (len(wanted) - len(given)) + given
+        fits = len(expanded) == len(wanted) and all(a in (1, b) for a, b in zip(expanded, wanted, strict=True))
+    else:
+        wanted = z.shape[:-1]
+        fits = response.log_prob(z, y).shape == wanted
+    if not fits:
+        raise ValueError(f"y must have shape {list(wanted)}, got {list(given)}")
+
+
 def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[[Tensor], Any]]:
     """Return the parameters as one vector, their shape, and the function that restores them from a vector."""
     if isinstance(parameters, Tensor):
@@ -278,9 +295,18 @@ def _enumerated(
             f"{float(total.min()):.6g} to {float(total.max()):.6g}"
         )
     scores: Tensor = jacrev(log_prob)(theta)
-    flat = scores.reshape(-1, theta.numel())
     # An outcome of probability 0 contributes nothing, but its score may not be finite.
-    flat = torch.where(weights.reshape(-1, 1) > 0, flat, torch.zeros_like(flat))
+    weights = weights.unsqueeze(-1)
+    scores = torch.where(weights > 0, scores.reshape(*weights.shape[:-1], -1), 0)
+    eps = torch.finfo(total.dtype).eps
+    # A rare outcome hardly changes the sum of the probabilities, but may hold most of the information.
+    allowed = eps**0.5 * (weights * scores.abs()).sum(0) + 100 * eps * scores.abs().amax(0)
+    if bool(((weights * scores).sum(0).abs() > allowed).any()):
+        raise ValueError(
+            "outcomes must be all values of y, each once, and their probabilities must sum to 1 at all parameters: "
+            "their expected score must be 0, but it is not"
+        )
+    flat = scores.flatten(0, -2)
     samples = samples or _count(total)
     return DenseMetric((flat * weights.reshape(-1, 1)).T @ flat / samples, shape, samples)
 

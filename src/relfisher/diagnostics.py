@@ -41,8 +41,7 @@ class Spectrum:
         """Return the spectrum of a metric, keeping the `top` largest eigenvalues."""
         values = metric.eigvalsh().flip(0)
         rank = metric.rank()
-        condition = float(values[0] / values[rank - 1]) if rank else float("nan")
-        return cls(rank, float(values.sum()), tuple(values[:top].tolist()), condition)
+        return cls(rank, float(values.sum()), tuple(values[:top].tolist()), metric._condition_in_range())
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ Coordinates = Callable[[Any, Any], Tensor]
 def has_closed_form(distribution: Any) -> bool:
     """Return whether `coordinates` knows the family of a distribution; a subclass is a family of its own."""
     kind = type(distribution)
-    if kind is distributions.TransformedDistribution and any(type(e) not in _FIXED for e in distribution.transforms):
+    if kind is distributions.TransformedDistribution and not all(map(_is_fixed, distribution.transforms)):
         return False
     return kind in _COORDINATES and (_COORDINATES[kind] is not _base or has_closed_form(distribution.base_dist))
 
@@ -63,10 +63,15 @@ def _scaled(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([parameter * constant.to(parameter.dtype) for parameter, constant in pairs], dim=-1)
 
 
-def _rooted(parameters: Float[Tensor, "*batch m"], information: Float[Tensor, "*batch m m"]) -> Tensor:
-    """Return the parameters times a root of their information, which is in float64."""
-    root: Tensor = torch.linalg.cholesky(information).to(parameters.dtype)
-    return (parameters.unsqueeze(-2) @ root).squeeze(-2)
+def _by_probabilities(d: Any) -> bool:
+    """Return whether a distribution was made of probabilities, from which torch makes logits that are clamped."""
+    known = vars(getattr(d, "_categorical", d))  # torch computes the other form when it is asked for it
+    return "logits" not in known or known["logits"] is not known.get("_param", known["logits"])
+
+
+def _inverse_root(variance: Tensor) -> Tensor:
+    """Return 1 / sqrt(variance), and 0 where an outcome is certain or impossible."""
+    return torch.where(variance > 0, variance.rsqrt(), 0)
 
 
 def _location_scale(of_location: float, of_scale: float) -> Coordinates:
@@ -76,28 +81,45 @@ def _location_scale(of_location: float, of_scale: float) -> Coordinates:
 
 def _bernoulli(d: Any, at: Any) -> Tensor:
     """(14) from the log-odds, times the number of trials of a binomial."""
-    variance = torch.sigmoid(at.logits) * torch.sigmoid(-at.logits)
-    return _scaled((d.logits, (getattr(at, "total_count", 1) * variance).sqrt()))
+    trials = torch.as_tensor(getattr(at, "total_count", 1)).sqrt()
+    if _by_probabilities(d):
+        return _scaled((d.probs, trials * _inverse_root(at.probs * (1 - at.probs))))
+    return _scaled((d.logits, trials * (torch.sigmoid(at.logits) * torch.sigmoid(-at.logits)).sqrt()))
+
+
+def _geometric(d: Any, at: Any) -> Tensor:
+    if _by_probabilities(d):
+        return _scaled((d.probs, _inverse_root(1 - at.probs) / at.probs))
+    return _scaled((d.logits, torch.sigmoid(-at.logits).sqrt()))
 
 
 def _classes(d: Any, at: Any) -> Tensor:
     """(25) from the normalized log-probabilities, times the draws of a multinomial; impossible classes count as 0."""
+    trials = math.sqrt(getattr(at, "total_count", 1))
+    if _by_probabilities(d):
+        return d.probs * (trials * _inverse_root(at.probs))  # type: ignore[no-any-return]
     logits = torch.where(at.probs > 0, d.logits, torch.zeros_like(d.logits))
-    coordinates: Tensor = logits * (getattr(at, "total_count", 1) * at.probs).sqrt()
-    return coordinates
+    return logits * (trials * at.probs.sqrt())  # type: ignore[no-any-return]
 
 
 def _trigamma(x: Tensor) -> Tensor:
     """Return psi'(x) as a Hurwitz zeta function; torch.polygamma keeps nine digits only."""
-    found: Tensor = torch.special.zeta(torch.full_like(x, 2.0), x)
-    return found
+    values: Tensor = torch.special.zeta(torch.full_like(x, 2.0), x)
+    return values
+
+
+def _excess(x: Tensor) -> Tensor:
+    """Return psi'(x) - 1 / x, where it cancels by the asymptotic series."""
+    inverse = (1 / x).square()
+    series = 1 / 6 + inverse * (-1 / 30 + inverse * (1 / 42 + inverse * (-1 / 30 + inverse * 5 / 66)))
+    return torch.where(x < 20, _trigamma(x) - 1 / x, inverse * (1 / 2 + series / x))
 
 
 def _gamma(d: Any, at: Any) -> Tensor:
+    """The scale at a fixed shape, and what psi' of the shape is more than 1 / shape."""
     shape, rate = at.concentration.double(), at.rate.double()
-    rows = [[_trigamma(shape), -1 / rate], [-1 / rate, shape / rate.square()]]
-    information = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-    return _rooted(torch.stack([d.concentration, d.rate], dim=-1), information)
+    scale = _scaled((d.rate, shape.sqrt() / rate), (d.concentration, -shape.rsqrt())).sum(-1, keepdim=True)
+    return torch.cat([scale, _scaled((d.concentration, _excess(shape).sqrt()))], dim=-1)
 
 
 def _dirichlet(d: Any, at: Any) -> Tensor:
@@ -110,8 +132,18 @@ def _beta(d: Any, at: Any) -> Tensor:
 
 
 def _simplex(alpha: Float[Tensor, "*batch m"], constant: Float[Tensor, "*batch m"]) -> Tensor:
-    common = _trigamma(constant.sum(-1))[..., None, None]
-    return _rooted(alpha, torch.diag_embed(_trigamma(constant)) - common)
+    # The information diag(psi'(alpha)) - psi'(A), A = sum alpha, is the sum of two parts whose roots do not cancel:
+    # diag(1 / alpha) - 1 / A, and the same with psi'(x) - 1 / x in place of 1 / x.
+    unit = torch.eye(constant.shape[-1], dtype=constant.dtype, device=constant.device)
+    total, others = constant.sum(-1, keepdim=True), constant @ (1 - unit)
+    first = torch.where(unit > 0, (others / constant).unsqueeze(-1), -1) * (constant.sqrt() / total).unsqueeze(-1)
+    excess = _excess(constant)
+    shares = 1 / excess
+    part = 1 - (1 - _excess(total) * shares.sum(-1, keepdim=True)).clamp(min=0).sqrt()
+    along = (shares / shares.sum(-1, keepdim=True)).sqrt()
+    second = (unit - part.unsqueeze(-1) * along.unsqueeze(-1) * along.unsqueeze(-2)) * excess.sqrt().unsqueeze(-2)
+    roots = torch.cat([first, second], dim=-2).to(alpha.dtype)
+    return (roots @ alpha.unsqueeze(-1)).squeeze(-1)
 
 
 def _gumbel(d: Any, at: Any) -> Tensor:
@@ -148,7 +180,25 @@ def _base(d: Any, at: Any) -> Tensor:
 
 
 #: Bijections without parameters.
-_FIXED = {transforms.ExpTransform, transforms.SigmoidTransform, transforms.SoftplusTransform, transforms.TanhTransform}
+_FIXED = {
+    transforms.ExpTransform,
+    transforms.ReshapeTransform,
+    transforms.SigmoidTransform,
+    transforms.SoftplusTransform,
+    transforms.StickBreakingTransform,
+    transforms.TanhTransform,
+}
+
+
+def _is_fixed(transform: Any) -> bool:
+    """Return whether a transform is a bijection without parameters, an inverse of one, or made of some of them."""
+    kind = type(transform)
+    if kind is transforms.ComposeTransform:
+        return all(map(_is_fixed, transform.parts))
+    if kind is transforms.IndependentTransform:
+        return _is_fixed(transform.base_transform)
+    return (type(transform.inv) if kind is transforms._InverseTransform else kind) in _FIXED
+
 
 _COORDINATES: dict[type[Distribution], Coordinates] = {
     distributions.Bernoulli: _bernoulli,
@@ -160,7 +210,7 @@ _COORDINATES: dict[type[Distribution], Coordinates] = {
     distributions.Dirichlet: _dirichlet,
     distributions.Exponential: lambda d, at: _scaled((d.rate, 1 / at.rate)),
     distributions.Gamma: _gamma,
-    distributions.Geometric: lambda d, at: _scaled((d.logits, torch.sigmoid(-at.logits).sqrt())),
+    distributions.Geometric: _geometric,
     distributions.Gumbel: _gumbel,
     distributions.HalfNormal: lambda d, at: _scaled((d.scale, math.sqrt(2) / at.scale)),
     distributions.Independent: _base,

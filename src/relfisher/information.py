@@ -45,6 +45,14 @@ class Information(ABC):
     def total(self) -> Float[Tensor, "out out"]:
         """Return the sum of F_n over the samples."""
 
+    def contrasts(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Return the field less a part to which each F_n is blind, so that this part leaves no rounding errors."""
+        return field
+
+    def common(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "one in"]:
+        """Return a row that can be subtracted from all rows of the weight, because every F_n is blind to it."""
+        return weight.new_zeros(1, weight.shape[1])
+
     def overlaps(self, other: Information) -> Float[Tensor, "n m"]:
         """Return tr(F_n F'_m) in float64 for each pair of samples of two kinds of information about the same units."""
         if self.is_diagonal and other.is_diagonal:
@@ -130,8 +138,16 @@ class Softmax(Information):
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Return eta (r - <eta, r>)."""
-        relative = field - field.gather(-1, self._likeliest.expand(*field.shape[:-1], 1))
+        relative = self.contrasts(field)
         return self.eta * (relative - (self.eta * relative).sum(-1, keepdim=True))
+
+    def contrasts(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
+        """Return the differences from the value at the likeliest class: a shift of all classes changes nothing."""
+        return field - field.gather(-1, self._likeliest.expand(*field.shape[:-1], 1))
+
+    def common(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "one in"]:
+        """Return the median of the rows, from which a class that is far from all others does not move it."""
+        return weight.median(0, keepdim=True).values
 
     @cached_property
     def _likeliest(self) -> Num[Tensor, "n 1"]:
@@ -139,8 +155,12 @@ class Softmax(Information):
 
     def diagonal(self) -> Float[Tensor, "n out"]:
         """Return eta (1 - eta), as for a sigmoid unit, equation (14)."""
-        others = self.eta.scatter(-1, self._likeliest, 0).sum(-1, keepdim=True)
-        return self.eta * (1 - self.eta).scatter(-1, self._likeliest, others)
+        return self.eta * (1 - self.eta).scatter(-1, self._likeliest, self._others.sum(-1, keepdim=True))
+
+    @property
+    def _others(self) -> Float[Tensor, "n out"]:
+        """The probabilities, with 0 for the likeliest class."""
+        return self.eta.scatter(-1, self._likeliest, 0)
 
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return diag(eta) - eta eta' for each sample."""
@@ -154,9 +174,12 @@ class Softmax(Information):
         """Return tr(F_n F'_m) in float64, for softmax responses without the matrices."""
         if not isinstance(other, Softmax):
             return super().overlaps(other)
-        mine, theirs = self.eta.double(), other.eta.double()
-        both = mine @ theirs.T
-        return both - mine @ theirs.square().T - mine.square() @ theirs.T + both.square()
+        # Off the diagonal, the sum of a_i a_j with a = eta eta' is taken apart at the likeliest class of F_n.
+        others, theirs = self._others.double(), other.eta.double()
+        rest = others @ theirs.T
+        likeliest = self.eta.gather(-1, self._likeliest).double() * theirs[:, self._likeliest[:, 0]].T
+        off_diagonal = 2 * likeliest * rest + rest.square() - others.square() @ theirs.square().T
+        return self.diagonal().double() @ other.diagonal().double().T + off_diagonal
 
 
 def _laplacian(weights: Float[Tensor, "*n out out"]) -> Float[Tensor, "*n out out"]:
@@ -186,19 +209,29 @@ class PulledBack(Information):
 
     def apply(self, field: Float[Tensor, "*k n out"]) -> Float[Tensor, "*k n out"]:
         """Push the field forward through J_n, apply the next layer's information, and pull the result back."""
-        forward = (field * self.slope) @ self.weight.T
-        return (self.following.apply(forward) @ self.weight) * self.slope
+        forward = (field * self.slope) @ self._weight.T
+        return (self.following.apply(forward) @ self._weight) * self.slope
+
+    @cached_property
+    def _weight(self) -> Float[Tensor, "next out"]:
+        """C, less what its rows have in common if the next layer's information is blind to that."""
+        return self.weight - self.following.common(self.weight)
+
+    def _columns(self) -> Float[Tensor, "out n next"]:
+        """Return the columns of J_n of each sample, as fields on the next layer."""
+        return self.following.contrasts((self._weight * self.slope.unsqueeze(-2)).permute(2, 0, 1))
 
     def diagonal(self) -> Float[Tensor, "n out"]:
         """Return slope^2 * diag(C' F^next C)."""
         if self.following.is_diagonal:
             return (self.following.diagonal() @ self.weight.square()) * self.slope.square()
-        return self.dense().diagonal(dim1=-2, dim2=-1)
+        columns = self._columns()
+        return (columns * self.following.apply(columns)).sum(-1).T
 
     def dense(self) -> Float[Tensor, "n out out"]:
         """Return J_n' F_n^next J_n for each sample."""
-        jacobian = self.weight * self.slope.unsqueeze(-2)
-        return jacobian.mT @ self.following.dense() @ jacobian
+        columns = self._columns()
+        return torch.einsum("ink,jnk->nij", columns, self.following.apply(columns))
 
     def total(self) -> Float[Tensor, "out out"]:
         """Return sum_n J_n' F_n^next J_n."""

@@ -12,15 +12,31 @@ from torch.func import jacrev, vjp, vmap
 from relfisher.evaluation import differentiable
 from relfisher.memory import check_fits
 from relfisher.metric import Metric
-from relfisher.responses import Response
+from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.validation import check_finite
 
 __all__ = ["PullbackMetric", "as_rows"]
 
 
-def as_rows(z: Tensor) -> Float[Tensor, "n out"]:
-    """Reshape a pre-activation to [n, out]: positions count as samples, and a vector is one unit."""
+def as_rows(z: Tensor, response: Response | None = None) -> Float[Tensor, "n out"]:
+    """Reshape a pre-activation to [n, out]: positions count as samples, and a vector is one unit.
+
+    Args:
+        z: the pre-activation.
+        response: its response, if it is known.
+
+    Returns:
+        A matrix.
+
+    Raises:
+        ValueError: if z is a vector, and the response is one of several units.
+    """
+    if z.ndim <= 1 and response is not None and not isinstance(response, UnitResponse):
+        raise ValueError(
+            f"the pre-activation of {type(response).__name__} must be [n, out], got {list(z.shape)}: give one "
+            "sample an axis of its own"
+        )
     return z.unsqueeze(-1) if z.ndim <= 1 else z.flatten(0, -2)
 
 
@@ -39,7 +55,7 @@ class PullbackMetric(Metric):
         samples: the number of samples to average over; None for n, or n * positions.
 
     Raises:
-        ValueError: if the pre-activation is not finite.
+        ValueError: if the pre-activation or the metric is not finite, or is one vector for a response of several units.
         TypeError: if the dtype is not float32 or float64.
     """
 
@@ -55,7 +71,7 @@ class PullbackMetric(Metric):
         parameter_shape: tuple[int, ...] | None = None,
         samples: int | None = None,
     ) -> None:
-        rows: Callable[[Tensor], Tensor] = lambda parameters: as_rows(pre_activation(parameters))  # noqa: E731
+        rows: Callable[[Tensor], Tensor] = lambda parameters: as_rows(pre_activation(parameters), response)  # noqa: E731
         self._pre_activation = differentiable()(rows)
         self._theta = theta
         z = self._pre_activation(theta).detach()
@@ -63,6 +79,7 @@ class PullbackMetric(Metric):
         check_finite("the pre-activation", z)
         self._zeros = torch.zeros_like(z)
         self.information = response.operator(z)
+        self._check_products()
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
         pull = vjp(self._pre_activation, self._theta)[1]
@@ -73,7 +90,7 @@ class PullbackMetric(Metric):
             return image / self.samples
 
         try:
-            product: Tensor = vmap(column, in_dims=1, out_dims=1)(vectors)
+            product: Tensor = vmap(column, in_dims=1)(vectors).T
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
@@ -93,12 +110,16 @@ class PullbackMetric(Metric):
             jacobian: Tensor = jacrev(self._pre_activation)(self._theta)
         return jacobian.detach()
 
+    def _field(self) -> Float[Tensor, "D n out"]:
+        """Return the derivative by each parameter."""
+        return self.information.contrasts(self._jacobian().permute(2, 0, 1))
+
     def _direct_sum(self) -> Float[Tensor, "q b b"]:
-        jacobian = self._jacobian()
-        image = self.information.apply(jacobian.permute(2, 0, 1)).reshape(self.shape[0], -1)
-        return (image @ jacobian.reshape(-1, self.shape[0]) / self.samples).unsqueeze(0)
+        field = self._field()
+        image = self.information.apply(field).reshape(self.shape[0], -1)
+        return (image @ field.reshape(self.shape[0], -1).T / self.samples).unsqueeze(0)
 
     def diagonal(self) -> Float[Tensor, "D"]:
         """Return the diagonal of J' F J."""
-        field = self._jacobian().permute(2, 0, 1)
+        field = self._field()
         return (field * self.information.apply(field)).sum((1, 2)) / self.samples

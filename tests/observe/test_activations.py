@@ -48,6 +48,20 @@ CODE = {
     ),
     "leaky, steep": (lambda z: functional.leaky_relu(z, 1.5), slopes(1.5)),
     "leaky, falling": (nn.LeakyReLU(-0.2), slopes(-0.2)),
+    "leaky_relu_": (lambda z: functional.leaky_relu_(z, 0.6), ReLUGaussian(iota=0.6)),
+    "elu_": (lambda z: functional.elu_(z, 1.7), ELUGaussian(alpha=1.7)),
+    "elu_ with scales": (
+        lambda z: functional.elu_(z, 1.7, 1.3, 0.5),
+        ActivationGaussian(lambda z: torch.where(z > 0, 1.3 * z, 1.3 * 1.7 * torch.expm1(0.5 * z))),
+    ),
+    "torch.celu": (lambda z: torch.celu(z, 0.3), ActivationGaussian(lambda z: functional.celu(z, 0.3))),
+    "hardtanh_ between": (
+        lambda z: functional.hardtanh_(z, -0.2, 0.3), ActivationGaussian(lambda z: functional.hardtanh(z, -0.2, 0.3)),
+    ),
+    "torch.threshold": (
+        lambda z: torch.threshold(z, 0.1, 0.2), ActivationGaussian(lambda z: functional.threshold(z, 0.1, 0.2)),
+    ),
+    "torch.rrelu": (lambda z: torch.rrelu(z, 0.2, 0.4), ReLUGaussian(iota=0.3)),
     "PReLU": (nn.PReLU(init=0.3, dtype=torch.float64), slopes(0.3)),
     "PReLU, steep": (nn.PReLU(init=1.5, dtype=torch.float64), slopes(1.5)),
     "PReLU, falling": (nn.PReLU(init=-0.2, dtype=torch.float64), slopes(-0.2)),
@@ -63,7 +77,7 @@ CODE = {
     "gated": (lambda z: z * 2, LinearGaussian()),
     "an unknown function": (torch.digamma, LinearGaussian()),
     "looked at": (lambda z: torch.tanh(z) if z.shape[0] and z.dim() == 2 else z, TanhBernoulli()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("activation", "response"), CODE.values(), ids=CODE)

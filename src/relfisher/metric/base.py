@@ -95,9 +95,17 @@ class Metric(Operator):
             The ratio; infinite for a singular metric without damping.
         """
         check_interval("damping", damping, 0, math.inf)
-        values = (self._cleaned_values() + damping).abs()
-        least = float(values.min())
-        return float(values.max()) / least if least else math.inf
+        scaled = self._scaled(damping)
+        largest = float((self._block_values() + damping).abs().max())
+        if not bool(scaled.null.any()):
+            return largest / float(scaled.least_values().min())
+        least = float((self._cleaned_values() + damping).abs().min())
+        return largest / least if damping and least else math.inf
+
+    def _condition_in_range(self) -> float:
+        """Return the ratio of the largest absolute eigenvalue to the smallest that does not count as 0; NaN for 0."""
+        least = float(self._scaled().least_values().min())
+        return float(self._block_values().abs().max()) / least if math.isfinite(least) else math.nan
 
     def logdet(self, damping: float = 0.0) -> Float[Tensor, ""]:
         """Return ln |det(G + damping I)|.
@@ -216,6 +224,9 @@ class Metric(Operator):
 
         repeats = self._repeats()
         size = self.shape[0] // repeats
+
+        if not bool(self._product(self._probe()).any()):
+            return torch.zeros(k, dtype=self.dtype, device=self.device)  # ARPACK has no vector to start from
 
         def product(vector: np.ndarray) -> np.ndarray:
             column = torch.zeros(self.shape[0], 1, dtype=self.dtype, device=self.device)

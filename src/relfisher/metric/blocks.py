@@ -22,13 +22,19 @@ class BlockMetric(Metric):
         samples: how many samples the metric is a mean over.
 
     Raises:
-        ValueError: if a block is not finite and symmetric.
+        ValueError: if a block is not finite and symmetric, or the blocks do not make up the parameters.
     """
 
-    def __init__(self, blocks: Float[Tensor, "q b b"], parameter_shape: tuple[int, ...], samples: int = 1) -> None:
+    def __init__(self, blocks: Tensor, parameter_shape: tuple[int, ...], samples: int = 1) -> None:
         super().__init__(parameter_shape, samples, blocks.dtype, blocks.device)
         check_finite("blocks", blocks)
         check_symmetric("blocks", blocks)
+        size, rows = self.shape[0], blocks[..., 0].numel()
+        if blocks.ndim != 3 or (size != rows if len(blocks) > 1 else size % rows):
+            raise ValueError(
+                f"blocks must be [q, b, b] with q b = {size} parameters, or one that is repeated, got shape "
+                f"{list(blocks.shape)}"
+            )
         self._blocks = blocks
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -56,12 +62,14 @@ class DiagonalMetric(Metric):
         samples: how many samples the metric is a mean over.
 
     Raises:
-        ValueError: if an entry is not finite.
+        ValueError: if an entry is not finite, or there is not one per parameter.
     """
 
-    def __init__(self, diagonal: Float[Tensor, "D"], parameter_shape: tuple[int, ...], samples: int = 1) -> None:
+    def __init__(self, diagonal: Tensor, parameter_shape: tuple[int, ...], samples: int = 1) -> None:
         super().__init__(parameter_shape, samples, diagonal.dtype, diagonal.device)
         check_finite("diagonal", diagonal)
+        if tuple(diagonal.shape) != self.shape[:1]:
+            raise ValueError(f"diagonal must have shape [{self.shape[0]}], got {list(diagonal.shape)}")
         self._diagonal = diagonal
 
     def _product(self, vectors: Float[Tensor, "D k"]) -> Float[Tensor, "D k"]:
@@ -87,14 +95,18 @@ class KroneckerMetric(Metric):
         samples: how many samples the factors are means over.
 
     Raises:
-        ValueError: if a factor is not finite and symmetric.
+        ValueError: if a factor is not finite and symmetric, or their product is not finite.
+        TypeError: if the dtypes differ.
     """
 
-    def __init__(self, outputs: Float[Tensor, "out out"], inputs: Float[Tensor, "d d"], samples: int = 1) -> None:
+    def __init__(self, outputs: Tensor, inputs: Tensor, samples: int = 1) -> None:
         super().__init__((outputs.shape[-1], inputs.shape[-1]), samples, inputs.dtype, inputs.device)
         for name, factor in {"outputs": outputs, "inputs": inputs}.items():
             check_finite(name, factor)
             check_symmetric(name, factor)
+        if outputs.dtype != inputs.dtype:
+            raise TypeError(f"outputs and inputs must have one dtype, got {outputs.dtype} and {inputs.dtype}")
+        check_finite("the product of the largest entries", outputs.abs().max() * inputs.abs().max())
         self.outputs = outputs
         self.inputs = inputs
 

@@ -140,7 +140,7 @@ class TransformedMetric(Metric):
         jacobian: the Jacobian J = dLambda / dTheta, [D, K].
 
     Raises:
-        ValueError: if J does not have D rows, or is not finite.
+        ValueError: if J does not have D rows, or J or the metric is not finite.
         TypeError: if the dtype of J is not the metric's.
     """
 
@@ -150,6 +150,7 @@ class TransformedMetric(Metric):
         super().__init__((jacobian.shape[1],), metric.samples, metric.dtype, metric.device)
         self.metric = metric
         self.jacobian = jacobian
+        self._check_products()
 
     def _product(self, vectors: Float[Tensor, "K k"]) -> Float[Tensor, "K k"]:
         return self.jacobian.T @ self.metric._product(self.jacobian @ vectors)

@@ -33,7 +33,8 @@ def conjugate_residuals(
     Args:
         product: the function V -> G V on [D, k].
         right: the right-hand sides B.
-        units: S, for iterations with S^-1 (G + damping I) S^-1.
+        units: S, for iterations with S^-1 (G + damping I) S^-1. Only their ratios matter: matrix and right-hand sides
+            are scaled so that their squares neither overflow nor vanish.
         damping: the damping, >= 0.
         max_iterations: the largest number of iterations.
 
@@ -44,20 +45,26 @@ def conjugate_residuals(
     Raises:
         IndefiniteMetricError: if a direction of negative curvature is met.
     """
-    scale = units.unsqueeze(1)
+    scale = (units / units.max()).unsqueeze(1)
     eps, tiny = torch.finfo(right.dtype).eps, torch.finfo(right.dtype).tiny
-    wanted = right.norm(dim=0)
 
-    def apply(vectors: Tensor) -> Tensor:
+    def unscaled(vectors: Tensor) -> Tensor:
         vectors = vectors / scale
         return product(vectors).add(vectors, alpha=damping) / scale
 
-    residual = right / scale
+    probe = torch.randn(len(right), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(right)
+    seen = unscaled(probe)
+    level, sizes = _size(seen), _size(right / scale)
+
+    def apply(vectors: Tensor) -> Tensor:
+        return unscaled(vectors) / level
+
+    residual = right / scale / sizes
+    wanted = (scale * residual).norm(dim=0)
     solution, direction = torch.zeros_like(residual), residual.clone()
     change = apply(residual)
     image, energy = change.clone(), (residual * change).sum(0)
-    probe = torch.randn(len(right), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(right)
-    largest = float(apply(probe).norm() / probe.norm())  # of the eigenvalues, as far as they are seen
+    largest = float((seen / level).norm() / probe.norm())  # of the eigenvalues, as far as they are seen
     for _ in range(max_iterations):
         length = residual.norm(dim=0)
         largest = max(largest, float((change.norm(dim=0) / length.clamp(min=tiny)).max()))
@@ -87,7 +94,13 @@ def conjugate_residuals(
             ConvergenceWarning,
             stacklevel=3,
         )
-        return solution / scale, True
+        return solution / scale * (sizes / level), True
     along = (residual * solution).sum(0) / residual.square().sum(0)
     solution = torch.where(solved, solution, solution - along * residual)
-    return solution / scale, bool(solved.all())
+    return solution / scale * (sizes / level), bool(solved.all())
+
+
+def _size(vectors: Float[Tensor, "D k"]) -> Float[Tensor, "k"]:
+    """Return the largest absolute entry of each column; 1 for columns of zeros."""
+    size = vectors.abs().amax(0)
+    return size.where(size > 0, 1)

@@ -177,12 +177,17 @@ class Operator(ABC):
         Raises:
             IndefiniteMetricError: if u' G u is negative beyond rounding errors.
         """
-        square = self.inner(u, u)
+        flat = self._flat("u", u)
+        size = flat.detach().abs().max()
+        size = size.where(size > 0, 1)
+        unit = flat / size  # squares of u itself may be too large or too small for the dtype
+        square = torch.dot(unit, self.matvec(unit))
         if square < 0 and not self._semidefinite:
-            bound = (self._flat("u", u).abs() @ self.diagonal().abs().sqrt()).square()
+            bound = (unit.abs() @ self.diagonal().abs().sqrt()).square()
             if square < -rounding(self.shape[0], self.dtype) * bound:
-                raise IndefiniteMetricError(f"u must have a length, but u' G u is {float(square):.3g} in this metric")
-        return square.clamp(min=0).sqrt()
+                length = float(square) * float(size) * float(size)
+                raise IndefiniteMetricError(f"u must have a length, but u' G u is {length:.3g} in this metric")
+        return square.clamp(min=0).sqrt() * size
 
     def to_scipy(self) -> LinearOperator:
         """Return the metric as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
@@ -206,6 +211,14 @@ class Operator(ABC):
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype)
+
+    def _probe(self) -> Float[Tensor, "D one"]:
+        """Return a vector with different entries whose sum is not larger than 2."""
+        return torch.linspace(1, 2, self.shape[0], dtype=self.dtype, device=self.device).unsqueeze(1) / self.shape[0]
+
+    def _check_products(self) -> None:
+        """Raise ValueError if a product with the probe, of the size of a mean over columns, is not finite."""
+        check_finite("the metric", self._product(self._probe()))
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         check_floating(name, tensor)

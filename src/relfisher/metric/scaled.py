@@ -44,8 +44,10 @@ def units_of(blocks: Float[Tensor, "*q b b"], dtype: torch.dtype) -> Float[Tenso
     return torch.where(squares >= tiny, squares.sqrt(), torch.inf)
 
 
-def check_symmetric(name: str, blocks: Float[Tensor, "*q b b"]) -> None:
-    """Raise ValueError if two entries (i, j) and (j, i) differ by more than sqrt(eps) S_i S_j."""
+def check_symmetric(name: str, blocks: Tensor) -> None:
+    """Raise ValueError unless blocks are square, and entries (i, j) and (j, i) differ by at most sqrt(eps) S_i S_j."""
+    if blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(f"{name} must be square, got shape {list(blocks.shape)}")
     size = blocks.shape[-1]
     for some in torch.split(blocks.reshape(-1, size, size), max(1, _CHUNK // size**2)):
         units = units_of((some.abs() + some.mT.abs()) / 2, some.dtype).unsqueeze(-1)
@@ -87,6 +89,17 @@ class ScaledBlocks:
         """Return ln |det B| of each block, -inf if it is singular."""
         values = self._eigen[0].abs().masked_fill(self.null, 0)
         return (values.log() + 2 * self.units.log()).nan_to_num(neginf=-torch.inf, nan=-torch.inf).sum(-1)
+
+    def least_values(self) -> Float[Tensor, "q"]:
+        """Return the smallest absolute eigenvalue of each block that does not count as 0; infinite if all do.
+
+        It is found from the largest one of the pseudo-inverse. Those of the block have the rounding errors of its
+        largest one.
+        """
+        unit = torch.eye(self.units.shape[-1], dtype=self.units.dtype, device=self.units.device)
+        inverse = self.pseudo_solve(unit.expand_as(self.matrix))
+        values: Tensor = torch.linalg.eigvalsh((inverse + inverse.mT) / 2)
+        return 1 / values.abs().amax(-1)
 
     def regular_solve(self, right: Float[Tensor, "m b k"]) -> Float[Tensor, "m b k"] | None:
         """Return B^-1 times the columns; None if a block is singular, or not positive and singular."""

@@ -168,7 +168,7 @@ def response_of(
             return TanhBernoulli()
         case "sigmoid":
             return SigmoidBernoulli()
-        case "elu" if options.get("alpha", 1.0) > 0:
+        case "elu" if options.get("alpha", 1.0) > 0 and options.keys() <= {"alpha"}:
             return ELUGaussian(alpha=options.get("alpha", 1.0))
         case "prelu" if options["weight"].numel() in (1, units):
             return ActivationGaussian(_Slopes(options["weight"]))
@@ -235,6 +235,8 @@ def _options(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
 _BUILTIN_OPTIONS = {
     "softplus": ("beta", "threshold"), "hardshrink": ("lambd",), "softshrink": ("lambd",), "prelu": ("weight",),
+    "leaky_relu": ("negative_slope",), "elu": ("alpha", "scale", "input_scale"), "celu": ("alpha",),
+    "hardtanh": ("min_val", "max_val"), "threshold": ("threshold", "value"), "rrelu": ("lower", "upper", "training"),
 }  # fmt: skip
 
 

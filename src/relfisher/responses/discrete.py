@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,8 @@ class _Bernoulli(UnitResponse):
 
     def divergence(self, z: Float[Tensor, "*n"], other: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return the sum of p ln(p / p') over both outcomes."""
-        outcomes = torch.zeros_like(z), torch.ones_like(z)
-        low, high = (_terms(self.log_prob(z, y), self.log_prob(other, y)) for y in outcomes)
-        return low + high
+        odds, others = (torch.stack([self._gain * each, torch.zeros_like(each)], dim=-1) for each in (z, other))
+        return _divergence(odds, others)
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,35 @@ class Categorical(Response):
 
     def divergence(self, z: Float[Tensor, "*n out"], other: Float[Tensor, "*n out"]) -> Float[Tensor, "*n"]:
         """Return the sum of eta ln(eta / eta') over the classes."""
-        return _terms(torch.log_softmax(z, dim=-1), torch.log_softmax(other, dim=-1)).sum(-1)
+        return _divergence(z, other)
 
 
-def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p ln(p / q), which is 0 where p is 0."""
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0)
+#: From which |ln(p / q)| on p ln(p / q) - p + q is computed as it is written.
+_FAR = 0.1
+
+
+def _divergence(z: Float[Tensor, "*n out"], other: Float[Tensor, "*n out"]) -> Float[Tensor, "*n"]:
+    """Return the sum of p h(ln(p / q)) for two softmax distributions, with h(l) = l + exp(-l) - 1 >= 0.
+
+    It is the sum of p ln(p / q), since p and q sum to 1. Its terms do not cancel, and l comes from the changes of the
+    logits relative to the likeliest class, so that small divergences and those of a class that is almost certain have
+    correct digits.
+    """
+    likeliest = z.argmax(-1, keepdim=True)
+    relative = z - z.gather(-1, likeliest)
+    others = relative.exp().scatter(-1, likeliest, 0).sum(-1, keepdim=True)
+    p = relative.exp() / (1 + others)
+    change = torch.where(z.isinf() & (z == other), 0, other - z)  # 0 for classes that are impossible in both
+    change = change - change.gather(-1, likeliest)
+    small = change.clamp(-1, 1)
+    growth = torch.where(
+        (small == change).all(-1, keepdim=True),
+        (p * small.expm1()).sum(-1, keepdim=True).log1p(),
+        (relative + change).logsumexp(-1, keepdim=True) - others.log1p(),
+    )
+    ratio = growth - change
+    near = ratio.clamp(-_FAR, _FAR)
+    series = near.square() * sum((-near) ** (k - 2) / math.factorial(k) for k in range(2, 12))
+    far = torch.where(p > 0, p * ratio, 0) - p + torch.softmax(other, -1)
+    close = torch.where(near == ratio, series, ratio + torch.expm1(-ratio))
+    return torch.where(ratio > -1, torch.where(p > 0, p * close, 0), far).sum(-1)

@@ -65,7 +65,7 @@ class LinearGaussian(_Gaussian):
 
     def operator(self, z: Float[Tensor, "n out"]) -> Information:
         """Return I / sigma^2 for each sample, so that all units share one block of the metric."""
-        return Isotropic(self.sigma**-2, z)
+        return Isotropic(1 / self.sigma * (1 / self.sigma), z)
 
 
 @dataclass(frozen=True)
