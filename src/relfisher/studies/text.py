@@ -43,7 +43,7 @@ def characters() -> Tensor:
 
 @lru_cache(maxsize=1)
 def subwords() -> Tensor:
-    """Return the docstrings of SciPy's modules, classes and functions in path order as integers below `SUBWORDS`.
+    """Return the docstrings of SciPy's modules, classes and functions, the first `BYTES`, as integers below `SUBWORDS`.
 
     The subwords are those of a byte pair encoding (Sennrich et al. 2016) of the same text.
 
@@ -55,15 +55,16 @@ def subwords() -> Tensor:
     except ImportError as error:
         message = "subwords need the package tokenizers, pip install 'relfisher[bench]'"
         raise DataError(message) from error
-    documentation = "\n\n".join(_docstrings(Path(scipy.__file__).parent))
+    root, documentation = Path(scipy.__file__).parent, ""
+    for path in sorted(root.rglob("*.py")):
+        if len(documentation) < BYTES and LEFT_OUT.isdisjoint(path.relative_to(root).parts):
+            documentation += "".join(f"{each}\n\n" for each in _docstrings(path))
     encoding = ByteLevelBPETokenizer()
     encoding.train_from_iterator(documentation.splitlines(keepends=True), SUBWORDS, show_progress=False)
     return torch.tensor(encoding.encode(documentation).ids)
 
 
-def _docstrings(root: Path) -> Iterator[str]:
-    for path in sorted(root.rglob("*.py")):
-        if not LEFT_OUT.intersection(path.relative_to(root).parts):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    yield ast.get_docstring(node) or ""
+def _docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""

@@ -6,12 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
@@ -157,8 +155,11 @@ def _windows(name: str, text: Tensor, context: int) -> Samples:
     return Samples(name, hashlib.sha256(text.numpy().tobytes()).hexdigest(), *parts)
 
 
-def _table(name: str, columns: NDArray[np.float64], answers: NDArray[Any]) -> Samples:
-    """Return the rows of a table with standardized columns, in a random order; a quarter is held out."""
+def _table(name: str) -> Samples:
+    """Return a table of scikit-learn's with standardized columns, its rows in a random order; a quarter is held out."""
+    from sklearn import datasets  # which takes seconds
+
+    columns, answers = getattr(datasets, f"load_{name}")(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(columns))
     columns, answers = columns[order], answers[order]
     end = len(columns) * 3 // 4
@@ -169,14 +170,14 @@ def _table(name: str, columns: NDArray[np.float64], answers: NDArray[Any]) -> Sa
     targets = torch.from_numpy(answers)
     targets = targets.float() if targets.is_floating_point() else targets.long()
     digest = hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
-    return Samples(name, digest, inputs[:end], targets[:end], inputs[end:], targets[end:])
+    return Samples(f"scikit-learn's {name}", digest, inputs[:end], targets[:end], inputs[end:], targets[end:])
 
 
 OWN: dict[Kind, Callable[[], Samples]] = {
     "text": lambda: _windows("stdlib", text.characters(), CONTEXT),
     "subwords": lambda: _windows("SciPy's docstrings", text.subwords(), SUBWORD_CONTEXT),
-    "table": lambda: _table("scikit-learn's digits", *datasets.load_digits(return_X_y=True)),
-    "values": lambda: _table("scikit-learn's diabetes", *datasets.load_diabetes(return_X_y=True)),
+    "table": lambda: _table("digits"),
+    "values": lambda: _table("diabetes"),
 }
 
 
