@@ -111,6 +111,30 @@ def test_what_goes_elsewhere_is_said_once_and_trained_by_adamw():
     assert optimizer.state[model.table].keys() >= {"exp_avg", "exp_avg_sq"}
 
 
+class Policy(nn.Module):
+    """A program calls a head of it by itself, before it calls all of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.value = nn.Linear(6, 5), OwnForward(5, 3), OwnForward(5, 1)
+        self.double()
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:linear response for some layers:UserWarning")
+def test_an_operation_outside_the_forward_pass_is_one_as_well():
+    model = Policy()
+    optimizer = RNGD(model)
+    x = inputs()
+    (model.value(x[:, :5]).square().sum() + model(x).square().sum()).backward()
+    optimizer.step()
+    assert all(layer.role.refused is None and layer.structure is not None for layer in optimizer.layers)
+
+
 def test_coverage_says_what_training_does():
     by = {each.name: each.by for each in relfisher.coverage(Partly(), inputs())}
     assert by == {"weight": "metric", "table": "adamw"}

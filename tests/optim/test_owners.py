@@ -33,6 +33,8 @@ def trained(model, optimizer, call=None, steps=12):
         nn.Module.named_parameters,
         lambda model: [{"params": list(model.parameters())}],
         lambda model: [{"params": list(model.named_parameters()), "weight_decay": 0.1}],
+        lambda model: ({"params": model.parameters()} for _ in range(1)),
+        lambda model: [{"params": parameter} for parameter in model.parameters()],
     ],
 )
 def test_parameters_take_the_steps_of_their_model(given):

@@ -159,3 +159,16 @@ def test_ctrl_c_waits_for_the_workers_to_start():
     with pytest.raises(KeyboardInterrupt):
         start()
     assert passed
+
+
+def test_other_threads_block_ctrl_c_for_their_workers():
+    blocked = []
+
+    def start():
+        with executor._interrupts_held():
+            blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert blocked == [True]

@@ -253,7 +253,7 @@ def _run(
         for handle in handles:
             handle.remove()
     roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])
-    roles |= {layer: unseen_role(layer) for layer in operations.missed(roles)}
+    roles |= {layer: unseen_role(layer) for layer in operations.missed()}
     heads = [layer for layer in reached if needs_gradient(trace, layer, roles[layer]) and reached[layer].requires_grad]
     trace.forget()
     if loss is not None and heads:

@@ -294,7 +294,7 @@ class Observer:
         if module is not self._pass.model:
             return
         trace, ran = self._pass.end()
-        missed = self._operations.missed(ran)
+        missed = self._operations.missed()
         raised = output is None and sys.exc_info()[0] is not None
         if trace is None or raised:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,18 +52,22 @@ class Operations:
             module.register_forward_hook(leave, always_call=True, prepend=True),
         ]
 
-    def missed(self, seen: Collection[Layer]) -> list[Layer]:
+    def missed(self) -> list[Layer]:
         """Return the layers whose modules ran since the last call, without an operation on their parameters."""
         watched, self._here.watched = self._here.watched, {}
-        return [layer for layer in watched if layer not in seen]
+        return [layer for layer, found in watched.items() if not found]
 
     def _enter(self, module: nn.Module, _: object) -> None:
         watch = None
         if torch.is_grad_enabled() and self._wanted(module):
-            watch = _Watch(self._layers[module], self._see)
-            self._here.watched.update(dict.fromkeys(self._layers[module]))
+            watch = _Watch(self._layers[module], self._found)
+            self._here.watched = dict.fromkeys(self._layers[module], False) | self._here.watched
             watch.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
         self._here.open.append((module, watch))
+
+    def _found(self, layer: Layer, call: Call, z: Tensor) -> None:
+        self._here.watched[layer] = True
+        self._see(layer, call, z)
 
     def _leave(self, module: nn.Module, *_: object) -> None:
         if self._here.open and self._here.open[-1][0] is module:
@@ -73,11 +77,11 @@ class Operations:
 
 
 class _Here(threading.local):
-    """What runs in the present thread: modules with their watches, and the layers that were watched."""
+    """What runs in the present thread: modules with their watches, and of the watched layers, which were found."""
 
     def __init__(self) -> None:
         self.open: list[tuple[nn.Module, _Watch | None]] = []
-        self.watched: dict[Layer, None] = {}
+        self.watched: dict[Layer, bool] = {}
 
 
 class _Watch(TorchFunctionMode):

@@ -106,7 +106,7 @@ def listed(params: object, what: str = "params must be tensors or groups of them
         what: what it must be, for the error.
 
     Returns:
-        Its entries.
+        Its entries; those that are groups have a list of parameters, also if they came with an iterator.
 
     Raises:
         TypeError: if it is no iterable of entries in order.
@@ -115,7 +115,12 @@ def listed(params: object, what: str = "params must be tensors or groups of them
         raise TypeError("the parameters of a group must have an order, got a set")
     if not isinstance(params, Iterable) or isinstance(params, Tensor | str | bytes):
         raise TypeError(f"{what}, got {params!r:.200}")
-    return list(params)
+    return [_with_list(entry) if isinstance(entry, dict) and "params" in entry else entry for entry in params]
+
+
+def _with_list(group: dict[str, Any]) -> dict[str, Any]:
+    given = group["params"]
+    return {**group, "params": listed([given] if isinstance(given, Tensor) else given)}
 
 
 def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
@@ -131,12 +136,11 @@ def named(params: Any, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
     Raises:
         TypeError: if the parameters are unordered or not tensors.
     """
-    if isinstance(params, Tensor):
-        params = [params]
-    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in listed(params)]
+    given = listed([params] if isinstance(params, Tensor) else params)
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in given]
     for _, parameter in pairs:
         if not isinstance(parameter, Tensor):
-            raise TypeError(f"a parameter must be a tensor, got {type(parameter).__name__}")
+            raise TypeError(f"a parameter of the model must be a tensor, got {type(parameter).__name__}")
     return [
         (name or names.get(id(parameter), f"a parameter of shape {list(parameter.shape)}"), parameter)
         for name, parameter in pairs

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from relfisher.optim.groups import named
 
 __all__ = ["OwnerWarning", "model_of"]
 
@@ -16,7 +18,7 @@ class OwnerWarning(UserWarning):
     """The model was found by its parameters; the message says which it is."""
 
 
-def model_of(entries: Iterable[Any]) -> nn.Module:
+def model_of(entries: Sequence[Any]) -> nn.Module:
     """Return the module in memory that owns all given parameters, and say so; of several models, a list of them.
 
     It is the one with the fewest other parameters. Of modules with the same parameters, such as a model and what wraps
@@ -30,8 +32,10 @@ def model_of(entries: Iterable[Any]) -> nn.Module:
 
     Raises:
         ValueError: if no module owns a parameter, or it cannot be told which one it is.
+        TypeError: if an entry is none of these.
     """
-    wanted = {id(parameter) for parameter in _parameters(entries)}
+    groups = [entry.get("params", ()) if isinstance(entry, dict) else [entry] for entry in entries]
+    wanted = {id(parameter) for group in groups for _, parameter in named(group, {})}
     gc.collect()  # models that are no longer used may own the same parameters
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
     owned = {module: {id(parameter) for parameter in module.parameters()} for module in modules}
@@ -54,8 +58,9 @@ def _chosen(owned: dict[nn.Module, set[int]], wanted: set[int]) -> Iterator[nn.M
     while wanted:
         best = max(owned, key=lambda module: (len(owned[module] & wanted), -len(owned[module])))
         same = [module for module, found in owned.items() if found == owned[best]]
-        outermost = [one for one in same if not any(one in set(other.modules()) - {other} for other in same)]
-        innermost = [one for one in same if not any(other in set(one.modules()) - {one} for other in same)]
+        inside = {module: set(module.modules()) - {module} for module in same}
+        outermost = [one for one in same if not any(one in parts for parts in inside.values())]
+        innermost = [one for one in same if inside[one].isdisjoint(same)]
         for found in (outermost, innermost):
             if len(found) == 1:
                 yield found[0]
@@ -64,14 +69,3 @@ def _chosen(owned: dict[nn.Module, set[int]], wanted: set[int]) -> Iterator[nn.M
             names = " and ".join(sorted(type(module).__name__ for module in innermost))
             raise ValueError(f"params are in several modules alike, {names}: write RNGD(model) with the one that runs")
         wanted = wanted - owned[best]
-
-
-def _parameters(entries: Iterable[Any]) -> Iterator[Tensor]:
-    for entry in entries:
-        if isinstance(entry, dict):
-            params = entry.get("params", ())
-            yield from _parameters([params] if isinstance(params, Tensor) else params)
-        else:
-            tensor = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-            if isinstance(tensor, Tensor):
-                yield tensor

@@ -119,17 +119,19 @@ def _interrupts_held() -> Iterator[None]:
     They receive it as well, but this process decides what to stop. Blocking it in this thread is not enough for this
     process: another thread may receive it.
     """
-    if sys.platform == "win32" or current_thread() is not main_thread():
+    if sys.platform == "win32":
         yield
         return
     held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    handles = current_thread() is main_thread()  # no other thread can set a handler, or is interrupted
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if handles else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
+        if handles:
+            signal.signal(signal.SIGINT, handler)
     if held and callable(handler):
         handler(signal.SIGINT, None)
 
