@@ -1,4 +1,4 @@
-"""Runs that train nothing, in a module that the worker processes of a test can import."""
+"""Runs that train nothing, in a module that the worker processes of a test can import, and a watcher of runs."""
 
 import math
 import time
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from relfisher.studies.executor import RESUMED
 from relfisher.studies.runs import Record, Run
 
 
@@ -39,3 +40,16 @@ def instantly_at_first(run, _):
 
 def impossible(_run, _report):
     return 1 // 0
+
+
+class Log:
+    """A watcher that remembers what it was told."""
+
+    def __init__(self):
+        self.done = []
+
+    def progressed(self, run, fraction, cost):
+        pass
+
+    def finished(self, run, ending):
+        self.done.append((run, ending == RESUMED))

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from instant import Log
 from torch import nn
 
 from relfisher import RNGD
@@ -23,16 +24,6 @@ STUDY = ContestStudy("test", METHODS, seeds=2, options=OPTIONS)
 COURSES = {"AdamW": [0.2, 0.6, 0.5, 0.4], "Muon": [0.4, 0.5, 0.7, 0.6], UNTUNED: [0.5, 0.7, 0.8, 0.8]}
 
 
-class Silent:
-    """A watcher that looks away."""
-
-    def progressed(self, run, fraction, cost):
-        pass
-
-    def finished(self, run, ending):
-        pass
-
-
 def trained(run, tell):
     """SOAP diverges; other rates than these, and the second seed, validate worse."""
     tell(1.0, 1.0)
@@ -48,7 +39,7 @@ def trained(run, tell):
 
 
 def raced(directory, study=STUDY):
-    return carry_out(study, trained, Store(directory, Record.of), jobs=1, watcher=Silent())
+    return carry_out(study, trained, Store(directory, Record.of), jobs=1, watcher=Log())
 
 
 def test_every_tuned_method_has_as_many_configurations_and_decay():

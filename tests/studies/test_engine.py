@@ -8,28 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from instant import Trial, impossible, instantly, instantly_at_first, record
+from instant import Log, Trial, impossible, instantly, instantly_at_first, record
 
 from relfisher.studies import executor
 from relfisher.studies.engine import Study, carry_out
-from relfisher.studies.executor import RESUMED, WorkerError, execute
+from relfisher.studies.executor import WorkerError, execute
 from relfisher.studies.runs import Record
 from relfisher.studies.store import Store
 
 RUN = Trial("test", "PLAIN+SGD", 0.1, 0)
-
-
-class Log:
-    """A watcher that remembers what it was told."""
-
-    def __init__(self):
-        self.done = []
-
-    def progressed(self, run, fraction, cost):
-        pass
-
-    def finished(self, run, ending):
-        self.done.append((run, ending == RESUMED))
 
 
 def test_a_stopped_execution_goes_on_with_what_is_missing(tmp_path):

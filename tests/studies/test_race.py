@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from instant import Log
 
 from relfisher.studies import training
 from relfisher.studies.engine import carry_out
@@ -31,16 +32,6 @@ OPTIONS = RaceOptions("noise", "none", "mlp", 50, threads=1)
 STUDY = RaceStudy("test", RACE, RACE.methods, seeds=3, tuning=1.0, budget=9.0, options=OPTIONS)
 
 
-class Silent:
-    """A watcher that looks away."""
-
-    def progressed(self, run, fraction, cost):
-        pass
-
-    def finished(self, run, ending):
-        pass
-
-
 def train(run, tell):
     """SGD reaches the target with 0.03 alone, Adam never does, SOAP diverges."""
     seconds = run.seconds
@@ -60,7 +51,7 @@ def train(run, tell):
 
 
 def raced(directory, trainer=train):
-    return carry_out(STUDY, trainer, Store(directory, Record.of), jobs=1, watcher=Silent())
+    return carry_out(STUDY, trainer, Store(directory, Record.of), jobs=1, watcher=Log())
 
 
 def test_every_method_tunes_as_long():

@@ -214,9 +214,10 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
 
 
 def _operations_of(name: str, module: nn.Module) -> list[Layer]:
-    """Return the layers that the operations inside a module may have; none if its class is torch's."""
-    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
-        return []
+    """Return the layers that the operations inside a module may have; none if its class is torch's.
+
+    So are those of parametrized modules, which torch makes.
+    """
     if type(module).__module__.startswith("torch."):
         return []
     kind = EmbeddingOperation if isinstance(module, nn.Embedding) else LinearOperation
@@ -224,8 +225,15 @@ def _operations_of(name: str, module: nn.Module) -> list[Layer]:
 
 
 def _is_alone(parameter: Tensor, owners: Mapping[int, Mapping[str, nn.Module]]) -> bool:
-    """Return whether a parameter has one owner and a dtype that metrics have."""
-    return len(owners[id(parameter)]) == 1 and parameter.is_floating_point() and parameter.numel() > 0
+    """Return whether a parameter has one owner, and may have a metric."""
+    return len(owners[id(parameter)]) == 1 and _unfit(parameter) is None
+
+
+def _unfit(parameter: Tensor) -> str | None:
+    """Return why a parameter cannot have a metric, whatever its module does; None if it can."""
+    if parameter.numel() == 0:
+        return "a parameter of its module is empty"
+    return None if parameter.is_floating_point() else f"its dtype is {parameter.dtype}"
 
 
 def _reason(
@@ -241,10 +249,9 @@ def _reason(
     if not all(isinstance(parameter, nn.Parameter) for found in layers for parameter in found.parameters):
         return "the weight is computed from it"
     for parameter in parameters:
-        if parameter.numel() == 0:
-            return "a parameter of its module is empty"
-        if not parameter.is_floating_point():
-            return f"its dtype is {parameter.dtype}"
+        unfit = _unfit(parameter)
+        if unfit is not None:
+            return unfit
         tied = owners[id(parameter)]
         if len(tied) > 1 and not _is_the_layer(module, tied.values()):
             return f"tied: {' and '.join(tied)} are one parameter"

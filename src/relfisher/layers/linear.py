@@ -73,9 +73,7 @@ class LinearOperation(LinearLayer):
     def found_in(cls, name: str, module: Any) -> list[Layer]:
         """Return a layer for each matrix of the module's own, with the vector of units that is named as its bias."""
         own = dict(module.named_parameters(recurse=False))
-        return [
-            _operation(name, module, key, own) for key, matrix in own.items() if matrix.ndim == 2 and matrix.numel()
-        ]
+        return [_operation(name, module, key, own) for key, parameter in own.items() if parameter.ndim == 2]
 
 
 def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:

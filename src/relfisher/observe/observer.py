@@ -36,9 +36,9 @@ __all__ = ["Observer"]
 class Observer:
     """Observes the layers of a model, independently of how the observations are used.
 
-    The first forward pass that reaches a layer determines its role. The gradients of an output layer
-    show how it is scored; until its role is known, its samples are held as rows. What one thread observes does not
-    depend on the passes of others.
+    The first forward pass that reaches a layer determines its role. The gradients of an output layer show how it is
+    scored; until its role is known, its samples are held as rows. What one thread observes does not depend on the
+    passes of others.
 
     Args:
         model: the module whose forward passes determine the roles, or those of parts that are called by themselves.

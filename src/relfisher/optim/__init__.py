@@ -1,5 +1,6 @@
 """Optimizers that use the relative metric."""
 
+from relfisher.observe import UncoveredWarning
 from relfisher.optim.assignment import assign, register_structure
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import AdamWOptions, MetricOptions
@@ -8,7 +9,6 @@ from relfisher.optim.planning import Coverage, Plan, coverage, plan
 from relfisher.optim.preconditioner import Preconditioner
 from relfisher.optim.rngd import RNGD
 from relfisher.optim.rules.choice import register_rule
-from relfisher.optim.uncovered import UncoveredWarning
 
 __all__ = [
     "RNGD",

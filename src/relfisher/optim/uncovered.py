@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from relfisher.observe import UncoveredWarning
 from relfisher.optim.groups import ADAMW, names_of
 
-__all__ = ["UncoveredWarning", "tell"]
+__all__ = ["tell"]
 
 # So many names stand for all parameters of a kind.
 _NAMED = 3

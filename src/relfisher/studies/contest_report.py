@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from relfisher.studies.contest import ContestOutcome
 from relfisher.studies.contestants import CONTESTANTS, PARTS, RIVALS
-from relfisher.studies.figures import STYLE, Look, accuracy_range, label_ends
+from relfisher.studies.figures import STYLE, Look, accuracy_range, frame, label_ends
 from relfisher.studies.peers import UNTUNED, Configuration
 from relfisher.studies.report import ABSENT, Report, markdown, shown
 from relfisher.studies.workloads import WORKLOADS
@@ -166,9 +166,7 @@ def figure(outcome: ContestOutcome) -> Figure:
         left.set(xlabel="epoch", ylabel="validation accuracy (%)" if study.higher_is_better else "validation loss")
         right.set(xlabel="training time (seconds)")
         right.tick_params(labelleft=True)
-        made.suptitle(_title(outcome), x=0.07, y=0.985, ha="left", fontsize=13, fontweight="bold")
-        made.text(0.07, 0.012, _caption(outcome), fontsize=9, color="#555555")
-        made.subplots_adjust(left=0.085, right=0.985, top=0.9, bottom=0.17)
+        frame(made, _title(outcome), _caption(outcome))
     return made
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "accuracy_range",
     "averaged",
     "encode",
+    "frame",
     "label_ends",
     "line",
     "panels",
@@ -39,6 +40,7 @@ LABEL_GAP = 0.055
 FLOOR = 1e-10
 BASELINE_WIDTH = 1.6
 AVERAGED = 10
+LEFT, RIGHT = 0.085, 0.985
 STYLE: dict[RcKeyType, object] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -110,7 +112,7 @@ def panels(
         The figure.
     """
     with mpl.rc_context(STYLE):
-        count, margin = (3, 0.055) if accuracies else (2, 0.085)
+        count, margin = (3, 0.055) if accuracies else (2, LEFT)
         figure = Figure(figsize=(6 * count, 5.2), dpi=150)
         left, right, *third = figure.subplots(1, count, gridspec_kw={"wspace": 0.75})
         right.sharey(left)
@@ -136,11 +138,23 @@ def panels(
                     axes.axhline(target, color="#555555", linewidth=1, linestyle=":")
         if accuracies:
             _draw_accuracies(third[0], {one.method: one.look for one in lines}, accuracies)
-        title_at = margin - 0.015
-        figure.suptitle(title, x=title_at, y=0.985, ha="left", fontsize=13, fontweight="bold")
-        figure.text(title_at, 0.012, caption, fontsize=9, color="#555555")
-        figure.subplots_adjust(left=margin, right=0.86 if accuracies else 0.985, top=0.9, bottom=0.17)
+        frame(figure, title, caption, left=margin, right=0.86 if accuracies else RIGHT)
     return figure
+
+
+def frame(figure: Figure, title: str, caption: str, *, left: float = LEFT, right: float = RIGHT) -> None:
+    """Write a title above the panels of a figure and a caption below them, and make room for both.
+
+    Args:
+        figure: the figure.
+        title: the title.
+        caption: the caption.
+        left: where the panels begin, as a share of the width.
+        right: where they end.
+    """
+    figure.suptitle(title, x=left - 0.015, y=0.985, ha="left", fontsize=13, fontweight="bold")
+    figure.text(left - 0.015, 0.012, caption, fontsize=9, color="#555555")
+    figure.subplots_adjust(left=left, right=right, top=0.9, bottom=0.17)
 
 
 def line(method: str, look: Look, records: Sequence[Record], group: int = AVERAGED) -> Line:

@@ -186,12 +186,10 @@ def figure5(outcome: MlpOutcome, title: str) -> Figure:
     Returns:
         The figure.
     """
-    compared = {method: outcome.compared(method) for method in outcome.study.groups}
-    lines = [line(method, LOOKS[method], records) for method, records in compared.items() if records]
+    compared = {method: records for method in outcome.study.groups if (records := outcome.compared(method))}
+    lines = [line(method, LOOKS[method], records) for method, records in compared.items()]
     accuracies = {
-        method: np.mean([record.validation for record in records], axis=0)
-        for method, records in compared.items()
-        if records
+        method: np.mean([record.validation for record in records], axis=0) for method, records in compared.items()
     }
     return panels(lines, title, _caption(outcome), accuracies=accuracies)
 
