@@ -140,7 +140,7 @@ def test_averaged_weights_are_steadier_than_the_iterates():
     distances = {}
     for averaging in (0.0, 0.1):
         model = mlp(sizes=(6, 5, 3))
-        optimizer = RNGD(model, lr=0.1, averaging=averaging)
+        optimizer = RNGD(model, lr=0.03, averaging=averaging)
         train(model, optimizer, 100)
         before = model[0].weight.detach().clone()
         train(model, optimizer, 1, first=100)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from builders import inputs, mlp, normed_mlp, train
+from builders import inputs, mlp, normed_mlp, train, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -192,6 +192,32 @@ def test_a_fit_sets_decay_and_damping_unless_they_are_given(fit, expected):
         RNGD(nn.Linear(3, 2), fit="all")
 
 
+def test_heads_of_a_softmax_take_longer_steps_and_have_no_decay_of_the_fits():
+    """A layer with units of its own size, then the logits; the decay that is given is for all."""
+    lengths = {}
+    for options in ({}, {"weight_decay": 0.1}, {"step_rule": Spectral(head=1.0)}, {"step_rule": "normalized"}):
+        model = mlp(sizes=(6, 5, 3), bias=False)
+        optimizer = RNGD(model, lr=0.1, averaging=0.0, **options)
+        before = weights(model)
+        train(model, optimizer, 1)
+        shrunk = 1 - 0.1 * 0.1 * (options == {"weight_decay": 0.1})
+        hidden = model[0].weight - (1 - 0.1 * 0.1) * before["0.weight"]
+        head = model[2].weight - shrunk * before["2.weight"]
+        lengths[str(options)] = [float(each.detach().square().mean().sqrt()) for each in (hidden, head)]
+        assert optimizer.param_groups[0]["decays_heads"] == ("weight_decay" in options)
+    default, decayed, alike, normalized = lengths.values()
+    assert default == pytest.approx([0.1 / math.sqrt(6), 0.3 / math.sqrt(5)])
+    assert decayed == pytest.approx(default)
+    assert alike == pytest.approx([0.1 / math.sqrt(6), 0.1 / math.sqrt(5)])
+    assert normalized == pytest.approx([0.02, 0.02])
+
+
+def test_a_group_with_a_decay_of_its_own_decays_its_heads():
+    model = mlp(sizes=(6, 5, 3))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.1}]
+    assert [group["decays_heads"] for group in RNGD(model, params=groups).param_groups] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -210,3 +236,5 @@ def test_wrong_rules_are_named(options, message):
 def test_lengths_must_be_positive():
     with pytest.raises(ValueError, match="relative_rms must lie in"):
         Normalized(relative_rms=-1.0)
+    with pytest.raises(ValueError, match="head must lie in"):
+        Spectral(head=0.0)

@@ -51,7 +51,8 @@ def check_progress(group: Mapping[str, Any]) -> None:
         check_integer(name, group[name], 0)
     for name in ("peak_lr", "fallback_ratio"):
         check_interval(name, group[name], 0, math.inf)
-    check_bool("at_iterate", group["at_iterate"])
+    for name in ("at_iterate", "decays_heads"):
+        check_bool(name, group[name])
 
 
 def rate(group: Mapping[str, Any]) -> float:

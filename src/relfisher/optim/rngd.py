@@ -44,19 +44,17 @@ class RNGD(Watching, torch.optim.Optimizer):
     is. Passes in training mode with gradients run at the last iterate, which such a pass puts into the model.
 
     `relfisher.coverage` reports which layers have a metric, and why the others have none. Each parameter group is split
-    into one with metrics and one without. In the former, `lr`, `momentum` and `damping` apply; a layer belongs to the
-    group of its weight, or of its bias if only that is given. In the latter, AdamW runs with `fallback_betas`,
-    `fallback_eps` and `lr`. This `lr` is `fallback.lr` unless a group consists of such parameters alone and has its
-    own. `averaging`, `weight_decay`, `total_steps` and `structure` are options of both. A scheduler that sets learning
+    into one with metrics, where `lr`, `momentum` and `damping` apply, and one without, where AdamW runs with
+    `fallback_betas`, `fallback_eps` and `lr`: `fallback.lr` unless a group has such parameters alone and its own `lr`.
+    A layer belongs to the group of its weight, or of its bias if only that is given. A scheduler that sets learning
     rates to absolute values, such as `OneCycleLR`, needs one value per resulting group.
 
     Args:
-        model: the module to train; its first training forward pass determines the responses of its layers. Its
-            parameters, or groups of them, work too, where a program calls the optimizer with `model.parameters()`: the
-            module that owns them is then searched in memory, and a warning names it.
+        model: the module to train; its first training forward pass determines the responses of its layers. Where a
+            program calls the optimizer with parameters, or groups of them, their module is found in memory, and named.
         lr: the learning rate; None for the step rule's default.
-        params: the parameters to train, as for any torch optimizer: parameters of the model, with or without names, or
-            groups of them with their own options; None for all parameters of the model.
+        params: the parameters of the model to train, as for any torch optimizer, with or without names, or groups of
+            them with their own options; None for all.
         fit: "generalize" for noisy data, where validation matters; "interpolate" for functions and equations, where
             the training loss is the accuracy; "plain" for neither; None for the step rule's default. It sets other
             defaults, which `relfisher.optim.options.FITS` lists.
@@ -65,7 +63,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             applied to the gradient, before the metric, so that the step rule determines the length of the step.
         averaging: the last share of the run that is averaged, in [0, 1]; 0 for no average, None for the step rule's
             default. See `relfisher.optim.averaging`. Half precision is too coarse for it and has none.
-        weight_decay: decoupled weight decay: parameters shrink by lr * weight_decay per step.
+        weight_decay: parameters shrink by lr * weight_decay per step. None for that of `fit`, without softmax heads.
         damping: the multiple of the metric's mean eigenvalue (averaged over a layer's units) that is added to its
             diagonal; an `Inversion` for another unit; or either of these by layer, as in {"first": 10.0}, with keys as
             in `MetricOptions`. Batches of a few samples need 1e-2 or more.
@@ -119,6 +117,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             "momentum": self._rule.default_momentum if momentum is None else momentum,
             "averaging": self._rule.default_averaging if averaging is None else averaging,
             "weight_decay": usual.weight_decay if weight_decay is None else weight_decay,
+            "decays_heads": weight_decay is not None,
             "total_steps": total_steps,
             "damping": self._inversions.default,
             "fallback_lr": fallback.lr,
@@ -207,6 +206,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         """Add a group whose parameters all have a metric, or all have none."""
         if group["kind"] == ADAMW:
             group.setdefault("lr", group.get("fallback_lr", self.defaults["fallback_lr"]))
+        group.setdefault("decays_heads", "weight_decay" in group or self.defaults["decays_heads"])
         full = {**self.defaults, **group}
         check_options(full)
         has_metric = group["kind"] == METRIC

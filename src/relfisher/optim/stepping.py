@@ -60,7 +60,9 @@ def moving_layers(
         lr = rate(group)
         annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
         flat = inversions.is_flat(layer, record.role)
-        found.append(Moving(record, group, Move(layer, structure, state, gradient, velocity, lr, annealing, flat)))
+        is_head = record.role is not None and bool(record.role.is_head)
+        move = Move(layer, structure, state, gradient, velocity, lr, annealing, flat, is_head)
+        found.append(Moving(record, group, move))
     return found
 
 
@@ -74,6 +76,8 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
     for group in groups:
         if group["weight_decay"] and group["kind"] == METRIC:
             moved = {p for each in moving for p in each.record.layer.parameters if p.grad is not None}
+            if not group["decays_heads"]:
+                moved -= {p for each in moving if each.move.is_head for p in each.record.layer.parameters}
             shrinking = [p for p in group["params"] if p in moved]
             if shrinking:
                 torch._foreach_mul_(shrinking, 1 - rate(group) * group["weight_decay"])

@@ -121,7 +121,7 @@ RIVALS = {
 }
 OURS = {
     UNTUNED: _part(),
-    "RNGD": Peer(RNGD, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "weight_decay": (0.05, 0.2)}),
+    "RNGD": Peer(RNGD, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "damping": (0.1, 1.0)}),
 }
 PARTS = {
     "no metric": _part(metric=MetricOptions(power=0.0)),
@@ -131,6 +131,7 @@ PARTS = {
     "no average": _part(averaging=0.0),
     "a cosine for the average": replace(_part(averaging=0.0), scheduled=True),
     "no decay": _part(weight_decay=0.0),
+    "heads as other layers": _part(step_rule=Spectral(head=1.0), weight_decay=0.1),
     "no momentum": _part(momentum=0.0),
     "normalized rule": _part(step_rule="normalized"),
 }

@@ -27,6 +27,7 @@ class Move(NamedTuple):
         lr: the learning rate.
         annealing: the ratio of the learning rate to the highest one so far, at most 1.
         flat: True if the metric leaves the gradient as it is: it has the power 0.
+        is_head: True if the outputs of the layer are the logits of a softmax.
     """
 
     layer: Layer
@@ -37,6 +38,7 @@ class Move(NamedTuple):
     lr: float
     annealing: float = 1.0
     flat: bool = False
+    is_head: bool = False
 
     def preconditioned(self) -> Tensor:
         """Return (G + damping)^-power times the gradient."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from relfisher.optim.rules.base import Move, Step
 from relfisher.optim.rules.normalized import NormalizedRule
 from relfisher.shapes import Float
-from relfisher.validation import check_integer
+from relfisher.validation import check_integer, check_rate
 
 __all__ = ["Spectral", "polar_factor"]
 
@@ -36,31 +36,34 @@ class Spectral(NormalizedRule):
     decreases the loss most: <D, M> is the nuclear norm of M R'. Another root Q R with orthogonal Q gives the same D, so
     that a Cholesky factor can be used.
 
-    The rows of a step, one for each unit, have the length `lr` in their root mean square. Without a metric, these are
-    the direction and the length of Muon (Jordan et al. 2024). A gradient of few samples has few significant directions,
-    and the others are noise, which momentum averages. Units with one row of parameters each, such as the channels of a
-    normalization, use the normalized step.
+    The rows of a step, one for each unit, have the length `lr` in their root mean square, and `head` times that for the
+    logits of a softmax. Without a metric, these are the direction and the length of Muon (Jordan et al. 2024), which
+    leaves heads to AdamW. A gradient of few samples has few significant directions, and the others are noise, which
+    momentum averages. Units with one row of parameters each, such as the channels of a normalization, use the
+    normalized step.
 
     Args:
         iterations: the number of Newton-Schulz iterations for the polar factor.
+        head: the length of the steps of softmax heads, relative to those of other layers.
         noise_floor: see `NormalizedRule`; the size is the norm of M R'.
 
     Raises:
-        ValueError: if `iterations` is not a whole number >= 1, or `noise_floor` is negative.
+        ValueError: if `iterations` is not a whole number >= 1, `head` is not positive, or `noise_floor` is negative.
     """
 
     name = "spectral"
     default_momentum = 0.9
     needs_root = True
 
-    def __init__(self, iterations: int = 5, noise_floor: float = 0.1) -> None:
+    def __init__(self, iterations: int = 5, noise_floor: float = 0.1, head: float = 3.0) -> None:
         super().__init__(noise_floor)
         check_integer("iterations", iterations)
-        self.iterations = iterations
+        check_rate("head", head)
+        self.iterations, self.head = iterations, head
 
     def rms(self, move: Move) -> float:
-        """Return the inverse root of the number of inputs of a unit; of 1 for one-hot inputs."""
-        return 1 / math.sqrt(move.layer.fan_in)
+        """Return the inverse root of the number of inputs of a unit, 1 for one-hot inputs; times `head` for heads."""
+        return (self.head if move.is_head else 1.0) / math.sqrt(move.layer.fan_in)
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""
