@@ -282,3 +282,65 @@ def test_arguments_of_a_call_are_known_by_name():
         found.append([state["metric"] for state in by_name(optimizer).values() if "metric" in state])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+class Unrolled(nn.Module):
+    """A cell that a program calls once per time step, with a state or, at first, without."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state, outputs = None, []
+        for each in x.unbind(-2):
+            state = self.cell(each) if state is None else self.cell(each, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, -2)
+
+
+class Sequence(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+CELLS = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "tanh": nn.RNNCell,
+    "relu": lambda *sizes, **options: nn.RNNCell(*sizes, nonlinearity="relu", **options),
+}
+
+
+@pytest.mark.supports("a cell takes the steps of the layer that it is a step of", "RNNCell", "LSTMCell", "GRUCell")
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@kinds
+def test_a_cell_takes_the_steps_of_a_layer(kind, bias, batched):
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(Sequence(KINDS[kind](3, 4, bias=bias, batch_first=True)), nn.Linear(4, 2)).double(),
+        nn.Sequential(Unrolled(CELLS[kind](3, 4, bias=bias)), nn.Linear(4, 2)).double(),
+    ]
+    with torch.no_grad():
+        for mine, its in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            mine.copy_(its)
+    metrics = []
+    for model in models:
+        metric = MetricOptions(stats_interval=1, refresh_interval=3, stats_samples=None)
+        optimizer = RNGD(model, lr=0.1, metric=metric)
+        for seed in range(7):
+            x = torch.randn(*[5] * batched, 6, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x).reshape(-1, 2), torch.arange(6 * 5**batched) % 2).backward()
+            optimizer.step()
+        assert len(optimizer.layers) == 3
+        metrics.append([optimizer.metric(layer.name).to_dense() for layer in optimizer.layers])
+    for one, other in zip(*metrics, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)

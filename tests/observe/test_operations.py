@@ -1,4 +1,4 @@
-"""Weights that modules of any class pass to torch.nn.functional.linear have the metric of a linear layer."""
+"""Parameters that modules with forward passes of their own give to functions of torch have the metrics of layers."""
 
 import copy
 import threading
@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import assert_close_weights, assert_same_weights, inputs, mlp
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
@@ -87,6 +88,121 @@ def test_steps_are_those_of_linear_layers(make):
     first, last = (layer.role for layer in optimizer.layers)
     assert (first.response, first.reads_input) == (TanhBernoulli(), True)
     assert (last.response, last.is_head) == (LinearGaussian(), True)
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return functional.conv2d(x, self.weight, self.bias, 1, "same", self.dilation, groups=self.groups)
+
+
+class Strided(nn.Conv3d):
+    def forward(self, x):
+        return functional.conv3d(x, self.weight, stride=2, padding=(1, 0, 1))
+
+
+class Cropped(nn.ConvTranspose1d):
+    def forward(self, x):
+        return super().forward(x)[..., :-1]
+
+
+class Up(nn.ConvTranspose2d):
+    def forward(self, x):
+        return functional.conv_transpose2d(x, self.weight, self.bias, (2, 1), 1, dilation=2, groups=2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    def forward(self, x):
+        return functional.layer_norm(x.mT, self.normalized_shape, self.weight, self.bias, self.eps).mT
+
+
+class RootNorm(nn.RMSNorm):
+    def forward(self, x):
+        return functional.rms_norm(x, self.normalized_shape, weight=self.weight, eps=self.eps)
+
+
+class GroupNormAct(nn.GroupNorm):
+    def forward(self, x):
+        return torch.tanh(functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Crop(nn.Module):
+    def forward(self, x):
+        return x[..., :-1]
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+TWINS = {
+    "a causal convolution": (Causal(2, 4, 3), nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(2, 4, 3)), (2, 9)),
+    "a convolution of the same size": (
+        Same(2, 4, (2, 3), dilation=2, groups=2),
+        nn.Conv2d(2, 4, (2, 3), dilation=2, groups=2, padding="same"),
+        (2, 4, 5),
+    ),
+    "a convolution with a stride": (
+        Strided(2, 3, 2, bias=False),
+        nn.Conv3d(2, 3, 2, stride=2, padding=(1, 0, 1), bias=False),
+        (2, 3, 4, 3),
+    ),
+    "a transposed convolution that is cropped": (
+        Cropped(2, 3, 4, stride=2, padding=1),
+        nn.Sequential(nn.ConvTranspose1d(2, 3, 4, stride=2, padding=1), Crop()),
+        (2, 4),
+    ),
+    "a transposed convolution": (
+        Up(4, 2, 2, groups=2),
+        nn.ConvTranspose2d(4, 2, 2, (2, 1), 1, dilation=2, groups=2),
+        (4, 3, 3),
+    ),
+    "a norm of channels": (ChannelNorm(3), nn.Sequential(Turn(), nn.LayerNorm(3), Turn()), (3, 5)),
+    "a root mean square": (RootNorm(5), nn.RMSNorm(5), (3, 5)),
+    "a norm of groups, and tanh": (GroupNormAct(2, 4), nn.Sequential(nn.GroupNorm(2, 4), nn.Tanh()), (4, 3)),
+    "a norm of batches, and ReLU": (BatchNormAct(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), (3, 2, 2)),
+}
+
+
+@pytest.mark.supports(
+    "parameters that a subclass with a forward pass of its own gives to the function of its base",
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d"),
+    *("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d"),
+)
+@pytest.mark.parametrize("name", TWINS)
+def test_steps_are_those_of_the_base(name):
+    own, plain, shape = copy.deepcopy(TWINS[name])
+    torch.manual_seed(0)
+    models = []
+    for part in (plain, own):
+        head = nn.LazyLinear(3)
+        models.append(nn.Sequential(part, nn.Flatten(), head).double())
+        models[-1](torch.randn(8, *shape, dtype=torch.float64))
+    models[1] = with_weights_of(models[1], models[0])
+    optimizers = []
+    for model in models:
+        optimizer = RNGD(model, metric=MetricOptions(stats_interval=2, refresh_interval=4, stagger=False))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            x = torch.randn(8, *shape, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(model(x), torch.arange(8) % 3).backward()
+            optimizer.step()
+        optimizers.append(optimizer)
+    assert_same_weights(*models)
+    first, second = ([layer.role.response for layer in optimizer.layers] for optimizer in optimizers)
+    assert first == second
+    assert {each.by for each in relfisher.coverage(models[1], x)} == {"metric"}
 
 
 class Partly(nn.Module):

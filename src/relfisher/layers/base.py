@@ -112,9 +112,8 @@ class Layer(ABC):
     kinds: ClassVar[Kinds]
     #: True if the module's output is the pre-activation, so that the activation after it determines the response.
     followed: ClassVar[bool] = True
-    #: The function of `torch.nn.functional`, called with the weight as its second argument inside the module's forward
-    #: pass, whose calls are the samples; None if they are those of the module itself.
-    operation: ClassVar[str | None] = None
+    #: The places of the weight and the bias among the arguments of `operation`.
+    places: ClassVar[tuple[int, int]] = (1, 2)
     #: True if the samples depend on random numbers drawn during the call.
     random: ClassVar[bool] = False
     #: True if a limited sample of the rows is enough; False if the statistics use all rows of each call.
@@ -130,6 +129,11 @@ class Layer(ABC):
     @abstractmethod
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the samples of a call in their original dtypes."""
+
+    @property
+    def operation(self) -> str | None:
+        """The function of `torch.nn.functional` whose calls inside the module are the samples; None for its own."""
+        return None
 
     @property
     def name(self) -> str:
@@ -198,6 +202,11 @@ class Layer(ABC):
     def widths(self) -> list[int]:
         """The number of columns of each part."""
         return [math.prod(view[len(self.shape) - 1 :]) for view in self._views]
+
+    def is_of(self, call: Call) -> bool:
+        """Return whether a call of the operation takes this layer's parameters."""
+        given = [call.argument(place, name) for place, name in zip(self.places, ("weight", "bias"), strict=True)]
+        return all(any(mine is its for its in given) for mine in self.parameters)
 
     def output(self, output: Any) -> Tensor | None:
         """Return the tensor of a call's output through which gradients flow back; None if there is none."""

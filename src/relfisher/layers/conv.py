@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,16 @@ from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
 
-__all__ = ["ConvLayer", "TransposedConvLayer"]
+__all__ = ["ConvLayer", "ConvOperation", "TransposedConvLayer", "TransposedConvOperation"]
+
+
+class Window(NamedTuple):
+    """How a kernel moves: per dimension, except that `pads` is for `torch.nn.functional.pad`, with its `mode`."""
+
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    pads: Sequence[int]
+    mode: str = "constant"
 
 
 def _grouped(groups: int, tensor: Tensor) -> Tensor:
@@ -63,7 +72,7 @@ class ConvLayer(Layer):
         if x.ndim == dimensions + 1:  # without a batch dimension
             x, z = x.unsqueeze(0), z.unsqueeze(0)
         keep = sampling.kept(z.movedim(1, -1).shape[:-1])
-        patches = self.patches(x, z.shape[2:])  # [b, in, *positions, *kernel]
+        patches = self.patches(x, z.shape[2:], self.window(call))  # [b, in, *positions, *kernel]
         order = (0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions))
         x_rows, z_rows = patches.permute(order), z.movedim(1, -1)
         places = z_rows.shape[:-1]
@@ -86,26 +95,59 @@ class ConvLayer(Layer):
     @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel size in each dimension."""
-        size: tuple[int, ...] = self.module.kernel_size
-        return size
+        return self.weight.shape[2:]
 
     @property
     def patch(self) -> int:
         """The number of inputs of a unit at one position."""
         return self.d - (len(self.parts) - 1)
 
-    def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Extract the patches [b, in, *positions, *kernel] of images [b, in, *size], as views if possible."""
+    def window(self, call: Call) -> Window:
+        """Return how the kernel moves in a call."""
         module = self.module
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        return self.windows(x, module.stride)
+        return Window(module.stride, module.dilation, module._reversed_padding_repeated_twice, mode)
 
-    def windows(self, x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    def patches(self, x: Tensor, positions: tuple[int, ...], window: Window) -> Tensor:
+        """Extract the patches [b, in, *positions, *kernel] of images [b, in, *size], as views if possible."""
+        return self.windows(functional.pad(x, window.pads, mode=window.mode), window.stride, window.dilation)
+
+    def windows(self, x: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
         """Return all windows of the kernel's size and dilation."""
-        for place, (size, dilation, step) in enumerate(zip(self.kernel, self.module.dilation, stride, strict=True)):
-            x = x.unfold(2 + place, dilation * (size - 1) + 1, step)[..., ::dilation]
+        for place, (size, spread, step) in enumerate(zip(self.kernel, dilation, stride, strict=True)):
+            x = x.unfold(2 + place, spread * (size - 1) + 1, step)[..., ::spread]
         return x
+
+
+class ConvOperation(ConvLayer):
+    """A convolution whose class has a forward pass of its own, with the arguments that this gives the function."""
+
+    kinds: ClassVar[Kinds] = ()
+
+    @property
+    def operation(self) -> str:
+        """The function for its dimensions."""
+        return f"conv{len(self.kernel)}d"
+
+    def is_of(self, call: Call) -> bool:
+        """Return whether the call also has as many groups as the module."""
+        return super().is_of(call) and (call.argument(6, "groups") or 1) == self.module.groups
+
+    def window(self, call: Call) -> Window:
+        """Return how the kernel moves in a call of the function."""
+        stride, dilation = (self._each(call.argument(*place) or 1) for place in ((3, "stride"), (5, "dilation")))
+        padding = call.argument(4, "padding") or 0
+        if padding == "same":
+            around = [spread * (size - 1) for size, spread in zip(self.kernel, dilation, strict=True)]
+            sides = [(whole // 2, whole - whole // 2) for whole in around]
+        else:
+            sides = [(each, each) for each in self._each(0 if padding == "valid" else padding)]
+        return Window(stride, dilation, [pad for side in reversed(sides) for pad in side])
+
+    def _each(self, number: int | Sequence[int]) -> Sequence[int]:
+        """Return one number per dimension."""
+        numbers = [number] if isinstance(number, int) else number
+        return tuple(numbers) * len(self.kernel) if len(numbers) == 1 else tuple(numbers)
 
 
 class TransposedConvLayer(ConvLayer):
@@ -119,19 +161,36 @@ class TransposedConvLayer(ConvLayer):
         groups, weight = module.groups, module.weight
         return [cls._of(name, module, partial(_transposed, groups), weight.shape[1], weight[:, 0].numel() // groups)]
 
-    def patches(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
+    def window(self, call: Call) -> Window:
+        """Return how the kernel moves in a call; the pads are those of the convolution that it transposes."""
+        return Window(self.module.stride, self.module.dilation, self.module.padding)
+
+    def patches(self, x: Tensor, positions: tuple[int, ...], window: Window) -> Tensor:
         """Extract the patch of each output position, with the kernel's axes flipped back to the weight's order."""
-        module = self.module
-        spread = x.new_zeros(*x.shape[:2], *(step * (size - 1) + 1 for step, size in self._along(x)))
-        every: Any = (..., *(slice(None, None, step) for step in module.stride))
+        along = zip(window.stride, x.shape[2:], strict=True)
+        spread = x.new_zeros(*x.shape[:2], *(step * (size - 1) + 1 for step, size in along))
+        every: Any = (..., *(slice(None, None, step) for step in window.stride))
         spread[every] = x
         pads: list[int] = []
         for place in reversed(range(len(self.kernel))):
-            reach = module.dilation[place] * (self.kernel[place] - 1)
-            before = reach - module.padding[place]
+            reach = window.dilation[place] * (self.kernel[place] - 1)
+            before = reach - window.pads[place]
             pads += [before, positions[place] + reach - before - spread.shape[2 + place]]
-        windows = self.windows(functional.pad(spread, pads), (1,) * len(self.kernel))
+        windows = self.windows(functional.pad(spread, pads), (1,) * len(self.kernel), window.dilation)
         return windows.flip(tuple(range(-len(self.kernel), 0)))
 
-    def _along(self, x: Tensor) -> zip[tuple[int, int]]:
-        return zip(self.module.stride, x.shape[2:], strict=True)
+
+class TransposedConvOperation(TransposedConvLayer, ConvOperation):
+    """A transposed convolution whose class has a forward pass of its own."""
+
+    kinds: ClassVar[Kinds] = ()
+
+    @property
+    def operation(self) -> str:
+        """The function for its dimensions."""
+        return f"conv_transpose{len(self.kernel)}d"
+
+    def window(self, call: Call) -> Window:
+        """Return how the kernel moves in a call of the function."""
+        stride, dilation = (self._each(call.argument(*place) or 1) for place in ((3, "stride"), (7, "dilation")))
+        return Window(stride, dilation, self._each(call.argument(4, "padding") or 0))

@@ -12,18 +12,21 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
-from relfisher.layers.base import Layer
-from relfisher.layers.conv import ConvLayer, TransposedConvLayer
+from relfisher.layers.base import Kinds, Layer
+from relfisher.layers.conv import ConvLayer, ConvOperation, TransposedConvLayer, TransposedConvOperation
 from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer, EmbeddingOperation
 from relfisher.layers.linear import BilinearLayer, LinearLayer, LinearOperation, TransposedLinearLayer
 from relfisher.layers.norm import (
     BatchNormLayer,
+    BatchNormOperation,
     GroupNormLayer,
+    GroupNormOperation,
     InstanceNormLayer,
     LayerNormLayer,
+    LayerNormOperation,
     PReLULayer,
 )
-from relfisher.layers.recurrent import RecurrentLayer
+from relfisher.layers.recurrent import CellLayer, RecurrentLayer
 
 __all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
 
@@ -42,7 +45,18 @@ _KINDS: list[type[Layer]] = [
     InputProjectionLayer,
     OutputProjectionLayer,
     RecurrentLayer,
+    CellLayer,
 ]
+
+# The operations of subclasses with forward passes of their own; those of all other modules are linear.
+_OPERATIONS: dict[Kinds, type[Layer]] = {
+    EmbeddingLayer.kinds: EmbeddingOperation,
+    ConvLayer.kinds: ConvOperation,
+    TransposedConvLayer.kinds: TransposedConvOperation,
+    LayerNormLayer.kinds: LayerNormOperation,
+    GroupNormLayer.kinds: GroupNormOperation,
+    BatchNormLayer.kinds: BatchNormOperation,
+}
 
 #: Kinds that users registered, newest first; they take precedence.
 _REGISTERED: list[type[Layer]] = []
@@ -220,8 +234,13 @@ def _operations_of(name: str, module: nn.Module) -> list[Layer]:
     """
     if type(module).__module__.startswith("torch."):
         return []
-    kind = EmbeddingOperation if isinstance(module, nn.Embedding) else LinearOperation
-    return kind.found_in(name, module)
+    kind = next((kind for bases, kind in _OPERATIONS.items() if isinstance(module, bases)), LinearOperation)
+    return [layer for layer in kind.found_in(name, module) if _holds(module, layer)]
+
+
+def _holds(module: nn.Module, layer: Layer) -> bool:
+    """Return whether the parameters of a layer are in its module, where a weight may have been replaced by others."""
+    return all(module._parameters.get(part.attribute) is not None for part in layer.parts)
 
 
 def _is_alone(parameter: Tensor, owners: Mapping[int, Mapping[str, nn.Module]]) -> bool:

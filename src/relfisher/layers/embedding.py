@@ -54,7 +54,11 @@ class EmbeddingOperation(EmbeddingLayer):
     """The table of an embedding with a forward pass of its own, which passes it to `torch.nn.functional.embedding`."""
 
     kinds: ClassVar[Kinds] = ()
-    operation = "embedding"
+
+    @property
+    def operation(self) -> str:
+        """The function."""
+        return "embedding"
 
 
 class EmbeddingBagLayer(EmbeddingLayer):

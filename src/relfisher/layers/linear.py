@@ -67,7 +67,11 @@ class LinearOperation(LinearLayer):
     """A weight [out, in] that a module of any class passes to `torch.nn.functional.linear`."""
 
     kinds: ClassVar[Kinds] = ()
-    operation = "linear"
+
+    @property
+    def operation(self) -> str:
+        """The function."""
+        return "linear"
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:

@@ -17,9 +17,12 @@ from relfisher.moments import augment
 
 __all__ = [
     "BatchNormLayer",
+    "BatchNormOperation",
     "GroupNormLayer",
+    "GroupNormOperation",
     "InstanceNormLayer",
     "LayerNormLayer",
+    "LayerNormOperation",
     "PReLULayer",
 ]
 
@@ -72,6 +75,18 @@ class LayerNormLayer(_Affine):
         return z.flatten(z.ndim - len(self.module.normalized_shape))
 
 
+class LayerNormOperation(LayerNormLayer):
+    """The affine parameters of a LayerNorm or RMSNorm with a forward pass of its own, as for channels at axis 1."""
+
+    kinds: ClassVar[Kinds] = ()
+    places = (2, 3)
+
+    @property
+    def operation(self) -> str:
+        """The function."""
+        return "rms_norm" if isinstance(self.module, nn.RMSNorm) else "layer_norm"
+
+
 class GroupNormLayer(_Affine):
     """The affine parameters of GroupNorm."""
 
@@ -81,6 +96,18 @@ class GroupNormLayer(_Affine):
         """Normalize the input by the statistics of its groups."""
         module = self.module
         return self.ordered(functional.group_norm(x, module.num_groups, eps=module.eps))
+
+
+class GroupNormOperation(GroupNormLayer):
+    """The affine parameters of a GroupNorm with a forward pass of its own."""
+
+    kinds: ClassVar[Kinds] = ()
+    places = (2, 3)
+
+    @property
+    def operation(self) -> str:
+        """The function."""
+        return "group_norm"
 
 
 class BatchNormLayer(_Affine):
@@ -94,6 +121,18 @@ class BatchNormLayer(_Affine):
         if module.training or module.running_mean is None:
             return self.ordered(functional.batch_norm(x, None, None, training=True, eps=module.eps))
         return self.ordered(functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps))
+
+
+class BatchNormOperation(BatchNormLayer):
+    """The affine parameters of a BatchNorm with a forward pass of its own, such as one that ends with an activation."""
+
+    kinds: ClassVar[Kinds] = ()
+    places = (3, 4)
+
+    @property
+    def operation(self) -> str:
+        """The function."""
+        return "batch_norm"
 
 
 class InstanceNormLayer(BatchNormLayer):

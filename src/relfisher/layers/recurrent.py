@@ -21,7 +21,7 @@ from relfisher.moments import augment
 from relfisher.responses import ReLUGaussian, SigmoidBernoulli, TanhBernoulli, UnitResponse
 from relfisher.shapes import Float, Num
 
-__all__ = ["Gates", "RecurrentLayer"]
+__all__ = ["CellLayer", "Gates", "RecurrentLayer"]
 
 _SIGMOID, _TANH = SigmoidBernoulli(), TanhBernoulli()
 _UNITS: dict[str, tuple[UnitResponse, ...]] = {
@@ -175,12 +175,7 @@ class RecurrentLayer(Layer):
         biases = weights[2:] if self.module.bias else [None, None]
         said = functional.linear(inputs, weights[0], biases[0])
         kept = functional.linear(before, weights[1], biases[1])
-        if self.module.mode != "GRU":
-            return said + kept
-        size = self.module.hidden_size
-        gates = said[..., : 2 * size] + kept[..., : 2 * size]
-        new = said[..., 2 * size :] + torch.sigmoid(gates[..., :size]) * kept[..., 2 * size :]
-        return torch.cat([gates, new], dim=-1)
+        return _gates_of(self.module.mode, said, kept)
 
     def _weights(self, layer: int) -> list[list[nn.Parameter]]:
         """Return the weights of a layer, one list per direction."""
@@ -240,3 +235,66 @@ class RecurrentLayer(Layer):
         else:
             output = run(current, packed.batch_sizes, states, *options)[0]
         return output
+
+
+@dataclass(frozen=True, eq=False)
+class CellLayer(Layer):
+    """The input weights or the recurrent weights of an RNNCell, LSTMCell or GRUCell, whose calls are the time steps.
+
+    Args:
+        recurrent: True for the recurrent weights, False for the input weights.
+    """
+
+    recurrent: bool = False
+
+    kinds: ClassVar[Kinds] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    followed: ClassVar[bool] = False
+
+    @classmethod
+    def found_in(cls, name: str, module: Any) -> list[Layer]:
+        """Return two layers."""
+        found: list[Layer] = []
+        for side in ("ih", "hh"):
+            weight = f"weight_{side}"
+            parts = (Part(weight, whole), Part(f"bias_{side}", column))[: 1 + module.bias]
+            out, inputs = getattr(module, weight).shape
+            found.append(cls(name, module, parts, (out, inputs + len(parts) - 1), f".{side}", side == "hh"))
+        return found
+
+    @property
+    def own_response(self) -> Gates:
+        """The response of the gates."""
+        return Gates(_UNITS[self._mode], reset=self.recurrent and self._mode == "GRU")
+
+    @property
+    def _mode(self) -> str:
+        if isinstance(self.module, nn.RNNCell):
+            return f"RNN_{self.module.nonlinearity.upper()}"
+        return "LSTM" if isinstance(self.module, nn.LSTMCell) else "GRU"
+
+    def output(self, output: Any) -> Tensor | None:
+        """Return the new state."""
+        return super().output(output[0] if isinstance(output, tuple) else output)
+
+    @torch.no_grad()
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return the inputs or the states, and the gates' pre-activations."""
+        module, x, state = self.module, call.input(), call.argument(1, "hx")
+        state = state[0] if isinstance(state, tuple) else state
+        h = x.new_zeros(*x.shape[:-1], module.hidden_size) if state is None else state.detach()
+        with torch.autocast(x.device.type, enabled=False):
+            x, h = x.to(self.weight.dtype), h.to(self.weight.dtype)
+            said = functional.linear(x, module.weight_ih, module.bias_ih)
+            z = _gates_of(self._mode, said, functional.linear(h, module.weight_hh, module.bias_hh))
+        inputs, z = sampling.rows(h if self.recurrent else x, z)
+        return Rows(augment(inputs, len(self.parts) - 1), z)
+
+
+def _gates_of(mode: str, said: Tensor, kept: Tensor) -> Tensor:
+    """Return the pre-activations of all gates, given what the inputs and the previous states say."""
+    if mode != "GRU":
+        return said + kept
+    reset, update, new = said.chunk(3, dim=-1)
+    reset_kept, update_kept, new_kept = kept.chunk(3, dim=-1)
+    reset = reset + reset_kept
+    return torch.cat([reset, update + update_kept, new + torch.sigmoid(reset) * new_kept], dim=-1)

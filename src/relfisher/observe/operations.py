@@ -85,7 +85,7 @@ class _Here(threading.local):
 
 
 class _Watch(TorchFunctionMode):
-    """Finds the calls of layers' operations with their weights, and their biases if they have one."""
+    """Finds the calls of layers' operations with their parameters."""
 
     def __init__(self, layers: Sequence[Layer], see: See) -> None:
         super().__init__()
@@ -100,8 +100,7 @@ class _Watch(TorchFunctionMode):
         name = canonical_name(func)
         for layer in [layer for layer in self._layers if layer.operation == name]:
             call = Call(args, kwargs, result)
-            given = call.argument(1, "weight"), call.argument(2, "bias")
-            if all(mine is its for mine, its in zip(layer.parameters, given, strict=False)):
+            if layer.is_of(call):
                 self._see(layer, call, result)
         return result
 
