@@ -219,14 +219,14 @@ class MetricRecorder:
             said = [replace(call, rows=layer.spelled_out(call.rows)) for call in calls]
             if self._response is not None:
                 said = [replace(call, response=self._response) if call.is_output else call for call in said]
-            self._before[name] = said, layer.join([parameter.detach().clone() for parameter in layer.parameters])
+            self._before[name] = said, layer.matrix([parameter.detach().clone() for parameter in layer.parameters])
 
     @torch.no_grad()
     def _leave(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Record the step that was taken."""
         for name, (calls, before) in self._before.items():
             layer = self._layers[name]
-            after = layer.join([iterate(optimizer, parameter) for parameter in layer.parameters])
+            after = layer.matrix([iterate(optimizer, parameter) for parameter in layer.parameters])
             self.records.append(self._record(name, layer, calls, (after - before).to(layer.dtype)))
         self._before = {}
         self._steps += 1

@@ -78,9 +78,14 @@ def test_one_module_under_two_names_is_one_layer() -> None:
     assert names(nn.ModuleDict({"first": layer, "again": layer})) == ["first"]
 
 
-def test_a_parametrized_weight_has_no_layer_of_its_own() -> None:
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
-    assert names(model) == ["1"]
+def test_a_parametrized_weight_belongs_to_its_layer() -> None:
+    found = discover(nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2)))
+    inside = "0.parametrizations.weight.original"
+    assert [layer.parameter_names for layer in found.layers] == [
+        [f"{inside}1", f"{inside}0", "0.bias"],
+        ["1.weight", "1.bias"],
+    ]
+    assert found.refused == {}
 
 
 class Standardised(nn.Conv2d):

@@ -1,6 +1,7 @@
 """Parameters that modules with forward passes of their own give to functions of torch have the metrics of layers."""
 
 import copy
+import operator
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from builders import assert_close_weights, assert_same_weights, inputs, mlp
 from torch import nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy, linear
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import relfisher
@@ -219,12 +221,123 @@ class Partly(nn.Module):
 def test_what_goes_elsewhere_is_said_once_and_trained_by_adamw():
     model = Partly()
     before = model.table.detach().clone()
-    with pytest.warns(UncoveredWarning, match=r"table, its module does not pass it") as said:
+    with pytest.warns(UncoveredWarning, match=r"table, its module does not multiply inputs by it") as said:
         optimizer = trained(model, 3)
     assert len(said) == 1
     assert [layer.role.refused is None for layer in optimizer.layers] == [True, False]
     assert not torch.equal(model.table[0], before[0])
     assert optimizer.state[model.table].keys() >= {"exp_avg", "exp_avg_sq"}
+
+
+class Product(nn.Module):
+    """A matrix [in, out] or [out, in] and a bias, multiplied by a function."""
+
+    def __init__(self, function, inputs, outputs, *, turned):
+        super().__init__()
+        self.function, self.turned = function, turned
+        self.W = nn.Parameter(torch.zeros((inputs, outputs) if turned else (outputs, inputs)))
+        self.b = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return self.function(x, self.W, self.b)
+
+    def take(self, other):
+        with torch.no_grad():
+            self.W.copy_(other.weight.t() if self.turned else other.weight)
+            self.b.copy_(other.bias)
+
+
+PRODUCTS = {
+    "x @ W + b": (lambda x, weight, bias: x @ weight + bias, True),
+    "b + x @ W": (lambda x, weight, bias: bias + x @ weight, True),
+    "x.matmul(W), and b in place": (lambda x, weight, bias: x.matmul(weight).add_(bias), True),
+    "x @ W' + b": (lambda x, weight, bias: x @ weight.t() + bias, False),
+    "x @ W.T + b": (lambda x, weight, bias: torch.add(x @ weight.T, bias), False),
+    "mm, += b": (lambda x, weight, bias: operator.iadd(torch.mm(x, weight), bias), True),
+    "linear with W', b": (lambda x, weight, bias: linear(x, weight.transpose(0, 1), bias), True),
+    "linear, + b": (lambda x, weight, bias: linear(x, weight) + bias, False),
+    "addmm": (lambda x, weight, bias: torch.addmm(bias, x, weight), True),
+    "addmm with W'": (lambda x, weight, bias: torch.addmm(bias, x, weight.mT), False),
+    "einsum, turned": (lambda x, weight, bias: torch.einsum("ni,io->no", x, weight) + bias, True),
+    "einsum": (lambda x, weight, bias: torch.einsum("oi, ...i -> ...o", weight, x) + bias, False),
+}
+
+
+@pytest.mark.supports("a matrix by which a module of any class multiplies: `@`, `matmul`, `addmm`, `einsum`", "Linear")
+@pytest.mark.parametrize("way", PRODUCTS)
+@pytest.mark.parametrize("square", [False, True])
+def test_products_take_the_steps_of_linear_layers(way, square):
+    function, turned = PRODUCTS[way]
+    width = 6 if square else 5
+    plain = mlp(sizes=(6, width, 3))
+    first, last = Product(function, 6, width, turned=turned), Product(function, width, 3, turned=turned)
+    model = nn.Sequential(first, nn.Tanh(), last).double()
+    first.take(plain[0])
+    last.take(plain[2])
+    trained(plain)
+    optimizer = trained(model)
+    for mine, its in zip((first, last), (plain[0], plain[2]), strict=True):
+        assert_close(mine.W.t() if turned else mine.W, its.weight)
+        assert_close(mine.b, its.bias)
+    roles = [layer.role for layer in optimizer.layers]
+    assert [(role.response, role.reads_input) for role in roles] == [(TanhBernoulli(), True), (LinearGaussian(), False)]
+    assert roles[1].is_head
+    assert {each.by for each in relfisher.coverage(model, inputs())} == {"metric"}
+
+
+def test_products_of_positions_are_samples():
+    x = torch.randn(4, 7, 6, dtype=torch.float64)
+    plain = mlp(sizes=(6, 3))
+    model = Product(lambda x, weight, bias: torch.tanh(x @ weight + bias), 6, 3, turned=True).double()
+    model.take(plain[0])
+    twin = nn.Sequential(plain[0], nn.Tanh())
+    optimizers = RNGD(model), RNGD(twin)
+    for module, optimizer in zip((model, twin), optimizers, strict=True):
+        module(x).square().sum().backward()
+        optimizer.step()
+    assert_close(model.W.t(), plain[0].weight)
+    assert_close(*(optimizer.metric(name).eigvalsh() for optimizer, name in zip(optimizers, ("W", "0"), strict=True)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, weight, bias: x @ weight @ weight.t() + bias,
+        lambda x, weight, bias: x @ weight + bias + x @ weight,
+        lambda x, weight, bias: (weight @ x.t()).t() + bias,
+        lambda x, weight, bias: torch.einsum("ni,io->ni", x, weight) + bias,
+        lambda x, weight, bias: torch.addmm(bias, x, weight, beta=2),
+    ],
+)
+def test_other_products_are_left_to_adamw(function):
+    model = nn.Sequential(Product(function, 6, 6, turned=True), nn.Tanh(), nn.Linear(6, 3)).double()
+    with pytest.warns(UncoveredWarning, match="multiply inputs by it, or not always in the same way"):
+        optimizer = trained(model, 2)
+    assert optimizer.state[model[0].W].keys() >= {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_product_goes_on_from_a_state_that_is_loaded_before_it_runs():
+    def made():
+        torch.manual_seed(0)
+        function, _ = PRODUCTS["x @ W + b"]
+        model = nn.Sequential(Product(function, 6, 4, turned=True), nn.Tanh(), nn.Linear(4, 3)).double()
+        nn.init.normal_(model[0].W)
+        return model
+
+    model = made()
+    optimizer = trained(model, 5)
+    twin = made()
+    twin.load_state_dict(model.state_dict())
+    resumed = RNGD(twin, metric=MetricOptions(stats_interval=2, refresh_interval=8, stagger=False))
+    before = resumed.state_dict()
+    resumed.load_state_dict(optimizer.state_dict())
+    for module, each in ((model, optimizer), (twin, resumed)):
+        for seed in range(5, 12):
+            each.zero_grad()
+            cross_entropy(module(inputs(seed)), torch.arange(len(inputs())) % 3).backward()
+            each.step()
+    assert_same_weights(model, twin)
+    RNGD(made()).load_state_dict(before)
 
 
 class Policy(nn.Module):
@@ -257,13 +370,19 @@ def test_coverage_says_what_training_does():
 
 
 def test_a_bias_that_is_added_elsewhere_is_left_to_adamw():
-    class Added(OwnForward):
+    class Elsewhere(OwnForward):
         def forward(self, x):
-            return linear(x, self.weight) + self.bias
+            return 2 * linear(x, self.weight) + self.bias
 
-    model = nn.Sequential(Added(6, 3)).double()
-    with pytest.warns(UncoveredWarning, match="no metric for some layers: 0"):
-        trained(model, 2)
+    model = nn.Sequential(Elsewhere(6, 3)).double()
+    optimizer = trained(model, 2)
+    assert optimizer.layers[0].role.refused is None
+    assert optimizer._curvature.metric("0").shape == (18, 18)
+    assert optimizer.state[model[0].bias].keys() >= {"exp_avg", "exp_avg_sq"}
+    assert {each.name: each.by for each in relfisher.coverage(model, inputs())} == {
+        "0.weight": "metric",
+        "0.bias": "adamw",
+    }
 
 
 def test_recomputed_passes_and_those_for_evaluation_do_not_count():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relfisher.layers import LinearLayer
+from relfisher.layers import Call, LinearLayer
 from relfisher.observe import Trace
 from relfisher.responses import ActivationGaussian, LinearGaussian, ReLUGaussian, TanhBernoulli
 
@@ -21,7 +21,7 @@ def watched(*functions) -> Trace:
     watch = Trace([NEXT])
     z = torch.linspace(-1, 1, 6).reshape(2, 3)
     with watch:
-        watch.show(LAYER, z)
+        watch.show(LAYER, Call((), {}, z), z)
         for function in functions:
             function(z)
     return watch
@@ -97,7 +97,7 @@ def test_tensors_inside_lists_are_seen() -> None:
 def test_nothing_is_seen_outside_the_watch_or_after_forgetting() -> None:
     watch = Trace()
     z = torch.ones(2)
-    watch.show(LAYER, z)
+    watch.show(LAYER, Call((), {}, z), z)
     torch.relu(z)
     with watch:
         watch.forget()

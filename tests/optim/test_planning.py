@@ -66,7 +66,7 @@ def test_coverage_says_how_each_parameter_is_trained():
     assert found["hidden.weight"].structure == "kronecker"  # `frozen` takes its units
     assert found["embed.weight"].structure == "diagonal"
     assert "tied" in found["head.weight"].reason
-    assert "parametrization" in found["normed.parametrizations.weight.original1"].reason
+    assert by["normed.parametrizations.weight.original1"] == "metric"
     assert "no metric" in found["scale"].reason
     assert found["spare.weight"].reason == "not reached by these inputs"
 
@@ -239,7 +239,7 @@ def test_tables_have_a_line_a_row():
 
 def test_models_are_called_with_keywords_too():
     model, tokens = net()
-    assert len(list(plan(model, (tokens,)))) == 7
+    assert len(list(plan(model, (tokens,)))) == 8
     assert str(plan(model, {"tokens": tokens})) == str(plan(model, (tokens,)))
 
 

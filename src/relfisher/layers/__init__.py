@@ -2,7 +2,7 @@
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer
-from relfisher.layers.linear import LinearLayer, column, whole
+from relfisher.layers.linear import LinearLayer, LinearOperation, column, whole
 from relfisher.layers.samples import Rows, Sampling
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Kinds",
     "Layer",
     "LinearLayer",
+    "LinearOperation",
     "Part",
     "Rows",
     "Sampling",

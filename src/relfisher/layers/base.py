@@ -2,7 +2,8 @@
 
 A kind of layer defines which parameters of a module form the matrix W [out, d] and what the samples x~ of a call are:
 the input of a linear layer, a patch of a convolution, a normalized channel and 1, or a one-hot token. A layer is
-immutable. What a forward pass shows about it is a `Role`; the optimizer's data about it are in the optimizer's record.
+immutable, once its shape is settled. What a forward pass shows about it otherwise is a `Role`; the optimizer's data
+about it are in the optimizer's record.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from itertools import accumulate
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from relfisher.layers.chart import Chart
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.responses import LinearGaussian, Response, UnitResponse
@@ -28,6 +31,7 @@ __all__ = ["Call", "Kinds", "Layer", "Part"]
 
 
 Kinds = tuple[type[nn.Module], ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Part:
-    """Some columns of a layer's matrix, stored in one parameter.
+    """Some columns of a layer's matrix, stored in one parameter or computed from several.
 
     Args:
         attribute: the parameter's name in the layer's module, such as "weight" or "out_proj.bias".
         view: maps a tensor of the parameter's shape to a view [*g, out, ...] of the layer's share of it.
+        chart: how the parameter is computed from others, which are trained; None if it is trained itself.
     """
 
     attribute: str
     view: Callable[[Tensor], Tensor]
+    chart: Chart | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is trained."""
+        return (self.attribute,) if self.chart is None else self.chart.names
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,24 +147,34 @@ class Layer(ABC):
         return None
 
     @property
+    def settled(self) -> bool:
+        """Whether the shape is known before the layer first runs."""
+        return True
+
+    @property
     def name(self) -> str:
         """The module's dotted name followed by the suffix."""
         return self.module_name + self.suffix
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The module's current parameters, one per part."""
+        """The module's current parameters that the parts are stored in, or computed from."""
         return [kept[key] for kept, key in self._slots]
 
     @property
     def parameter_names(self) -> list[str]:
         """The parameters' dotted names in the model."""
         prefix = f"{self.module_name}." if self.module_name else ""
-        return [prefix + part.attribute for part in self.parts]
+        return [prefix + name for name in self.names]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' dotted names in the module."""
+        return [name for part in self.parts for name in part.names]
 
     @property
     def weight(self) -> Tensor:
-        """The parameter of the first part."""
+        """The first parameter, which is the weight, or the one that is most like it."""
         kept, key = self._slots[0]
         weight: Tensor = kept[key]
         return weight
@@ -190,13 +211,17 @@ class Layer(ABC):
 
     @cached_property
     def _slots(self) -> list[tuple[dict[str, Any], str]]:
-        """The parameter dictionary and the key in it, for each part."""
-        paths = [part.attribute.rpartition(".") for part in self.parts]
+        """The parameter dictionary and the key in it, for each parameter."""
+        paths = [name.rpartition(".") for name in self.names]
         return [(self.module.get_submodule(path)._parameters, key) for path, _, key in paths]
 
     @cached_property
     def _views(self) -> list[torch.Size]:
-        return [part.view(found).shape for part, found in zip(self.parts, self.parameters, strict=True)]
+        shapes = [
+            own[0].shape if part.chart is None else part.chart.shape for part, own in self.by_part(self.parameters)
+        ]
+        pairs = zip(self.parts, shapes, strict=True)
+        return [part.view(torch.empty(shape, device="meta")).shape for part, shape in pairs]
 
     @cached_property
     def widths(self) -> list[int]:
@@ -218,6 +243,46 @@ class Layer(ABC):
         if output is None:
             raise TypeError(f"{self.name} must return a tensor, got {type(call.output).__name__}")
         return output.detach()
+
+    def by_part(self, values: Sequence[T]) -> list[tuple[Part, Sequence[T]]]:
+        """Return each part with its share of some values, one per parameter."""
+        ends = list(accumulate(len(part.names) for part in self.parts))
+        return [(part, values[end - len(part.names) : end]) for part, end in zip(self.parts, ends, strict=True)]
+
+    def matrix(self, values: Sequence[Tensor]) -> Float[Tensor, "*g out d"]:
+        """Return the layer's matrix for values of its parameters."""
+        return self.join([
+            own[0] if part.chart is None else part.chart.value(self.module, own) for part, own in self.by_part(values)
+        ])
+
+    def gradient(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*g out d"]:
+        """Return the gradient of the layer's matrix, given those of its parameters."""
+        trained = self.by_part(self.parameters)
+        pairs = zip(trained, self.by_part(gradients), strict=True)
+        return self.join([
+            own[0] if part.chart is None else part.chart.gradient(self.module, now, own)
+            for (part, now), (_, own) in pairs
+        ])
+
+    def steps(self, matrix: Float[Tensor, "*g out d"]) -> list[Tensor]:
+        """Return the changes of the parameters that change the layer's matrix by this, in the shapes of `seen`."""
+        found: list[Tensor] = []
+        for (part, now), columns in zip(self.by_part(self.parameters), self.split(matrix), strict=True):
+            if part.chart is None:
+                found.append(columns)
+            else:
+                step = matrix.new_empty(part.chart.shape)
+                part.view(step).copy_(columns)
+                found += part.chart.steps(self.module, now, step)
+        return found
+
+    def seen(self, values: Sequence[Any]) -> list[Any]:
+        """Return views of tensors, one per parameter or None, that the changes of `steps` are added to."""
+        return [
+            value if value is None or part.chart is not None else part.view(value)
+            for part, own in self.by_part(values)
+            for value in own
+        ]
 
     def join(self, columns: Sequence[Tensor]) -> Float[Tensor, "*g out d"]:
         """Assemble the layer's matrix from one tensor per part, each of its parameter's shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
 from relfisher.layers.base import Kinds, Layer
+from relfisher.layers.chart import chart_of
 from relfisher.layers.conv import ConvLayer, ConvOperation, TransposedConvLayer, TransposedConvOperation
 from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer, EmbeddingOperation
 from relfisher.layers.linear import BilinearLayer, LinearLayer, LinearOperation, TransposedLinearLayer
@@ -146,11 +147,17 @@ def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
 
 def _found(name: str, module: nn.Module, kinds: Extra) -> list[Layer]:
     return [
-        found
+        _charted(found)
         for kind in kinds
         if any(isinstance(module, base) and _changed(module, base) is None for base in kind.kinds)
         for found in kind.found_in(name, module)
     ]
+
+
+def _charted(layer: Layer) -> Layer:
+    """Return a layer with the charts of its computed parts."""
+    parts = tuple(replace(part, chart=chart_of(layer.module, part.attribute)) for part in layer.parts)
+    return layer if parts == layer.parts else replace(layer, parts=parts)
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
@@ -240,7 +247,13 @@ def _operations_of(name: str, module: nn.Module) -> list[Layer]:
 
 def _holds(module: nn.Module, layer: Layer) -> bool:
     """Return whether the parameters of a layer are in its module, where a weight may have been replaced by others."""
-    return all(module._parameters.get(part.attribute) is not None for part in layer.parts)
+    return all(_is_stored(module, name) for name in layer.names)
+
+
+def _is_stored(module: nn.Module, name: str) -> bool:
+    """Return whether a module has a parameter of this dotted name, which may also be a tensor that it computes."""
+    path, _, key = name.rpartition(".")
+    return isinstance(module.get_submodule(path)._parameters.get(key), nn.Parameter)
 
 
 def _is_alone(parameter: Tensor, owners: Mapping[int, Mapping[str, nn.Module]]) -> bool:
@@ -259,14 +272,17 @@ def _reason(
     module: nn.Module, parameters: list[nn.Parameter], owners: dict[int, dict[str, nn.Module]], extra: Extra
 ) -> str | None:
     """Return why a module has no layer; None if it has one, or contains modules that may."""
-    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
-        return "a parametrization computes the weight from it"
     layers = layers_of("", module, extra)
     if not layers:
+        if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+            return "a parametrization computes a parameter from it"
         bases = [base for kind in _KINDS for base in kind.kinds if isinstance(module, base)]
         return next((reason for base in bases if (reason := _changed(module, base))), None)
-    if not all(isinstance(parameter, nn.Parameter) for found in layers for parameter in found.parameters):
+    names = [name for found in layers for name in found.names]
+    if not all(_is_stored(module, name) for name in names):
         return "the weight is computed from it"
+    if any(part.chart is not None and names.count(part.names[0]) > 1 for found in layers for part in found.parts):
+        return "a parametrization computes several weights from it"
     for parameter in parameters:
         unfit = _unfit(parameter)
         if unfit is not None:

@@ -64,14 +64,46 @@ class TransposedLinearLayer(LinearLayer):
 
 
 class LinearOperation(LinearLayer):
-    """A weight [out, in] that a module of any class passes to `torch.nn.functional.linear`."""
+    """A matrix by which a module of any class multiplies: [out, in] as for `linear`, or [in, out] as for `matmul`.
+
+    Its first product settles which it is, and whether the vector that is named as its bias is added. Until then it has
+    the form of `linear` if the bias fits.
+    """
 
     kinds: ClassVar[Kinds] = ()
 
     @property
     def operation(self) -> str:
-        """The function."""
+        """A function that multiplies by it."""
         return "linear"
+
+    @property
+    def settled(self) -> bool:
+        """Whether its form is known."""
+        return bool(vars(self).get("_settled", False))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The vector that may be its bias."""
+        return self.parameters[1] if len(self.parts) > 1 else None
+
+    def settle(self, *, turned: bool, with_bias: bool) -> bool:
+        """Take on the form of a product, unless another has settled it before.
+
+        Args:
+            turned: True for a weight [in, out].
+            with_bias: whether the bias is added.
+
+        Returns:
+            Whether it has this form.
+        """
+        form = _form(self.parts, self.weight, turned=turned, with_bias=with_bias)
+        if self.settled:
+            return form == (self.parts, self.shape)
+        for key in ("_slots", "_views", "widths"):
+            vars(self).pop(key, None)
+        vars(self).update(zip(("parts", "shape"), form, strict=True), _settled=True)
+        return True
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
@@ -80,12 +112,29 @@ class LinearOperation(LinearLayer):
         return [_operation(name, module, key, own) for key, parameter in own.items() if parameter.ndim == 2]
 
 
+# What a bias is called beside a matrix.
+_BIAS_NAMES = (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
+
+
 def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:
-    weight, other = own[key], key.replace("weight", "bias")
-    bias = own[other] if other != key and other in own and own[other].shape == weight.shape[:1] else None
-    parts = (Part(key, whole),) if bias is None else (Part(key, whole), Part(other, column))
+    weight = own[key]
+    named = (key.replace(*names) for names in _BIAS_NAMES if names[0] in key)
+    other = next(
+        (each for each in named if each in own and own[each].shape in (weight.shape[:1], weight.shape[1:])), ""
+    )
+    parts = (Part(key, whole), *([Part(other, column)] if other else []))
+    turned = bool(other) and own[other].shape != weight.shape[:1]
     suffix = "" if key == "weight" else f".{key}" if name else key
-    return LinearOperation(name, module, parts, (weight.shape[0], weight.shape[1] + len(parts) - 1), suffix)
+    return LinearOperation(name, module, *_form(parts, weight, turned=turned, with_bias=bool(other)), suffix)
+
+
+def _form(
+    parts: tuple[Part, ...], weight: Tensor, *, turned: bool, with_bias: bool
+) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+    """Return the parts and the shape of a matrix in one of its forms."""
+    first, rest = Part(parts[0].attribute, torch.t if turned else whole), parts[1:] if with_bias else ()
+    out, inputs = reversed(weight.shape) if turned else weight.shape
+    return (first, *rest), (out, inputs + len(rest))
 
 
 class BilinearLayer(Layer):

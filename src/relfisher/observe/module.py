@@ -228,7 +228,7 @@ def _run(
             see(layer, call)
         reached[layer] = z
         if layer.followed:
-            trace.show(layer, z)
+            trace.show(layer, call, z)
 
     def hook_of(layer: Layer) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

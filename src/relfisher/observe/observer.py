@@ -235,7 +235,7 @@ class Observer:
         if own.trace is not None and not traced:
             own.ran[layer] = None
             if layer.followed:
-                own.trace.show(layer, z)
+                own.trace.show(layer, call, z)
         masked = own.mask is not None
         z.register_hook(lambda gradient: self._count(batch, gradient, masked=masked))  # type: ignore[no-untyped-call]
 

@@ -12,9 +12,10 @@ from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Call, Layer
+from relfisher.layers import Call, Layer, LinearOperation
 from relfisher.observe.activations import canonical_name
 from relfisher.observe.hooks import Hook
+from relfisher.observe.products import Products
 from relfisher.observe.roles import Role
 
 __all__ = ["Operations", "unseen_role"]
@@ -73,11 +74,12 @@ class Operations:
         if self._here.open and self._here.open[-1][0] is module:
             watch = self._here.open.pop()[1]
             if watch is not None:
+                self._here.watched.update(dict.fromkeys(watch.finish(), False))
                 watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
 
 
 class _Here(threading.local):
-    """What runs in the present thread: modules with their watches, and of the watched layers, which were found."""
+    """What runs in the present thread: modules with their watches, and which watched layers were found, and alike."""
 
     def __init__(self) -> None:
         self.open: list[tuple[nn.Module, _Watch | None]] = []
@@ -89,23 +91,35 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, layers: Sequence[Layer], see: See) -> None:
         super().__init__()
-        self._layers, self._see = layers, see
+        matrices = [layer for layer in layers if isinstance(layer, LinearOperation)]
+        self._layers = [layer for layer in layers if layer not in matrices]
+        self._products = Products(matrices, see)
+        self._see = see
 
     @_disable_dynamo  # dynamo must not compile the watching
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = canonical_name(func)
+        self._products.before(name, args, kwargs)
+        result = func(*args, **kwargs)
+        self._products.after(name, args, kwargs, result)
         for layer in [layer for layer in self._layers if layer.operation == name]:
             call = Call(args, kwargs, result)
             if layer.is_of(call):
                 self._see(layer, call, result)
         return result
 
+    def finish(self) -> set[LinearOperation]:
+        """See what the module returned; return the layers that it used in different ways."""
+        self._products.finish()
+        return self._products.mixed
+
 
 def unseen_role(layer: Layer) -> Role:
     """Return the role of a layer whose module ran without its operation."""
-    reason = f"its module does not pass it to torch.nn.functional.{layer.operation}"
-    return Role(layer.own_response, refused=reason)
+    missing = f"pass it to {layer.operation}"
+    if isinstance(layer, LinearOperation):
+        missing = "multiply inputs by it, or not always in the same way"
+    return Role(layer.own_response, refused=f"its module does not {missing}")

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Layer, LinearLayer
+from relfisher.layers import Call, Layer, LinearLayer
 from relfisher.observe.activations import (
     JOINING,
     RESHAPING,
@@ -26,7 +26,7 @@ from relfisher.observe.activations import (
 from relfisher.observe.hooks import Hook
 from relfisher.responses import LinearGaussian, UnitResponse
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "tensors_in"]
 
 
 # Attribute reads, functions that leave the graph, and those that take a shape alone do not consume a pre-activation.
@@ -123,7 +123,7 @@ class Trace(TorchFunctionMode):
         # The linear layer of each function that took a layer's activated units; None for any other function.
         self._followers: dict[Layer, list[Layer | None]] = {}
         # The model's inputs, and tensors computed from them without parameters.
-        self._raw: dict[int, Tensor] = {id(tensor): tensor for tensor in _tensors(inputs)}
+        self._raw: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors_in(inputs)}
         self._reading: set[Layer] = set()
 
     def __enter__(self) -> Trace:
@@ -154,7 +154,7 @@ class Trace(TorchFunctionMode):
         """Note that a module that has layers is called."""
         self._running.append(module)
         self._find_weights(module)
-        if any(id(tensor) in self._raw for tensor in _tensors([*args, *kwargs.values()])):
+        if any(id(tensor) in self._raw for tensor in tensors_in([*args, *kwargs.values()])):
             self._reading.update(layer for layer in self._layers[module] if not layer.operation)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
@@ -168,7 +168,7 @@ class Trace(TorchFunctionMode):
                     self._replace(*shown, final)
 
     def _enter_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = _tensors([*args, *kwargs.values()])
+        tensors = tensors_in([*args, *kwargs.values()])
         versions = {id(z): z._version for z in tensors if id(z) in self._shown}
         self._inside.append((module, versions, self._shown, self._activated))
         self._shown, self._activated = {}, {}
@@ -182,7 +182,7 @@ class Trace(TorchFunctionMode):
         self._shown, self._activated = {**self._shown, **shown}, {**self._activated, **activated}
         if not isinstance(output, Tensor):
             return
-        for tensor in list(_tensors([*args, *kwargs.values()])):
+        for tensor in list(tensors_in([*args, *kwargs.values()])):
             if id(tensor) in activated:
                 self._followers.setdefault(activated[id(tensor)][0].layer, []).append(None)
             if id(tensor) in versions:
@@ -204,20 +204,22 @@ class Trace(TorchFunctionMode):
         elif id(final) not in self._shown:
             call.consumers.append(_Consumer("a forward hook", None, softmax=False))
 
-    def show(self, layer: Layer, z: Tensor) -> None:
+    def show(self, layer: Layer, call: Call, z: Tensor) -> None:
         """Register the output of a call of a layer."""
-        call = _Call(layer, output=id(z))
-        self._calls.setdefault(layer, []).append(call)
+        if layer.operation and any(id(each) in self._raw for each in tensors_in(call.args)):
+            self._reading.add(layer)
+        shown = _Call(layer, output=id(z))
+        self._calls.setdefault(layer, []).append(shown)
         if not layer.operation:  # what a module returns may be something else
-            self._shown_calls[layer] = call, z, z._version
-        self._shown[id(z)] = (call, z)
+            self._shown_calls[layer] = shown, z, z._version
+        self._shown[id(z)] = (shown, z)
 
     @_disable_dynamo  # dynamo must not compile the tracing
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors([*args, *kwargs.values()]))
+        tensors = list(tensors_in([*args, *kwargs.values()]))
         given = [id(each) for each in tensors]
         taken = {place: self._shown[place] for place in given if place in self._shown}
         units = [self._activated[place] for place in given if place in self._activated]
@@ -228,9 +230,9 @@ class Trace(TorchFunctionMode):
         self._note_raw(tensors, result)
         if name in RESHAPING and args and id(args[0]) in taken:
             call = taken[id(args[0])][0]
-            for part in _tensors(result if isinstance(result, tuple | list) else [result]):
+            for part in tensors_in(result if isinstance(result, tuple | list) else [result]):
                 self._shown[id(part)] = (call, part)
-        elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in _tensors([result])):
+        elif name not in _LOOKS and any(leaf.is_floating_point() for leaf in tensors_in([result])):
             for place, (call, z) in taken.items():
                 in_place = z._version != versions[place]
                 if result is z and not in_place:
@@ -252,12 +254,10 @@ class Trace(TorchFunctionMode):
         A function of parameters alone, such as a penalty on their size, is harmless.
         """
         taken = [self._weights[id(each)][0] for each in tensors if id(each) in self._weights and each.requires_grad]
-        if any(id(each) in self._raw for each in tensors):
-            self._reading.update(layer for layer in taken if layer.operation == name)
         outside = [layer for layer in taken if layer.module not in self._running]
         if not outside or not torch.is_grad_enabled():
             return
-        parts = _tensors(result if isinstance(result, tuple | list) else [result])
+        parts = tensors_in(result if isinstance(result, tuple | list) else [result])
         made = [each for each in parts if each.is_floating_point() and each.requires_grad and each.ndim]
         if not made:
             return
@@ -273,7 +273,7 @@ class Trace(TorchFunctionMode):
         raw = [id(each) in self._raw for each in tensors]
         constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
         if any(raw) and all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
-            parts = _tensors(result if isinstance(result, tuple | list) else [result])
+            parts = tensors_in(result if isinstance(result, tuple | list) else [result])
             self._raw.update({id(each): each for each in parts})
 
     def _follow(self, call: _Call, activated: Tensor, name: str, args: tuple[Any, ...], result: Any) -> None:
@@ -337,7 +337,7 @@ def _only(consumers: Sequence[_Consumer]) -> UnitResponse | None:
     return found[0] if found and all(each == found[0] for each in found) else None
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the tensors among the values, including those inside lists and tuples, one level deep."""
     for value in values:
         if isinstance(value, torch.Tensor):

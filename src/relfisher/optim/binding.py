@@ -122,7 +122,7 @@ def _homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Return the attributes of the layer's parts that are in no group."""
+    """Return the names of the layer's parameters that are in no group."""
     given = {id(parameter) for group in groups for parameter in group["params"]}
-    pairs = zip(layer.parts, layer.parameters, strict=True)
-    return frozenset(part.attribute for part, parameter in pairs if id(parameter) not in given)
+    pairs = zip(layer.names, layer.parameters, strict=True)
+    return frozenset(name for name, parameter in pairs if id(parameter) not in given)

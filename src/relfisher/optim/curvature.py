@@ -101,7 +101,7 @@ class Curvature:
         Args:
             layers: new layers.
             rules: the rules that choose their structures.
-            not_owned: the attributes of the parts of each layer that this optimizer does not train.
+            not_owned: the names of the parameters of each layer that this optimizer does not train.
         """
         new = [layer for layer in layers if rules[layer] != FALLBACK]
         records = {layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new}
@@ -112,11 +112,11 @@ class Curvature:
             self.observer.uninitialized.update(new)
         for layer, structure in self._assigned({layer: Role(layer.own_response) for layer in new}).items():
             record = self.records[layer]
-            if any(parameter.requires_grad for parameter in layer.parameters):
+            if layer.settled and any(parameter.requires_grad for parameter in layer.parameters):
                 self._create(record, structure)
 
     def disown(self, layer: Layer, not_owned: frozenset[str]) -> None:
-        """Set the parts of a layer that this optimizer does not own, and move the state to the first owned part."""
+        """Set the parameters of a layer that this optimizer does not own, and move the state to the first owned one."""
         record = self.records[layer]
         before = record.key
         record.not_owned = not_owned

@@ -44,8 +44,10 @@ class Ownership:
 
     def declares(self, record: Record, *, structures: bool = True) -> dict[str, Kept]:
         """Return all tensors that the state of a layer may contain, by key, with or without its structure's."""
-        kept = {"trainable": Kept((len(record.layer.parts),), on_host=True, dtype=torch.float32)}
-        kept["is_head"] = Kept((), on_host=True, dtype=torch.float32)
+        kept = {"is_head": Kept((), on_host=True, dtype=torch.float32)}
+        if not record.layer.settled:  # its shape is not known yet
+            return kept
+        kept["trainable"] = Kept((len(record.layer.names),), on_host=True, dtype=torch.float32)
         for owner in (*self.owners, *self._optional):
             kept |= owner.declares(record.layer.shape)
         if structures and record.structure is not None:
@@ -97,7 +99,7 @@ class Ownership:
         missing = sorted(wanted - saved.keys())
         if missing:
             raise ValueError(f"{name} lacks {', '.join(missing)}: load it into an optimizer with the same step rule")
-        if not self.holds_statistics(saved):
+        if not (self.holds_statistics(saved) and layer.settled):
             return
         if self.fitting(record, saved) is None:
             choices = possible(layer, record.rule) if record.structure is None else [record.structure]

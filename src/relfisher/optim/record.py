@@ -38,7 +38,7 @@ class Record:
     Args:
         layer: the layer.
         rule: the rule that chooses its structure.
-        not_owned: the attributes of the parts that are not owned by this optimizer.
+        not_owned: the names of the parameters that are not owned by this optimizer.
 
     Attributes:
         role: its role in the model's forward pass; None until it is known.
@@ -73,8 +73,8 @@ class Record:
         """The parameters that this optimizer trains."""
         if not self.not_owned:
             return self.layer.parameters
-        pairs = zip(self.layer.parts, self.layer.parameters, strict=True)
-        return [parameter for part, parameter in pairs if part.attribute not in self.not_owned]
+        pairs = zip(self.layer.names, self.layer.parameters, strict=True)
+        return [parameter for name, parameter in pairs if name not in self.not_owned]
 
     @property
     def key(self) -> Tensor:
@@ -88,15 +88,15 @@ class Record:
         return bool(free) and all(parameter.grad is None for parameter in free)
 
     def trainable(self) -> list[bool]:
-        """Return, for each part, whether it is trained."""
+        """Return, for each parameter, whether it is trained."""
         if not self.not_owned:
             return [parameter.requires_grad for parameter in self.layer.parameters]
-        pairs = zip(self.layer.parts, self.layer.parameters, strict=True)
-        return [parameter.requires_grad and part.attribute not in self.not_owned for part, parameter in pairs]
+        pairs = zip(self.layer.names, self.layer.parameters, strict=True)
+        return [parameter.requires_grad and name not in self.not_owned for name, parameter in pairs]
 
     def frozen(self) -> Tensor | None:
         """Return a mask [d] of the columns that are not trained; None if all are trained."""
-        trainable = self.trainable()
+        trainable = [any(own) for _, own in self.layer.by_part(self.trainable())]
         if all(trainable):
             return None
         device = self.layer.weight.device
@@ -108,31 +108,37 @@ class Record:
         parameters = self.layer.parameters
         gradients = [parameter.grad for parameter in parameters]
         if self.not_owned:
-            parts = zip(self.layer.parts, gradients, strict=True)
-            gradients = [None if part.attribute in self.not_owned else gradient for part, gradient in parts]
+            pairs = zip(self.layer.names, gradients, strict=True)
+            gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
         if all(gradient is None for gradient in gradients):
             return None
-        pairs = zip(parameters, gradients, strict=True)
-        return self.layer.join([torch.zeros_like(like) if each is None else _dense(each) for like, each in pairs])
+        given = zip(parameters, gradients, strict=True)
+        return self.layer.gradient([torch.zeros_like(like) if each is None else _dense(each) for like, each in given])
 
     def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
         """Add `scale * step` in place to the owned parts that have a gradient."""
-        for part, parameter, columns in self._moving(step):
-            part.view(parameter).add_(columns, alpha=scale)
+        moving = self._moving()
+        for target, change in zip(self.layer.seen(moving), self.layer.steps(step), strict=True):
+            if target is not None:
+                target.add_(change, alpha=scale)
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Replace the gradients of the owned parts that have one by a matrix."""
-        for part, parameter, columns in self._moving(gradient):
-            parameter.grad = _dense(parameter.grad)
-            part.view(parameter.grad).copy_(columns)
+        found: list[Tensor | None] = []
+        for parameter in self._moving():
+            if parameter is not None:
+                parameter.grad = _dense(parameter.grad)
+            found.append(None if parameter is None else parameter.grad)
+        for target, change in zip(self.layer.seen(found), self.layer.steps(gradient), strict=True):
+            if target is not None:
+                target.copy_(change)
 
-    def _moving(self, matrix: Tensor) -> list[tuple[Any, Any, Tensor]]:
-        """Return part, parameter and matrix columns for the owned parts that have a gradient."""
-        each = zip(self.layer.parts, self.layer.parameters, self.layer.split(matrix), strict=True)
+    def _moving(self) -> list[Any]:
+        """Return the parameters, and None for those that are not owned or have no gradient."""
+        pairs = zip(self.layer.names, self.layer.parameters, strict=True)
         return [
-            (part, parameter, columns)
-            for part, parameter, columns in each
-            if parameter.grad is not None and part.attribute not in self.not_owned
+            parameter if parameter.grad is not None and name not in self.not_owned else None
+            for name, parameter in pairs
         ]
 
 

@@ -42,7 +42,7 @@ def check_layer(kind: type[Layer], module: nn.Module, inputs: Any, rtol: float =
 
 def _check_one(layer: Layer, module: nn.Module, arguments: tuple[Any, ...], rtol: float) -> None:
     with torch.no_grad():
-        matrix = layer.join(layer.parameters)
+        matrix = layer.matrix(layer.parameters)
         if tuple(matrix.shape) != layer.shape:
             raise AssertionError(
                 f"{layer.name} must have the shape {layer.shape}, but its parts join to {matrix.shape}"
@@ -72,5 +72,5 @@ def _rows(layer: Layer, module: nn.Module, arguments: tuple[Any, ...]) -> Rows:
 
 
 def _add(layer: Layer, step: Tensor, scale: float) -> None:
-    for part, parameter, columns in zip(layer.parts, layer.parameters, layer.split(step), strict=True):
-        part.view(parameter).add_(columns, alpha=scale)
+    for target, change in zip(layer.seen(layer.parameters), layer.steps(step), strict=True):
+        target.add_(change, alpha=scale)
