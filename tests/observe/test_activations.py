@@ -1,6 +1,9 @@
 """The response of a layer is that of the code that takes its outputs, written in whatever way."""
 
 import copy
+import functools
+import math
+import pickle
 
 import pytest
 import torch
@@ -23,6 +26,16 @@ from relfisher.responses import (
 
 PER_UNIT = nn.PReLU(3, dtype=torch.float64)
 PER_UNIT.weight.data = torch.tensor([0.3, -0.2, 1.5], dtype=torch.float64)
+
+
+def of(slope):
+    """Return the response of an activation with this derivative."""
+
+    class Known(ActivationGaussian):
+        def slope(self, z):
+            return slope(z)
+
+    return Known(torch.clone)
 
 
 def slopes(below: float | list[float]) -> Response:
@@ -72,9 +85,36 @@ CODE = {
     "silu in place": (nn.SiLU(inplace=True), ActivationGaussian(functional.silu)),
     "hardtanh_": (functional.hardtanh_, ActivationGaussian(functional.hardtanh)),
     "identity": (lambda z: z, LinearGaussian()),
-    "residual": (lambda z: z + torch.tanh(z), LinearGaussian()),
-    "added in place, then an activation": (lambda z: z.add_(1.0).tanh(), LinearGaussian()),
-    "gated": (lambda z: z * 2, LinearGaussian()),
+    "residual": (lambda z: z + torch.tanh(z), of(lambda z: 2 - z.tanh() ** 2)),
+    "added in place, then an activation": (lambda z: z.add_(1.0).tanh(), of(lambda z: 1 - (z + 1).tanh() ** 2)),
+    "scaled": (lambda z: z * 2, LinearGaussian()),
+    "scaled twice": (lambda z: 1 - (z - 1) / 2, LinearGaussian()),
+    "sin(30 z)": (lambda z: torch.sin(30 * z), of(lambda z: 30 * torch.cos(30 * z))),
+    "sin(w z)": (lambda z: torch.sin(torch.tensor(3.0) * z), of(lambda z: 3 * torch.cos(3 * z))),
+    "1.7 tanh(0.67 z)": (lambda z: 1.7 * torch.tanh(0.67 * z), of(lambda z: 1.139 * (1 - (0.67 * z).tanh() ** 2))),
+    "z sigmoid(z)": (lambda z: z * torch.sigmoid(z), ActivationGaussian(functional.silu)),
+    "z^2": (lambda z: z * z, of(lambda z: 2 * z)),
+    "squared relu": (lambda z: torch.relu(z) ** 2, of(lambda z: 2 * z.clamp_min(0))),
+    "exp(-z^2)": (lambda z: torch.exp(-z.square()), of(lambda z: -2 * z * torch.exp(-z * z))),
+    "clamp": (lambda z: z.clamp(-0.2, 0.3), of(lambda z: ((z > -0.2) & (z < 0.3)).to(z.dtype))),
+    "clamp_min_": (lambda z: torch.clamp_min_(z, 0.1), of(lambda z: (z > 0.1).to(z.dtype))),
+    "snake": (lambda z: z + torch.sin(2 * z) ** 2 / 2, of(lambda z: 1 + torch.sin(4 * z))),
+    "gelu by hand": (
+        lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0)))),
+        ActivationGaussian(lambda z: functional.gelu(z, approximate="tanh")),
+    ),
+    "in place twice": (lambda z: z.mul_(2.0).sin_(), of(lambda z: 2 * torch.cos(2 * z))),
+    "mish by hand": (lambda z: z * torch.tanh(functional.softplus(z)), ActivationGaussian(functional.mish)),
+    "an activation, scaled": (lambda z: 3 * torch.tanh(z) - 1, TanhBernoulli()),
+    "an activation, used twice": (lambda z: torch.tanh(z).sum(-1, keepdim=True) * torch.tanh(z), TanhBernoulli()),
+    "in another shape": (lambda z: torch.sin(3 * z.view(-1, 1)).view(z.shape), of(lambda z: 3 * torch.cos(3 * z))),
+    "in another dtype": (lambda z: torch.sin(3 * z.float()).double(), of(lambda z: 3 * torch.cos(3 * z))),
+    "gated by other units": (lambda z: z * torch.sigmoid(z.flip(-1)), LinearGaussian()),
+    "gated by its parts": (lambda z: torch.cat([z[:, :1] * torch.sigmoid(z[:, 1:2]), z[:, 1:]], -1), LinearGaussian()),
+    "a root, whose derivative may be infinite": (lambda z: (1 + z * z).sqrt(), LinearGaussian()),
+    "a chain below a line": (lambda z: z / (1 + z.abs()), LinearGaussian()),
+    "a power that is no number": (lambda z: 2 + z.abs() ** 0.5, LinearGaussian()),
+    "too long a chain": (lambda z: functools.reduce(lambda y, _: torch.sin(y), range(40), z), LinearGaussian()),
     "an unknown function": (torch.digamma, LinearGaussian()),
     "looked at": (lambda z: torch.tanh(z) if z.shape[0] and z.dim() == 2 else z, TanhBernoulli()),
 }  # fmt: skip
@@ -92,7 +132,21 @@ def test_response_is_that_of_the_code_that_follows(activation, response: Respons
 
 
 def test_all_responses_are_public() -> None:
-    assert {type(response).__name__ for _, response in CODE.values()} <= set(responses.__all__)
+    public = {getattr(responses, name) for name in responses.__all__}
+    assert all(public & set(type(response).__mro__) for _, response in CODE.values())
+
+
+@pytest.mark.parametrize("name", ["sin(30 z)", "snake", "gelu by hand", "in place twice", "clamp", "squared relu"])
+def test_chains_compare_by_value_and_can_be_pickled(name) -> None:
+    activation, _ = CODE[name]
+    models = Code(activation), Code(activation)
+    optimizers = [RNGD(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(inputs(n=7, width=3)).sum().backward()
+        optimizer.step()
+    first, second = (next(layer.role.response for layer in each.layers) for each in optimizers)
+    assert first == second == pickle.loads(pickle.dumps(first))
+    assert "z" in repr(first)
 
 
 def test_slopes_that_are_learned_count_as_they_are() -> None:

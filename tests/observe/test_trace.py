@@ -28,23 +28,23 @@ def watched(*functions) -> Trace:
 
 
 def test_the_one_activation_that_takes_the_pre_activation() -> None:
-    assert watched(torch.tanh).response(LAYER) == TanhBernoulli()
-    assert watched(torch.tanh, torch.tanh).response(LAYER) == TanhBernoulli()
+    assert watched(torch.tanh).takers.response(LAYER) == TanhBernoulli()
+    assert watched(torch.tanh, torch.tanh).takers.response(LAYER) == TanhBernoulli()
 
 
 def test_two_takers_make_a_linear_response() -> None:
-    assert watched(torch.tanh, torch.relu).response(LAYER) == LinearGaussian()
-    assert watched(torch.tanh, lambda z: z + 1).response(LAYER) == LinearGaussian()
+    assert watched(torch.tanh, torch.relu).takers.response(LAYER) == LinearGaussian()
+    assert watched(torch.tanh, lambda z: z + 1).takers.response(LAYER) == LinearGaussian()
 
 
 def test_no_taker_makes_a_linear_response() -> None:
-    assert watched().response(LAYER) == LinearGaussian()
-    assert watched().response(OTHER) == LinearGaussian()
+    assert watched().takers.response(LAYER) == LinearGaussian()
+    assert watched().takers.response(OTHER) == LinearGaussian()
 
 
 def test_looking_at_a_tensor_takes_it_nowhere() -> None:
     watch = watched(lambda z: z.shape, lambda z: z.requires_grad, lambda z: z.detach(), lambda z: z.size(0), torch.relu)
-    assert watch.response(LAYER) == ReLUGaussian()
+    assert watch.takers.response(LAYER) == ReLUGaussian()
 
 
 @pytest.mark.parametrize(
@@ -62,36 +62,36 @@ def test_looking_at_a_tensor_takes_it_nowhere() -> None:
 )
 def test_making_a_tensor_of_its_shape_takes_it_nowhere(make) -> None:
     watch = watched(make, torch.relu)
-    assert watch.response(LAYER) == ReLUGaussian()
-    assert watch.unresolved(LAYER) == []
+    assert watch.takers.response(LAYER) == ReLUGaussian()
+    assert watch.takers.unresolved(LAYER) == []
 
 
 def test_what_follows_an_in_place_activation_is_not_a_taker() -> None:
-    watch = watched(torch.relu_, lambda z: z @ z.T, torch.tanh)
-    assert watch.response(LAYER) == ReLUGaussian()
-    assert watch.unresolved(LAYER) == []
+    watch = watched(torch.relu_, lambda z: z @ z.T, lambda z: torch.cumsum(z, 0))
+    assert watch.takers.response(LAYER) == ReLUGaussian()
+    assert watch.takers.unresolved(LAYER) == []
 
 
 def test_equal_options_make_equal_responses() -> None:
     twice = watched(lambda z: functional.softplus(z, 2.0), lambda z: functional.softplus(z, 2.0))
-    assert isinstance(twice.response(LAYER), ActivationGaussian)
+    assert isinstance(twice.takers.response(LAYER), ActivationGaussian)
     differently = watched(lambda z: functional.softplus(z, 2.0), lambda z: functional.softplus(z, 3.0))
-    assert differently.response(LAYER) == LinearGaussian()
+    assert differently.takers.response(LAYER) == LinearGaussian()
 
 
 def test_an_activation_in_another_argument_is_not_one_of_the_pre_activation() -> None:
     watch = watched(lambda z: torch.where(z > 0, z, 0.0))
-    assert watch.response(LAYER) == LinearGaussian()
+    assert watch.takers.response(LAYER) == LinearGaussian()
 
 
 def test_takers_that_are_neither_activations_nor_joins_are_told() -> None:
     watch = watched(torch.digamma, lambda z: z + 1, lambda z: 1 - z, lambda z: torch.cumsum(z, 0))
-    assert watch.unresolved(LAYER) == ["cumsum", "digamma"]
+    assert watch.takers.unresolved(LAYER) == ["cumsum", "digamma"]
 
 
 def test_tensors_inside_lists_are_seen() -> None:
     watch = watched(lambda z: torch.vstack([z, z]))
-    assert watch.unresolved(LAYER) == ["vstack"]
+    assert watch.takers.unresolved(LAYER) == ["vstack"]
 
 
 def test_nothing_is_seen_outside_the_watch_or_after_forgetting() -> None:
@@ -102,11 +102,11 @@ def test_nothing_is_seen_outside_the_watch_or_after_forgetting() -> None:
     with watch:
         watch.forget()
         torch.tanh(z)
-    assert watch.response(LAYER) == LinearGaussian()
+    assert watch.takers.response(LAYER) == LinearGaussian()
 
 
 def test_the_linear_function_that_takes_the_activated_units() -> None:
-    assert watched(lambda z: functional.linear(torch.tanh(z), WEIGHT)).following(LAYER) is NEXT
+    assert watched(lambda z: functional.linear(torch.tanh(z), WEIGHT)).takers.following(LAYER) is NEXT
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_linear_function_that_takes_the_activated_units() -> None:
     ],
 )
 def test_what_leaves_the_units_along_the_last_axis_is_on_the_way(between: Callable[[Tensor], Tensor]) -> None:
-    assert watched(lambda z: functional.linear(between(torch.relu(z)), WEIGHT)).following(LAYER) is NEXT
+    assert watched(lambda z: functional.linear(between(torch.relu(z)), WEIGHT)).takers.following(LAYER) is NEXT
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_what_leaves_the_units_along_the_last_axis_is_on_the_way(between: Callab
     ],
 )
 def test_units_that_go_elsewhere_have_no_following_layer(function: Callable[[Tensor], object]) -> None:
-    assert watched(lambda z: function(torch.tanh(z))).following(LAYER) is None
+    assert watched(lambda z: function(torch.tanh(z))).takers.following(LAYER) is None
 
 
 def test_units_before_their_activation_have_no_following_layer() -> None:
-    assert watched(lambda z: functional.linear(z, WEIGHT)).following(LAYER) is None
+    assert watched(lambda z: functional.linear(z, WEIGHT)).takers.following(LAYER) is None
     both = watched(lambda z: functional.linear(torch.tanh(z), WEIGHT), lambda z: z + 1)
-    assert both.following(LAYER) is None
+    assert both.takers.following(LAYER) is None
 
 
 @pytest.mark.parametrize(
@@ -159,10 +159,10 @@ def test_units_before_their_activation_have_no_following_layer() -> None:
     ],
 )
 def test_a_softmax_of_the_units_inside_the_forward_pass(function: Callable[[Tensor], object], told: bool) -> None:
-    assert watched(function).is_softmax(LAYER) == told
+    assert watched(function).takers.is_softmax(LAYER) == told
 
 
 def test_an_output_goes_nowhere() -> None:
-    assert watched(torch.detach).is_output(LAYER)
-    assert not watched(torch.relu).is_output(LAYER)
-    assert not watched().is_output(OTHER)
+    assert watched(torch.detach).takers.is_output(LAYER)
+    assert not watched(torch.relu).takers.is_output(LAYER)
+    assert not watched().takers.is_output(OTHER)

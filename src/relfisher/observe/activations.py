@@ -21,7 +21,9 @@ from relfisher.responses import (
 
 __all__ = [
     "JOINING",
+    "POINTWISE",
     "RESHAPING",
+    "ROUGH",
     "Activation",
     "Responses",
     "canonical_name",
@@ -47,6 +49,15 @@ _GENERIC = frozenset(
     "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid log_sigmoid mish relu6 rrelu selu "
     "silu softplus softshrink softsign tanhshrink threshold erf sin cos exp square abs".split()
 )
+
+#: Element-wise functions that may be part of an activation of several, such as sin(30 z).
+POINTWISE = (_GENERIC - {"rrelu"}) | frozenset(
+    "relu tanh sigmoid add sub rsub mul div truediv neg positive pow expm1 atan arctan sinh cosh erfc clamp clip "
+    "clamp_min clamp_max maximum minimum".split()
+)
+
+#: Element-wise functions whose derivative may be infinite, as that of a chain's end may be.
+ROUGH = frozenset("pow div truediv sqrt rsqrt log log1p log2 log10 reciprocal tan asin acos acosh atanh xlogy".split())
 
 #: Functions that pass the pre-activation on, reshaped or in part.
 RESHAPING = frozenset(

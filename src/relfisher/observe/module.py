@@ -156,7 +156,7 @@ def observe(model: nn.Module, layers: Mapping[str, Layer], inputs: Any) -> dict[
         calls.append((layer, Rows(rows.x.clone(), rows.z.clone()), 0 if z is None else z.data_ptr()))
 
     roles, trace, output = _run(model, layers, inputs, see)
-    said = {each: iter(trace.responses(each)) for each in roles if each.followed}
+    said = {each: iter(trace.takers.responses(each)) for each in roles if each.followed}
     last = _output_among(calls, output)
     names = {layer: name for name, layer in layers.items()}
     seen: dict[str, list[Seen]] = {}

@@ -336,7 +336,7 @@ class Observer:
                     self._resolve_head(layer, self.heads[layer])
             else:
                 self._learn({layer: role})
-        strange = {layer.name: consumers for layer in layers if (consumers := trace.unresolved(layer))}
+        strange = {layer.name: consumers for layer in layers if (consumers := trace.takers.unresolved(layer))}
         if strange:
             named = "; ".join(f"{name} feeds {', '.join(consumers)}" for name, consumers in strange.items())
             self._warn(f"the activation is not known: {named}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from relfisher.layers import Call, Layer, LinearOperation
-from relfisher.observe.trace import tensors_in
+from relfisher.observe.takers import tensors_in
 
 __all__ = ["Product", "Products", "product"]
 

@@ -58,15 +58,15 @@ def _role(trace: Trace, layer: Layer) -> Role:
     if not layer.followed:
         return Role(layer.own_response, reads_input=reads_input)
     if not isinstance(layer, LinearLayer):
-        return Role(trace.response(layer), reads_input=reads_input)
-    is_head = None if trace.is_output(layer) else trace.is_softmax(layer)
-    return Role(trace.response(layer), trace.following(layer), is_head, reads_input)
+        return Role(trace.takers.response(layer), reads_input=reads_input)
+    is_head = None if trace.takers.is_output(layer) else trace.takers.is_softmax(layer)
+    return Role(trace.takers.response(layer), trace.takers.following(layer), is_head, reads_input)
 
 
 def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:
     """Return whether a layer is scored outside the model, so that only its gradients show how."""
     unknown = role.refused is None and role.is_head is None and layer.out > 1
-    return unknown and isinstance(layer, LinearLayer) and trace.is_output(layer)
+    return unknown and isinstance(layer, LinearLayer) and trace.takers.is_output(layer)
 
 
 def is_softmax_gradient(gradient: Tensor) -> bool:
