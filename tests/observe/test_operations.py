@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import relfisher
-from relfisher import RNGD, MetricOptions
+from relfisher import RNGD, MetricOptions, layer_metric
 from relfisher.observe import UncoveredWarning
 from relfisher.responses import LinearGaussian, TanhBernoulli
 
@@ -306,6 +306,7 @@ def test_products_of_positions_are_samples():
         lambda x, weight, bias: x @ weight + bias + x @ weight,
         lambda x, weight, bias: (weight @ x.t()).t() + bias,
         lambda x, weight, bias: torch.einsum("ni,io->ni", x, weight) + bias,
+        lambda x, weight, bias: torch.einsum("ni,io->n", x, weight)[:, None] + bias,
         lambda x, weight, bias: torch.addmm(bias, x, weight, beta=2),
     ],
 )
@@ -338,6 +339,88 @@ def test_a_product_goes_on_from_a_state_that_is_loaded_before_it_runs():
             each.step()
     assert_same_weights(model, twin)
     RNGD(made()).load_state_dict(before)
+
+
+class Experts(nn.Module):
+    """Three matrices and biases, multiplied by a function, before tanh."""
+
+    def __init__(self, function, *, turned, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.weight = nn.Parameter(torch.randn((3, 4, 5) if turned else (3, 5, 4)))
+        self.bias = nn.Parameter(torch.randn((3, 5) if bias == "rows" else (3, 1, 5))) if bias else None
+        self.double()
+
+    def forward(self, x):
+        return torch.tanh(self.function(x, self.weight, self.bias))
+
+    def matrices(self, *, turned):
+        return self.weight.mT if turned else self.weight
+
+
+STACKS = {
+    "bmm": (lambda x, weight, _: torch.bmm(x, weight), True, None, "eni"),
+    "@": (lambda x, weight, bias: x @ weight + bias, True, "one", "eni"),
+    "@ with W'": (lambda x, weight, bias: x @ weight.transpose(1, 2) + bias, False, "one", "eni"),
+    "baddbmm": (lambda x, weight, bias: torch.baddbmm(bias, x, weight), True, "one", "eni"),
+    "baddbmm with rows": (lambda x, weight, bias: torch.baddbmm(bias.unsqueeze(1), x, weight), True, "rows", "eni"),
+    "several batches": (lambda x, weight, bias: x @ weight + bias[:, None], True, "rows", "beni"),
+    "the same inputs": (lambda x, weight, bias: x[:, None] @ weight + bias, True, "one", "bni"),
+    "einsum": (lambda x, weight, bias: torch.einsum("bei,eio->beo", x, weight) + bias, True, "rows", "nei"),
+    "einsum, turned": (
+        lambda x, weight, bias: torch.einsum("eoi,...ei->...eo", weight, x) + bias,
+        False,
+        "rows",
+        "nei",
+    ),
+    "einsum, stack first": (lambda x, weight, _: torch.einsum("bei,eio->ebo", x, weight), True, None, "nei"),
+    "einsum, the same inputs": (lambda x, weight, _: torch.einsum("bni,eio->bneo", x, weight), True, None, "bni"),
+}
+
+
+def of_experts(way):
+    function, turned, bias, letters = STACKS[way]
+    model = nn.Sequential(Experts(function, turned=turned, bias=bias))
+    sizes = {"e": 3, "n": 7, "i": 4, "b": 2}
+    x = torch.randn([sizes[letter] for letter in letters], dtype=torch.float64)
+    rows = torch.einsum(f"{letters}->{'e' * ('e' in letters)}{letters.replace('e', '')}", x).reshape(
+        3 if "e" in letters else 1, -1, 4
+    )
+    return model, x, rows.expand(3, -1, -1), turned
+
+
+@pytest.mark.supports("a stack of matrices by which a module multiplies: `bmm`, `baddbmm`, `@`, `einsum`", "Linear")
+@pytest.mark.parametrize("way", STACKS)
+def test_a_stack_of_matrices_has_the_metric_of_each(way):
+    model, x, rows, turned = of_experts(way)
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron"))
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    weights = model[0].matrices(turned=turned).detach().clone()
+    biases = None if model[0].bias is None else model[0].bias.detach().clone().view(3, 5)
+    model(x).square().sum().backward()
+    optimizer.step()
+    (layer,) = optimizer.layers
+    assert (layer.role.response, layer.role.reads_input, layer.role.refused) == (TanhBernoulli(), True, None)
+    expected = [
+        layer_metric(rows[place], weights[place], None if biases is None else biases[place], TanhBernoulli()).to_dense()
+        for place in range(3)
+    ]
+    assert_close(optimizer.metric("0").to_dense(), torch.block_diag(*expected))
+    assert all(not torch.equal(each, before[name]) for name, each in model.named_parameters())
+    assert not any("exp_avg" in state for state in optimizer.state.values())
+    assert {each.by for each in relfisher.coverage(model, x)} == {"metric"}
+
+
+def test_a_bias_along_another_axis_is_none():
+    """With as many samples as experts, [experts, units] could be added to [experts, samples, units]."""
+    model = nn.Sequential(Experts(lambda x, weight, bias: x @ weight + bias, turned=True, bias="rows"))
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    optimizer = RNGD(model)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert optimizer.metric("0").parameter_shape == (3, 5, 4)
+    assert optimizer.state[model[0].bias].keys() >= {"exp_avg", "exp_avg_sq"}
 
 
 class Policy(nn.Module):

@@ -66,8 +66,9 @@ class TransposedLinearLayer(LinearLayer):
 class LinearOperation(LinearLayer):
     """A matrix by which a module of any class multiplies: [out, in] as for `linear`, or [in, out] as for `matmul`.
 
-    Its first product settles which it is, and whether the vector that is named as its bias is added. Until then it has
-    the form of `linear` if the bias fits.
+    A stack of matrices [stack, out, in] or [stack, in, out], such as those of experts, is a layer in groups. Its first
+    product settles which it is, and whether the vector that is named as its bias is added. Until then it has the form
+    of `linear` if the bias fits.
     """
 
     kinds: ClassVar[Kinds] = ()
@@ -107,34 +108,56 @@ class LinearOperation(LinearLayer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return a layer for each matrix of the module's own, with the vector of units that is named as its bias."""
+        """Return a layer for each matrix or stack of the module's own, with the units that are named as its bias."""
         own = dict(module.named_parameters(recurse=False))
-        return [_operation(name, module, key, own) for key, parameter in own.items() if parameter.ndim == 2]
+        biases = {_bias(key, own) for key, parameter in own.items() if parameter.ndim in (2, 3)}
+        matrices = [key for key, parameter in own.items() if parameter.ndim in (2, 3) and key not in biases]
+        return [_operation(name, module, key, own) for key in matrices]
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return the inputs and the outputs, for each matrix of a stack."""
+        if len(self.shape) == 2:
+            return super().rows(call, sampling)
+        x, z = (each.transpose(0, 1) for each in sampling.rows(call.input(), self.pre_activation(call), trailing=2))
+        return Rows(augment(x, len(self.parts) - 1), z)
 
 
 # What a bias is called beside a matrix.
 _BIAS_NAMES = (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
 
 
-def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:
-    weight = own[key]
+def _swapped(tensor: Tensor) -> Tensor:
+    """Return the transpose of a matrix, or of each of a stack."""
+    return tensor.mT
+
+
+def _bias(key: str, own: Mapping[str, nn.Parameter]) -> str | None:
+    """Return the name of the parameter [*stack, units] or [*stack, 1, units] that is named as the bias of a matrix."""
+    *stack, rows, columns = own[key].shape
+    shapes = [(*stack, *one, units) for units in (rows, columns) for one in ([], [1])]
     named = (key.replace(*names) for names in _BIAS_NAMES if names[0] in key)
-    other = next(
-        (each for each in named if each in own and own[each].shape in (weight.shape[:1], weight.shape[1:])), ""
-    )
-    parts = (Part(key, whole), *([Part(other, column)] if other else []))
-    turned = bool(other) and own[other].shape != weight.shape[:1]
+    return next((each for each in named if each in own and each != key and tuple(own[each].shape) in shapes), None)
+
+
+def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:
+    weight, bias = own[key], _bias(key, own)
+    parts = [Part(key, whole)]
+    if bias is not None:
+        parts.append(Part(bias, column if own[bias].ndim == weight.ndim - 1 else _swapped))
+    turned = bias is not None and own[bias].shape[-1] != weight.shape[-2]
     suffix = "" if key == "weight" else f".{key}" if name else key
-    return LinearOperation(name, module, *_form(parts, weight, turned=turned, with_bias=bool(other)), suffix)
+    form = _form(tuple(parts), weight, turned=turned, with_bias=bias is not None)
+    return LinearOperation(name, module, *form, suffix)
 
 
 def _form(
     parts: tuple[Part, ...], weight: Tensor, *, turned: bool, with_bias: bool
 ) -> tuple[tuple[Part, ...], tuple[int, ...]]:
     """Return the parts and the shape of a matrix in one of its forms."""
-    first, rest = Part(parts[0].attribute, torch.t if turned else whole), parts[1:] if with_bias else ()
-    out, inputs = reversed(weight.shape) if turned else weight.shape
-    return (first, *rest), (out, inputs + len(rest))
+    first, rest = Part(parts[0].attribute, _swapped if turned else whole), parts[1:] if with_bias else ()
+    *stack, rows, columns = weight.shape
+    out, inputs = (columns, rows) if turned else (rows, columns)
+    return (first, *rest), (*stack, out, inputs + len(rest))
 
 
 class BilinearLayer(Layer):

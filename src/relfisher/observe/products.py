@@ -1,4 +1,4 @@
-"""Products of inputs with a matrix of parameters, whichever function makes them: linear, matmul, @, addmm, einsum."""
+"""Products of inputs with parameters, whichever function makes them: linear, matmul, @, addmm, bmm, einsum."""
 
 from __future__ import annotations
 
@@ -19,23 +19,41 @@ _LOOKS = frozenset({"get", "size", "dim"})
 
 
 class Product(NamedTuple):
-    """z = x W' + b, or x W + b if W is turned.
+    """z = x W' + b, or x W + b if W is turned; for each matrix if W is a stack of them.
 
     Attributes:
-        x: the inputs [*n, in].
-        weight: W, [out, in], or [in, out] if it is turned.
+        given: the inputs as they were given.
+        x: the inputs [*n, in], or [*n, stack, in].
+        weight: W [*stack, out, in], or [*stack, in, out] if it is turned.
         bias: b; None if nothing, or something else, is added.
-        turned: whether the weight is [in, out].
+        turned: whether the last axis of the weight holds the units.
+        order: the axes of z in the order [*n, *stack, out]; None if they are.
     """
 
+    given: Tensor
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     turned: bool
+    order: tuple[int, ...] | None = None
+
+    def arranged(self, z: Tensor) -> Tensor:
+        """Return z as [*n, *stack, out]."""
+        return z if self.order is None else z.permute(self.order)
+
+    def is_added(self, bias: Tensor, z: Tensor) -> bool:
+        """Return whether a tensor that is added to z is the same number for all samples of a unit."""
+        pairs = zip(bias.shape[::-1], z.shape[::-1], strict=False)
+        if bias.ndim > z.ndim or any(mine not in (1, its) for mine, its in pairs):
+            return False
+        spread = self.arranged(bias.detach().expand(z.shape))
+        samples = spread.ndim - self.weight.ndim + 1
+        pairs = zip(spread.stride()[:samples], spread.shape[:samples], strict=True)
+        return all(stride == 0 or size == 1 for stride, size in pairs)
 
 
 class Products:
-    """The products with some matrices inside of one call of their module.
+    """The products with some matrices, or stacks of them, inside of one call of their module.
 
     A product is seen when its result is used, since a bias may be added first.
 
@@ -49,9 +67,11 @@ class Products:
 
     def __init__(self, matrices: Iterable[LinearOperation], see: See) -> None:
         self._matrices = {id(matrix.weight): matrix for matrix in matrices}
+        self._biases = {id(bias) for matrix in matrices if (bias := matrix.bias) is not None}
         self._see = see
         self.mixed: set[LinearOperation] = set()
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # matrices and their transposes, by these
+        self._reshaped: dict[int, tuple[Tensor, Tensor]] = {}  # biases and their views, by these
         self._open: dict[int, tuple[LinearOperation, Product, Tensor]] = {}  # products that nothing has used, by z
         self._adding: tuple[LinearOperation, Product] | None = None  # the product whose bias is being added
 
@@ -62,7 +82,8 @@ class Products:
         for used in tensors_in([*args, *kwargs.values()]):
             if id(used) in self._open:
                 matrix, found, z = self._open.pop(id(used))
-                if name == "add" and not kwargs and any(each is matrix.bias for each in args):
+                added = [each for each in args if each is not used and self._bias(each) is matrix.bias]
+                if name == "add" and not kwargs and added and found.is_added(added[0], z):
                     self._adding = matrix, found._replace(bias=matrix.bias)
                 else:
                     self._found(matrix, found, z)
@@ -76,13 +97,18 @@ class Products:
             self._found(matrix, found, result)
         elif args and id(args[0]) in self._matrices and _is_turned(args[0], result):
             self._turned[id(result)] = args[0], result
+        elif args and id(args[0]) in self._biases and _is_view(args[0], result):
+            self._reshaped[id(result)] = args[0], result
         else:
-            self._note(product(name, args, kwargs), result)
+            self._note(product(name, args, kwargs, result), result)
 
     def finish(self) -> None:
         """See the products that nothing has used."""
         while self._open:
             self._found(*self._open.popitem()[1])
+
+    def _bias(self, given: Any) -> Any:
+        return self._reshaped.get(id(given), (given,))[0]
 
     def _note(self, found: Product | None, z: Any) -> None:
         if found is None:
@@ -96,35 +122,48 @@ class Products:
         if found.bias is None and matrix.bias is not None:
             self._open[id(z)] = matrix, found, z
         else:
-            self._found(matrix, found, z)
+            is_bias = self._bias(found.bias) is matrix.bias and found.bias is not None and found.is_added(found.bias, z)
+            self._found(matrix, found._replace(bias=matrix.bias if is_bias else None), z)
 
     def _found(self, matrix: LinearOperation, found: Product, z: Tensor) -> None:
-        with_bias = found.bias is not None and found.bias is matrix.bias
-        if matrix.settle(turned=found.turned, with_bias=with_bias):
-            self._see(matrix, Call((found.x,), {}, z), z)
+        if matrix.settle(turned=found.turned, with_bias=found.bias is not None):
+            self._see(matrix, Call((found.x, found.given), {}, found.arranged(z)), z)
         else:
             self.mixed.add(matrix)
 
 
-def product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
-    """Return what a function multiplies; None if it is no such product.
+def product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], z: Any) -> Product | None:
+    """Return what a function multiplied; None if it is no such product.
 
     Args:
         name: the canonical name of the function.
         args: its positional arguments.
         kwargs: its keyword arguments.
+        z: the result.
     """
     match name, args:
         case "linear", _:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-            return Product(given["input"], given["weight"], given.get("bias"), turned=False)
-        case (("matmul" | "mm"), (Tensor() as x, Tensor() as weight)):
-            return Product(x, weight, None, turned=True)
-        case "addmm", (bias, Tensor() as x, Tensor() as weight) if not kwargs:
-            return Product(x, weight, bias, turned=True)
+            return Product(given["input"], given["input"], given["weight"], given.get("bias"), turned=False)
+        case (("matmul" | "mm" | "bmm"), (Tensor() as x, Tensor() as weight)) if not kwargs:
+            return _of_matrices(x, weight, None, z)
+        case (("addmm" | "baddbmm"), (bias, Tensor() as x, Tensor() as weight)) if not kwargs:
+            return _of_matrices(x, weight, bias, z)
         case "einsum", ((str(equation), Tensor() as one, Tensor() as other) | (str(equation), [one, other])):
             return _of_equation(equation, one, other) or _of_equation(_swapped(equation), other, one)
     return None
+
+
+def _of_matrices(x: Tensor, weight: Tensor, bias: Any, z: Tensor) -> Product | None:
+    """Return the product with a matrix [in, out], or with a stack of them [stack, in, out] and inputs [*, n, in]."""
+    if weight.ndim < 3:
+        return Product(x, x, weight, bias, turned=True)
+    if weight.ndim > 3 or x.ndim < 2:
+        return None
+    axes = range(z.ndim)
+    order = (*axes[:-3], axes[-2], axes[-3], axes[-1])
+    arranged = x.expand(*z.shape[:-1], x.shape[-1]).permute(order)
+    return Product(x, arranged, weight, bias, turned=True, order=order)
 
 
 def _swapped(equation: str) -> str:
@@ -133,26 +172,59 @@ def _swapped(equation: str) -> str:
 
 
 def _of_equation(equation: str, x: Tensor, weight: Tensor) -> Product | None:
-    """Return the product of an equation such as `bi,oi->bo` or `...i,io->...o`; None if it is another."""
+    """Return the product of an equation such as `bi,oi->bo`, `...i,io->...o` or `bei,eio->beo`; None if it is another.
+
+    A stack of matrices comes first in its own letters; the inputs may lack it, if all matrices take the same.
+    """
     inputs, _, output = equation.replace(" ", "").partition("->")
     of_x, _, of_weight = inputs.partition(",")
-    if not of_x or not output or of_x[:-1] != output[:-1]:
+    stack, pair = of_weight[:-2], of_weight[-2:]
+    if not of_x or not output or len(of_weight) not in (2, 3):
         return None
-    shared, unit = of_x[-1], output[-1]
-    if shared == unit or shared in of_x[:-1] or unit in of_x:
+    if any(len(set(letters.replace("...", ""))) < len(letters.replace("...", "")) for letters in (of_x, of_weight)):
         return None
-    if of_weight not in (unit + shared, shared + unit):
+    units = [letter for letter in pair if letter in output and letter not in of_x]
+    shared = [letter for letter in pair if letter in of_x and letter not in output]
+    if len(units) != 1 or len(shared) != 1 or stack not in output:
         return None
-    return Product(x, weight, None, turned=of_weight == shared + unit)
+    leading = of_x.replace("...", "").replace(shared[0], "").replace(stack or " ", "")
+    if sorted(output.replace("...", "")) != sorted(leading + stack + units[0]) or ("..." in of_x) != ("..." in output):
+        return None
+    wide = "..." in of_x
+    if wide and not (of_x.startswith("...") and output.startswith("...")):
+        return None
+    of_inputs = _order(of_x, leading + (stack if stack in of_x else "") + shared[0], x.ndim)
+    order = _order(output, leading + stack + units[0], x.ndim + (len(stack) if stack not in of_x else 0))
+    arranged = x.permute(of_inputs)
+    if stack and stack not in of_x:
+        arranged = arranged.unsqueeze(-2).expand(*arranged.shape[:-1], weight.shape[0], arranged.shape[-1])
+    kept = None if order == tuple(range(len(order))) else order
+    return Product(x, arranged, weight, None, turned=pair == shared[0] + units[0], order=kept)
+
+
+def _order(letters: str, wanted: str, axes: int) -> tuple[int, ...]:
+    """Return the axes of a tensor with these letters in the wanted order, after those that an ellipsis stands for."""
+    named = letters.replace("...", "")
+    unnamed = axes - len(named)
+    return (*range(unnamed), *(unnamed + named.index(letter) for letter in wanted))
 
 
 def _is_turned(matrix: Any, result: object) -> bool:
-    """Return whether a result is the transpose of a matrix, in the same memory."""
+    """Return whether a result is the transpose of a matrix, or of each of a stack, in the same memory."""
     return (
         isinstance(result, Tensor)
-        and result.ndim == 2
-        and result.stride() == matrix.stride()[::-1]
-        and result.shape == matrix.shape[::-1]
-        and result.data_ptr() == matrix.data_ptr()
         and result is not matrix
+        and result.shape == (*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-2])
+        and result.stride() == (*matrix.stride()[:-2], matrix.stride(-1), matrix.stride(-2))
+        and result.data_ptr() == matrix.data_ptr()
     )
+
+
+def _is_view(bias: Any, result: object) -> bool:
+    """Return whether a result has the numbers of a bias in another shape."""
+    if not isinstance(result, Tensor) or result is bias or result.data_ptr() != bias.data_ptr():
+        return False
+    mine, its = (
+        [pair for pair in zip(each.shape, each.stride(), strict=True) if pair[0] > 1] for each in (bias, result)
+    )
+    return mine == its
