@@ -52,6 +52,20 @@ class Bare(nn.Module):
         return linear(torch.tanh(linear(x, self.weight_in, self.bias_in)), self.weight_out, self.bias_out)
 
 
+class Kept(nn.Module):
+    """Parameters in a dictionary, and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ParameterDict({"weight": torch.zeros(5, 6)})
+        self.first["bias"] = torch.zeros(5)
+        self.weights, self.biases = nn.ParameterList([torch.zeros(3, 5)]), nn.ParameterList([torch.zeros(3)])
+
+    def forward(self, x):
+        h = torch.tanh(linear(x, self.first["weight"], self.first["bias"]))
+        return linear(h, self.weights[0], self.biases[0])
+
+
 def with_weights_of(model, other):
     """Give a model of float64 the weights of another one, in order."""
     model = model.double()
@@ -77,8 +91,9 @@ def trained(model, steps=30, call=None, **options):
         lambda: nn.Sequential(OwnForward(6, 5), nn.Tanh(), Keywords(5, 3)),
         lambda: nn.Sequential(OwnClass(6, 5), nn.Linear(5, 3)),
         Bare,
+        Kept,
     ],
-    ids=["own forward", "own class", "bare"],
+    ids=["own forward", "own class", "bare", "kept"],
 )
 def test_steps_are_those_of_linear_layers(make):
     plain = mlp(sizes=(6, 5, 3))

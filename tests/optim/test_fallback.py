@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from builders import assert_close_weights, batch, classified, mlp, normed_mlp, step
+from builders import assert_close_weights, assert_same_weights, batch, classified, mlp, normed_mlp, step
 from torch import nn
 
 from relfisher import RNGD, AdamWOptions, MetricOptions
@@ -98,14 +98,14 @@ class Mixture(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.experts = nn.Parameter(torch.randn(4, 6, 6, dtype=torch.float64))
-        self.low = nn.ParameterList([torch.randn(6, 6, dtype=torch.float64) for _ in range(4)])
+        self.experts = nn.Parameter(torch.randn(4, 6, 6, 1, dtype=torch.float64))
+        self.low = nn.ParameterList([torch.randn(6, 6, 1, 1, dtype=torch.float64) for _ in range(4)])
         self.scale, self.own, self.head = Scale(), Own(6, 6).double(), nn.Linear(6, 3).double()
 
     def forward(self, x):
-        x = torch.bmm(x.expand(4, *x.shape), self.experts).mean(0)
+        x = torch.bmm(x.expand(4, *x.shape), self.experts[..., 0]).mean(0)
         for matrix in self.low:
-            x = x @ matrix
+            x = x @ matrix[..., 0, 0]
         return self.head(self.own(self.scale(x)))
 
 
@@ -131,6 +131,42 @@ def test_what_adamw_trains_for_want_of_a_metric_is_said_once():
     assert f"{own}its module has no metric of its own. " in first
     assert "register_layer" in first
     assert "1 of no module (of shape [3]): not a parameter of the model" in second
+
+
+def test_a_small_share_is_not_said():
+    model = nn.Sequential(Scale(), nn.Linear(6, 200), nn.Linear(200, 3)).double()
+    assert not uncovered(lambda: RNGD(model))
+
+
+def test_more_than_the_largest_share_is_an_error_before_anything_is_changed():
+    model = Mixture()
+    with pytest.raises(ValueError, match=r"max_share is 0.8, but AdamW would train 6 of 10 parameters, 82 %"):
+        RNGD(model, fallback=AdamWOptions(max_share=0.8))
+    RNGD(model, fallback=AdamWOptions(max_share=0.83))
+    RNGD(mlp(), fallback=AdamWOptions(max_share=0.0), metric=MetricOptions(structure="fallback"))
+    with pytest.raises(ValueError, match=r"fallback\.max_share must be .* got 2"):
+        AdamWOptions(max_share=2)
+
+
+def test_more_than_the_largest_share_at_the_first_step_is_an_error_before_anything_is_changed():
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.ones(5, 6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(x + self.table[0]))
+
+    model = Elsewhere().double()
+    optimizer = RNGD(model, fallback=AdamWOptions(max_share=0.5))
+    before = copy.deepcopy(model)
+    with pytest.warns(UncoveredWarning, match="no metric for some layers: table"):
+        model(batch(0)[0]).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"AdamW would train 1 of 3 parameters, 59 % .*Elsewhere \(table\): its module"
+    ):
+        optimizer.step()
+    assert_same_weights(model, before)
 
 
 def test_what_is_left_to_adamw_on_purpose_is_not_said():

@@ -108,8 +108,14 @@ class LinearOperation(LinearLayer):
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
-        """Return a layer for each matrix or stack of the module's own, with the units that are named as its bias."""
+        """Return a layer for each matrix or stack of the module's own, with the units that are named as its bias.
+
+        Parameters in a list or a dictionary are the module's own.
+        """
         own = dict(module.named_parameters(recurse=False))
+        for key, child in module.named_children():
+            if isinstance(child, nn.ParameterList | nn.ParameterDict):
+                own |= {f"{key}.{name}": parameter for name, parameter in child.named_parameters(recurse=False)}
         biases = {_bias(key, own) for key, parameter in own.items() if parameter.ndim in (2, 3)}
         matrices = [key for key, parameter in own.items() if parameter.ndim in (2, 3) and key not in biases]
         return [_operation(name, module, key, own) for key in matrices]
@@ -123,7 +129,7 @@ class LinearOperation(LinearLayer):
 
 
 # What a bias is called beside a matrix.
-_BIAS_NAMES = (("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
+_BIAS_NAMES = (("weights", "biases"), ("weight", "bias"), ("kernel", "bias"), ("W", "b"), ("w", "b"))
 
 
 def _swapped(tensor: Tensor) -> Tensor:

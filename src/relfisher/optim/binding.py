@@ -11,7 +11,7 @@ from relfisher.layers import Layer, discover
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
-from relfisher.optim.uncovered import tell
+from relfisher.optim.uncovered import tell, uncovered
 
 __all__ = ["Binding"]
 
@@ -22,6 +22,7 @@ class Binding:
     Args:
         model: the model.
         options: the metric options.
+        max_share: the largest share of all trained numbers without a metric.
 
     Attributes:
         known: all layers of the model.
@@ -30,7 +31,7 @@ class Binding:
         place: the index of each layer's group, for layers that have one.
     """
 
-    def __init__(self, model: nn.Module, options: MetricOptions) -> None:
+    def __init__(self, model: nn.Module, options: MetricOptions, max_share: float) -> None:
         found = discover(model, options.layers)
         self.known = found.layers
         self.refused = found.refused
@@ -38,6 +39,7 @@ class Binding:
         self.rules: dict[Layer, Rule] = {}
         self.place: dict[Layer, int] = {}
         self._options = options
+        self._max_share = max_share
         options.check(self.known)
 
     def halves(self, group: Any, model: nn.Module | None, *, again: bool) -> list[dict[str, Any]]:
@@ -89,9 +91,28 @@ class Binding:
         return new, {layer: _not_owned(layer, groups) for layer in self.place}
 
     def tell(self, model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Warn about parameters in the groups that have no metric, once each."""
+        """Warn about parameters in the groups that have no metric, once each; raise ValueError if they are too many."""
         if model is not None:
-            self._told += tell(model, self.refused, groups, self._told)
+            found = uncovered(model, self.refused, groups)
+            if found.share > self._max_share:
+                raise ValueError(
+                    f"fallback.max_share is {self._max_share:g}, but AdamW would train "
+                    f"{found.described(found.parameters)}"
+                )
+            self._told += tell(found, self._told)
+
+    def refuse(self, layers: Mapping[Layer, str], model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Note layers that turned out to have no metric, with the reasons, of which there was a warning.
+
+        Raises:
+            ValueError: if AdamW would train too many parameters then.
+        """
+        if layers and model is not None:
+            names = names_of(model)
+            lost = [(parameter, reason) for layer, reason in layers.items() for parameter in layer.parameters]
+            self.refused = {**self.refused, **{names[id(parameter)]: reason for parameter, reason in lost}}
+            self._told += [parameter for parameter, _ in lost]
+            self.tell(model, groups)
 
     def covered(self) -> set[Tensor]:
         """Return the parameters of all assigned layers."""

@@ -188,12 +188,15 @@ class Curvature:
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
         return structure.operator(self.state(record, structure), record.layer.shape)
 
-    def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> None:
+    def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> dict[Layer, str]:
         """Add new statistics to the moving averages, and refresh the inverses that are due or do not exist yet.
 
         Args:
             iteration: the iteration, counted from 0.
             inversion: returns the inversion of a layer.
+
+        Returns:
+            The layers that turned out to have no metric, with the reasons.
         """
         roles = self.observer.resolve()
         if roles:
@@ -218,6 +221,7 @@ class Curvature:
                     self._health.dropped(iteration, layer.name)
             if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
                 self._health.failed(iteration, layer.name)
+        return {layer: role.refused for layer, role in roles.items() if role.refused is not None}
 
     def check(self, record: Record, saved: Mapping[str, Any]) -> None:
         """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.

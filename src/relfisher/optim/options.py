@@ -146,6 +146,8 @@ class AdamWOptions:
         lr: the learning rate.
         betas: the decay rates of the two moments.
         eps: added to the root of the second moment.
+        max_share: the largest share of all trained numbers that may be left to AdamW for want of a metric, in [0, 1].
+            If more are, the constructor raises an error, or the first step, before it changes anything.
 
     Raises:
         ValueError: if an option is out of range.
@@ -155,9 +157,11 @@ class AdamWOptions:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    max_share: float = 1.0
 
     def __post_init__(self) -> None:
         check_rate("fallback.lr", self.lr)
+        check_interval("fallback.max_share", self.max_share, 0, 1, closed="both")
         check_moments("fallback.betas", self.betas, "fallback.eps", self.eps)
 
 

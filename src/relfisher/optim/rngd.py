@@ -126,7 +126,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             "iteration": 0,
         }
         check_options(defaults)
-        self._binding = Binding(model, metric)
+        self._binding = Binding(model, metric, fallback.max_share)
         self._inversions.check(self._binding.known)
         self.health = Health()
         self._curvature = Curvature(
@@ -209,8 +209,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         group.setdefault("decays_heads", "weight_decay" in group or self.defaults["decays_heads"])
         full = {**self.defaults, **group}
         check_options(full)
-        has_metric = group["kind"] == METRIC
-        group["fallback_ratio"] = full["fallback_lr"] / (float(full["lr"]) or 1.0) if has_metric else 1.0
+        group["fallback_ratio"] = full["fallback_lr"] / (float(full["lr"]) or 1.0) if group["kind"] == METRIC else 1.0
         group |= {"peak_lr": 0.0, "averaged": 0, "at_iterate": False}
         if self.param_groups:
             group["iteration"] = self._iteration
@@ -262,7 +261,8 @@ class RNGD(Watching, torch.optim.Optimizer):
             self._averaging.to_average()
             self.health.skipped(self._iteration, problem)
             return loss
-        self._curvature.update(self._iteration, self._inversion_of)
+        refused = self._curvature.update(self._iteration, self._inversion_of)
+        self._binding.refuse(refused, self._curvature.model(), self.param_groups)
         moving = moving_layers(self._curvature, self._inversions, self._binding.place, self.param_groups, self._rule)
         with self._averaging.stepping() as average:
             if take(moving, self.param_groups, self._rule):
