@@ -144,7 +144,7 @@ def test_more_than_the_largest_share_is_an_error_before_anything_is_changed():
         RNGD(model, fallback=AdamWOptions(max_share=0.8))
     RNGD(model, fallback=AdamWOptions(max_share=0.83))
     RNGD(mlp(), fallback=AdamWOptions(max_share=0.0), metric=MetricOptions(structure="fallback"))
-    with pytest.raises(ValueError, match=r"fallback\.max_share must be .* got 2"):
+    with pytest.raises(ValueError, match=r"fallback\.max_share must lie in .* got 2"):
         AdamWOptions(max_share=2)
 
 
