@@ -1,24 +1,30 @@
 """The layers between torch modules and metrics: which parameters form a layer, and what its samples are."""
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.chart import Chart, Computed, Leaf, Recorded
 from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer
-from relfisher.layers.linear import LinearLayer, LinearOperation, column, whole
+from relfisher.layers.linear import LinearLayer, LinearOperation, column, own_parameters, whole
 from relfisher.layers.samples import Rows, Sampling
 
 __all__ = [
     "Call",
+    "Chart",
+    "Computed",
     "Discovery",
     "Kinds",
     "Layer",
+    "Leaf",
     "LinearLayer",
     "LinearOperation",
     "Part",
+    "Recorded",
     "Rows",
     "Sampling",
     "check_kinds",
     "column",
     "discover",
     "layers_of",
+    "own_parameters",
     "plain_name",
     "register_layer",
     "whole",

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar, TypeVar
@@ -32,6 +32,9 @@ __all__ = ["Call", "Kinds", "Layer", "Part"]
 
 Kinds = tuple[type[nn.Module], ...]
 T = TypeVar("T")
+
+#: Returns how a tensor is computed from parameters; None if it is not.
+Charts = Callable[[Any], Chart | None]
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,24 @@ class Layer(ABC):
 
     @property
     def settled(self) -> bool:
-        """Whether the shape is known before the layer first runs."""
+        """Whether it is known what is trained, and in which shape; that of an operation shows when it first runs."""
+        return self.operation is None or "_settled" in vars(self)
+
+    def settle(self, parts: tuple[Part, ...], shape: tuple[int, ...]) -> bool:
+        """Take on the form of an operation that was seen, unless another one has settled it.
+
+        Args:
+            parts: the parts, with charts.
+            shape: the shape.
+
+        Returns:
+            Whether it has this form.
+        """
+        if self.settled:
+            return (parts, shape) == (self.parts, self.shape)
+        for key in ("_slots", "_views", "widths"):
+            vars(self).pop(key, None)
+        vars(self).update(parts=parts, shape=shape, _settled=True)
         return True
 
     @property
@@ -228,10 +248,32 @@ class Layer(ABC):
         """The number of columns of each part."""
         return [math.prod(view[len(self.shape) - 1 :]) for view in self._views]
 
-    def is_of(self, call: Call) -> bool:
-        """Return whether a call of the operation takes this layer's parameters."""
+    def is_of(self, call: Call, computed: Charts) -> bool:
+        """Return whether a call of the operation takes this layer's parameters, and settle how they are computed.
+
+        Args:
+            call: a call of the operation.
+            computed: returns how a tensor is computed from parameters; None if it is not.
+
+        Returns:
+            Whether it is a call of this layer.
+        """
         given = [call.argument(place, name) for place, name in zip(self.places, ("weight", "bias"), strict=True)]
-        return all(any(mine is its for its in given) for mine in self.parameters)
+        charts = [computed(each) for each in given]
+        parts = []
+        for part in self.parts:
+            taken = [chart for each, chart in zip(given, charts, strict=True) if self._is_part(part, each, chart)]
+            if not taken:
+                return False
+            parts.append(replace(part, chart=taken[0]))
+        return self.settle(tuple(parts), self.shape)
+
+    def _is_part(self, part: Part, given: Any, chart: Chart | None) -> bool:
+        """Return whether a tensor is the parameter of a part, or is computed from it."""
+        if chart is not None:
+            return chart.attribute == part.attribute
+        path, _, key = part.attribute.rpartition(".")
+        return given is not None and given is self.module.get_submodule(path)._parameters.get(key)
 
     def output(self, output: Any) -> Tensor | None:
         """Return the tensor of a call's output through which gradients flow back; None if there is none."""

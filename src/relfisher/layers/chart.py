@@ -14,7 +14,7 @@ theta cannot make it, as in spectral normalization, which fixes a norm of W, its
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,12 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["Chart", "chart_of"]
+__all__ = ["Chart", "Computed", "Leaf", "Recorded", "chart_of"]
 
-# Conjugate gradients end after so many steps, if not before.
+# Conjugate gradients end after so many steps, or at this share of the first slope. By this, directions of theta that
+# change W by less than about a thousandth of others are left alone, such as the scale of a standardized weight.
 _STEPS = 24
+_EXACT = 1e-3
 
 Tensors = tuple[Tensor, ...]
 
@@ -153,6 +155,89 @@ class _SpectralNormed(Chart):
         return scaled
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter or buffer of a module.
+
+    Args:
+        name: its name in the module.
+    """
+
+    name: str
+
+    def of(self, values: Mapping[str, Tensor]) -> Any:
+        """Return its value."""
+        return values[self.name]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a function made of parameters, buffers and constants. Compares by value.
+
+    Args:
+        function: the function.
+        args: its positional arguments, with leaves and computed ones among them.
+        options: its other arguments.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def of(self, values: Mapping[str, Tensor]) -> Any:
+        """Return the result for values of the leaves."""
+        options = {name: _evaluated(each, values) for name, each in self.options}
+        return self.function(*(_evaluated(each, values) for each in self.args), **options)
+
+    @property
+    def leaves(self) -> set[str]:
+        """The names of the leaves."""
+        given = _flat([*self.args, *(each for _, each in self.options)])
+        found = (each.leaves if isinstance(each, Computed) else {each.name} for each in given if _is_node(each))
+        return set().union(*found)
+
+
+def _is_node(given: object) -> bool:
+    return isinstance(given, Leaf | Computed)
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    return [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
+
+
+def _evaluated(given: Any, values: Mapping[str, Tensor]) -> Any:
+    if isinstance(given, tuple):
+        return tuple(_evaluated(each, values) for each in given)
+    return given.of(values) if _is_node(given) else given
+
+
+@dataclass(frozen=True)
+class Recorded(Chart):
+    """What the forward pass of a module computes from its own parameters and buffers, and then uses as a weight.
+
+    Args:
+        attribute: as above.
+        names: as above.
+        shape: as above.
+        program: what it computes.
+    """
+
+    program: Computed
+
+    def value(self, module: nn.Module, trained: Sequence[Tensor]) -> Tensor:
+        """Return the weight, with the other parameters and buffers as they are."""
+        given = {name: _stored(module, name) for name in self.program.leaves}
+        weight: Tensor = self.program.of(given | dict(zip(self.names, trained, strict=True)))
+        return weight
+
+
+def _stored(module: nn.Module, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    found = owner._parameters.get(key)
+    return owner.get_buffer(key) if found is None else found.detach()
+
+
 def chart_of(module: nn.Module, attribute: str) -> Chart | None:
     """Return how a weight of a module is computed from what is trained; None if it is trained itself, or not known.
 
@@ -188,7 +273,7 @@ def _hook(module: nn.Module, kind: type[Any], attribute: str) -> Any:
 def _least_squares(
     forward: Callable[[Tensors], Tensors], backward: Callable[[Tensors], Tensors], target: Tensors
 ) -> Tensors:
-    """Return the smallest x that makes A x nearest to a target, by conjugate gradients on the normal equations.
+    """Return nearly the smallest x that makes A x nearest to a target, by conjugate gradients (Hestenes, Stiefel 1952).
 
     Args:
         forward: the product with A.
@@ -199,7 +284,7 @@ def _least_squares(
     slope = list(backward(target))
     x, direction = [torch.zeros_like(each) for each in slope], slope
     size = _square(slope)
-    small = size * torch.finfo(target[0].dtype).eps
+    small = size * _EXACT**2
     for _ in range(_STEPS):
         if size <= small:
             break

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.base import Call, Charts, Kinds, Layer, Part
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
 
@@ -129,9 +129,9 @@ class ConvOperation(ConvLayer):
         """The function for its dimensions."""
         return f"conv{len(self.kernel)}d"
 
-    def is_of(self, call: Call) -> bool:
+    def is_of(self, call: Call, computed: Charts) -> bool:
         """Return whether the call also has as many groups as the module."""
-        return super().is_of(call) and (call.argument(6, "groups") or 1) == self.module.groups
+        return (call.argument(6, "groups") or 1) == self.module.groups and super().is_of(call, computed)
 
     def window(self, call: Call) -> Window:
         """Return how the kernel moves in a call of the function."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.chart import Chart
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.moments import augment
 
-__all__ = ["BilinearLayer", "LinearLayer", "LinearOperation", "TransposedLinearLayer", "column", "whole"]
+__all__ = [
+    "BilinearLayer",
+    "LinearLayer",
+    "LinearOperation",
+    "TransposedLinearLayer",
+    "column",
+    "own_parameters",
+    "whole",
+]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -79,32 +89,23 @@ class LinearOperation(LinearLayer):
         return "linear"
 
     @property
-    def settled(self) -> bool:
-        """Whether its form is known."""
-        return bool(vars(self).get("_settled", False))
-
-    @property
     def bias(self) -> Tensor | None:
         """The vector that may be its bias."""
-        return self.parameters[1] if len(self.parts) > 1 else None
+        return self.parameters[-1] if len(self.parts) > 1 else None
 
-    def settle(self, *, turned: bool, with_bias: bool) -> bool:
+    def settle_as(self, *, turned: bool, with_bias: bool, chart: Chart | None) -> bool:
         """Take on the form of a product, unless another has settled it before.
 
         Args:
             turned: True for a weight [in, out].
             with_bias: whether the bias is added.
+            chart: how the weight is computed.
 
         Returns:
             Whether it has this form.
         """
-        form = _form(self.parts, self.weight, turned=turned, with_bias=with_bias)
-        if self.settled:
-            return form == (self.parts, self.shape)
-        for key in ("_slots", "_views", "widths"):
-            vars(self).pop(key, None)
-        vars(self).update(zip(("parts", "shape"), form, strict=True), _settled=True)
-        return True
+        form, shape = _form(self.parts, self.weight, turned=turned, with_bias=with_bias)
+        return self.settle((replace(form[0], chart=chart), *form[1:]), shape)
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
@@ -112,10 +113,7 @@ class LinearOperation(LinearLayer):
 
         Parameters in a list or a dictionary are the module's own.
         """
-        own = dict(module.named_parameters(recurse=False))
-        for key, child in module.named_children():
-            if isinstance(child, nn.ParameterList | nn.ParameterDict):
-                own |= {f"{key}.{name}": parameter for name, parameter in child.named_parameters(recurse=False)}
+        own = own_parameters(module)
         biases = {_bias(key, own) for key, parameter in own.items() if parameter.ndim in (2, 3)}
         matrices = [key for key, parameter in own.items() if parameter.ndim in (2, 3) and key not in biases]
         return [_operation(name, module, key, own) for key in matrices]
@@ -126,6 +124,15 @@ class LinearOperation(LinearLayer):
             return super().rows(call, sampling)
         x, z = (each.transpose(0, 1) for each in sampling.rows(call.input(), self.pre_activation(call), trailing=2))
         return Rows(augment(x, len(self.parts) - 1), z)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module's own by name, those in its lists and dictionaries among them."""
+    own = dict(module.named_parameters(recurse=False))
+    for key, child in module.named_children():
+        if isinstance(child, nn.ParameterList | nn.ParameterDict):
+            own |= {f"{key}.{name}": parameter for name, parameter in child.named_parameters(recurse=False)}
+    return own
 
 
 # What a bias is called beside a matrix.

@@ -23,7 +23,7 @@ from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import Hook
-from relfisher.observe.operations import Operations, unseen_role
+from relfisher.observe.operations import Operations, is_inside, unseen_role
 from relfisher.observe.passes import Pass, counts
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
@@ -324,7 +324,8 @@ class Observer:
             del self._samplers[layer]
             self._active.pop(layer, None)
         self._learn(refused)
-        for kind, layers in ((messages.TiedWarning, tied), (messages.UncoveredWarning, unseen)):
+        told = [layer for layer in unseen if not is_inside(layer, self._layers[layer.module])]
+        for kind, layers in ((messages.TiedWarning, tied), (messages.UncoveredWarning, told)):
             messages.tell_refused({layer: refused[layer].refused or "" for layer in layers}, kind)
 
     def _conclude(self, layers: Sequence[Layer], trace: Trace) -> None:

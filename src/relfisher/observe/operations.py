@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.layers import Call, Layer, LinearOperation
 from relfisher.observe.activations import canonical_name
+from relfisher.observe.computations import Computations
 from relfisher.observe.hooks import Hook
 from relfisher.observe.products import Products
 from relfisher.observe.roles import Role
 
-__all__ = ["Operations", "unseen_role"]
+__all__ = ["Operations", "is_inside", "unseen_role"]
 
 See = Callable[[Layer, Call, Tensor], None]
 
@@ -93,7 +94,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         matrices = [layer for layer in layers if isinstance(layer, LinearOperation)]
         self._layers = [layer for layer in layers if layer not in matrices]
-        self._products = Products(matrices, see)
+        self._computations = Computations(layers[0].module)
+        self._products = Products(matrices, self._computations.chart, see)
         self._see = see
 
     @_disable_dynamo  # dynamo must not compile the watching
@@ -105,9 +107,10 @@ class _Watch(TorchFunctionMode):
         self._products.before(name, args, kwargs)
         result = func(*args, **kwargs)
         self._products.after(name, args, kwargs, result)
+        self._computations.after(func, args, kwargs, result)
         for layer in [layer for layer in self._layers if layer.operation == name]:
             call = Call(args, kwargs, result)
-            if layer.is_of(call):
+            if layer.is_of(call, self._computations.chart):
                 self._see(layer, call, result)
         return result
 
@@ -115,6 +118,12 @@ class _Watch(TorchFunctionMode):
         """See what the module returned; return the layers that it used in different ways."""
         self._products.finish()
         return self._products.mixed
+
+
+def is_inside(layer: Layer, others: Iterable[Layer]) -> bool:
+    """Return whether the weight of a layer is used to compute that of another one."""
+    named = {layer.parts[0].attribute}
+    return any(named < set(other.names) for other in others if other.module is layer.module)
 
 
 def unseen_role(layer: Layer) -> Role:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from relfisher.layers import Call, Layer, LinearOperation
+from relfisher.layers import Call, Chart, Layer, LinearOperation
 from relfisher.observe.takers import tensors_in
 
 __all__ = ["Product", "Products", "product"]
@@ -28,6 +28,7 @@ class Product(NamedTuple):
         bias: b; None if nothing, or something else, is added.
         turned: whether the last axis of the weight holds the units.
         order: the axes of z in the order [*n, *stack, out]; None if they are.
+        chart: how the weight is computed from parameters; None if it is one.
     """
 
     given: Tensor
@@ -36,6 +37,7 @@ class Product(NamedTuple):
     bias: Tensor | None
     turned: bool
     order: tuple[int, ...] | None = None
+    chart: Chart | None = None
 
     def arranged(self, z: Tensor) -> Tensor:
         """Return z as [*n, *stack, out]."""
@@ -59,14 +61,17 @@ class Products:
 
     Args:
         matrices: the matrices.
+        chart: returns how a tensor is computed from parameters; None if it is not.
         see: called with each layer, the call with its input, and the output.
 
     Attributes:
         mixed: the matrices with products of different forms.
     """
 
-    def __init__(self, matrices: Iterable[LinearOperation], see: See) -> None:
+    def __init__(self, matrices: Iterable[LinearOperation], chart: Callable[[Any], Chart | None], see: See) -> None:
         self._matrices = {id(matrix.weight): matrix for matrix in matrices}
+        self._named = {matrix.parts[0].attribute: matrix for matrix in self._matrices.values()}
+        self._chart = chart
         self._biases = {id(bias) for matrix in matrices if (bias := matrix.bias) is not None}
         self._see = see
         self.mixed: set[LinearOperation] = set()
@@ -116,9 +121,11 @@ class Products:
         whole = self._turned.get(id(found.weight), (None,))[0]
         if whole is not None:
             found = found._replace(weight=whole, turned=not found.turned)
-        matrix = self._matrices.get(id(found.weight))
+        chart = self._chart(found.weight)
+        matrix = self._matrices.get(id(found.weight)) if chart is None else self._named.get(chart.attribute)
         if matrix is None:
             return
+        found = found._replace(chart=chart)
         if found.bias is None and matrix.bias is not None:
             self._open[id(z)] = matrix, found, z
         else:
@@ -126,7 +133,7 @@ class Products:
             self._found(matrix, found._replace(bias=matrix.bias if is_bias else None), z)
 
     def _found(self, matrix: LinearOperation, found: Product, z: Tensor) -> None:
-        if matrix.settle(turned=found.turned, with_bias=found.bias is not None):
+        if matrix.settle_as(turned=found.turned, with_bias=found.bias is not None, chart=found.chart):
             self._see(matrix, Call((found.x, found.given), {}, found.arranged(z)), z)
         else:
             self.mixed.add(matrix)

@@ -109,7 +109,8 @@ class Binding:
         """
         if layers and model is not None:
             names = names_of(model)
-            lost = [(parameter, reason) for layer, reason in layers.items() for parameter in layer.parameters]
+            kept = {id(p) for layer in self.place if layer not in layers for p in layer.parameters}
+            lost = [(p, reason) for layer, reason in layers.items() for p in layer.parameters if id(p) not in kept]
             self.refused = {**self.refused, **{names[id(parameter)]: reason for parameter, reason in lost}}
             self._told += [parameter for parameter, _ in lost]
             self.tell(model, groups)

@@ -1,0 +1,89 @@
+"""Tensors that a module computes from its own parameters alone, such as a standardized or a masked weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from relfisher.layers import Chart, Computed, Leaf, Recorded, own_parameters
+from relfisher.observe.activations import canonical_name
+
+__all__ = ["Computations"]
+
+# A program that is longer is none: a loop, maybe, of unknown length.
+_LONGEST = 64
+
+# These draw random numbers, so that they compute something else the next time.
+_RANDOM = ("dropout", "bernoulli", "rrelu", "gumbel_softmax")
+
+
+class Computations:
+    """What the functions inside of one call of a module make of its parameters and buffers.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._trained = {name: each for name, each in own_parameters(module).items() if each.requires_grad}
+        kept = {**own_parameters(module), **dict(module.named_buffers(recurse=False))}
+        self._nodes: dict[int, tuple[Leaf | Computed, Tensor]] = {
+            id(each): (Leaf(name), each) for name, each in kept.items()
+        }
+        self._sizes: dict[int, int] = {}
+
+    def after(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note what a function made of parameters, buffers and constants alone."""
+        given = list(_tensors([*args, *kwargs.values()]))
+        if not any(id(each) in self._nodes for each in given):
+            return
+        made = result if isinstance(result, tuple) else (result,)
+        size = 1 + sum(self._sizes.get(id(each), 0) for each in given)
+        known = all(id(each) in self._nodes for each in given) and not _changes(func, args, kwargs)
+        if not known or size > _LONGEST or not all(isinstance(each, Tensor) and each.requires_grad for each in made):
+            for each in [*made, *args[: canonical_name(func) == "setitem"]]:
+                self._nodes.pop(id(each), None)  # what it was may have been overwritten
+            return
+        options = tuple(sorted((name, self._operand(each)) for name, each in kwargs.items()))
+        node = Computed(func, tuple(self._operand(each) for each in args), options)
+        for place, each in enumerate(made):
+            self._nodes[id(each)] = (node if made is not result else Computed(_item, (node, place), ()), each)
+            self._sizes[id(each)] = size
+
+    def chart(self, tensor: Any) -> Chart | None:
+        """Return how a tensor is computed from one parameter of its shape, and maybe others; None if it is not."""
+        node = self._nodes.get(id(tensor), (None,))[0]
+        if not isinstance(node, Computed):
+            return None
+        names = [name for name in self._trained if name in node.leaves]
+        alike = [name for name in names if self._trained[name].shape == tensor.shape]
+        if len(alike) != 1:
+            return None
+        others = (name for name in names if name != alike[0])
+        return Recorded(alike[0], (alike[0], *others), tensor.shape, node)
+
+    def _operand(self, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return tuple(self._operand(each) for each in given)
+        return self._nodes[id(given)][0] if isinstance(given, Tensor) else given
+
+
+def _item(several: tuple[Tensor, ...], place: int) -> Tensor:
+    return several[place]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _changes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function draws random numbers, or changes running statistics."""
+    name = canonical_name(func)
+    running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+    return any(each in name for each in _RANDOM) or (name in ("batch_norm", "instance_norm") and running is not None)

@@ -1,0 +1,179 @@
+"""Weights that a forward pass computes from the parameters of its module have a metric, pulled back to these."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import assert_same_weights
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+import relfisher
+from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher.observe import UncoveredWarning
+from relfisher.responses import TanhBernoulli
+
+
+class Of(nn.Module):
+    """A linear layer or a convolution whose weight a function computes from its parameters, before tanh."""
+
+    def __init__(self, function, kind="linear", *, takes_gain=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.kind = function, kind
+        self.weight = nn.Parameter(torch.randn((4, 6) if kind == "linear" else (4, 2, 3)))
+        if takes_gain:
+            self.gain = nn.Parameter(torch.rand((4, 1) if kind == "linear" else (4, 1, 1)) + 0.5)
+        self.bias = nn.Parameter(torch.randn(4))
+        self.register_buffer("mask", (torch.rand(self.weight.shape) > 0.3).double())
+        self.double()
+
+    def forward(self, x):
+        weight = self.function(self)
+        operation = functional.linear if self.kind == "linear" else functional.conv1d
+        return torch.tanh(operation(x, weight, self.bias))
+
+
+class OfConv(nn.Conv1d):
+    def __init__(self, function, *, takes_gain):
+        super().__init__(2, 4, 3)
+        plain = Of(function, "conv", takes_gain=takes_gain)
+        self.function = function
+        self.register_buffer("mask", plain.mask)
+        for name, parameter in plain.named_parameters():
+            setattr(self, name, parameter)
+
+    def forward(self, x):
+        return torch.tanh(functional.conv1d(x, self.function(self), self.bias))
+
+
+def standardized(module):
+    variance, mean = torch.var_mean(module.weight, dim=list(range(1, module.weight.ndim)), keepdim=True)
+    return (module.weight - mean) / torch.sqrt(variance + 1e-5)
+
+
+def by_batch_norm(module):
+    flat = module.weight.reshape(1, len(module.weight), -1)
+    scale = (0.7 * module.gain).view(-1)
+    return functional.batch_norm(flat, None, None, weight=scale, training=True).reshape_as(module.weight)
+
+
+def in_place(module):
+    weight = module.weight * 2.0
+    weight += 1.0
+    return weight.mul_(module.mask)
+
+
+COMPUTED = {
+    "scaled": (lambda module: module.weight * 0.3, False),
+    "masked": (lambda module: module.mask * module.weight, False),
+    "standardized": (standardized, False),
+    "standardized by batch norm, with a gain": (by_batch_norm, True),
+    "with a gain": (lambda module: module.gain * module.weight, True),
+    "of directions": (lambda module: functional.normalize(module.weight, dim=1), False),
+    "in place": (in_place, False),
+    "in a list": (lambda module: torch.stack([module.weight, -module.weight]).sum(0) + 3 * module.weight, False),
+}
+CASES = [(name, kind) for name in COMPUTED for kind in ("linear", "conv")]
+
+
+def made(name, kind):
+    function, takes_gain = COMPUTED[name]
+    made = Of(function, takes_gain=takes_gain) if kind == "linear" else OfConv(function, takes_gain=takes_gain)
+    model = nn.Sequential(made)
+    shape = (9, 6) if kind == "linear" else (5, 2, 6)
+    return model, torch.randn(shape, dtype=torch.float64), ["weight", "gain"][: 1 + takes_gain]
+
+
+@pytest.mark.supports("weights that a forward pass computes from parameters of its module", "Linear", "Conv1d")
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_gradients_are_pulled_back(name, kind):
+    """By the pseudo-inverse of the derivative, between which the step is that of a weight that is trained itself."""
+    model, x, names = made(name, kind)
+    module, (function, _) = model[0], COMPUTED[name]
+
+    def weight_of(*values):
+        given = {"mask": module.mask, **dict(zip(names, values, strict=True))}
+        return function(SimpleNamespace(**given))
+
+    trained = tuple(getattr(module, each).detach() for each in names)
+    size = module.weight.numel()
+    blocks = torch.autograd.functional.jacobian(weight_of, trained)
+    jacobian = torch.cat([block.reshape(size, -1) for block in blocks], dim=1)
+    inverse = torch.linalg.pinv(jacobian, rtol=1e-3)
+
+    optimizer = Preconditioner(model, damping=0.1)
+    model(x).pow(3).sum().backward()
+    gradients = torch.cat([getattr(module, each).grad.flatten() for each in names])
+    optimizer.step()
+    found = torch.cat([getattr(module, each).grad.flatten() for each in names])
+
+    plain = nn.Linear(6, 4) if kind == "linear" else nn.Conv1d(2, 4, 3)
+    twin = nn.Sequential(plain.double(), nn.Tanh())
+    with torch.no_grad():
+        plain.weight.copy_(weight_of(*trained))
+        plain.bias.copy_(module.bias)
+    other = Preconditioner(twin, damping=0.1)
+    twin(x).pow(3).sum().backward()
+    assert_close(jacobian.t() @ plain.weight.grad.flatten(), gradients)
+    plain.weight.grad = (inverse.t() @ gradients).view_as(plain.weight)  # what the parameters can tell of it
+    other.step()
+    expected = inverse @ plain.weight.grad.flatten()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (module.bias.grad - plain.bias.grad).norm() < 0.05 * plain.bias.grad.norm()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_learns_and_resumes_bitwise_and_says_what_is_trained_how(name, kind):
+    model, x, names = made(name, kind)
+    target = made(name, kind)[0](x).detach().flip(0) * 0.5
+    optimizer = RNGD(model, metric=MetricOptions(refresh_interval=4), fit="interpolate")
+
+    def trained(model, optimizer, steps):
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses.append((model(x) - target).square().mean())
+            losses[-1].backward()
+            optimizer.step()
+        return losses
+
+    losses = trained(model, optimizer, 60)
+    twin, _, _ = made(name, kind)
+    twin.load_state_dict(model.state_dict())
+    again = RNGD(twin, metric=MetricOptions(refresh_interval=4), fit="interpolate")
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trained(model, optimizer, 6)
+    trained(twin, again, 6)
+    assert_same_weights(model, twin)
+    assert losses[-1] < losses[0]
+    (layer,) = [layer for layer in optimizer.layers if not layer.role.refused]
+    assert (layer.role.response, layer.role.reads_input) == (TanhBernoulli(), True)
+    metric = {f"0.{each}" for each in (*names, "bias")}
+    assert {each.name for each in relfisher.coverage(model, x) if each.by == "metric"} == metric
+
+
+def drawn(module):
+    return functional.dropout(module.weight, 0.5)
+
+
+def of_other_data(module):
+    return module.weight + torch.ones(4, 1, dtype=torch.float64)
+
+
+def overwritten(module):
+    weight = module.weight * 2.0
+    weight[0] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("function", [drawn, of_other_data, overwritten])
+def test_what_may_differ_the_next_time_is_no_program(function):
+    model = nn.Sequential(Of(function, "linear"))
+    optimizer = RNGD(model)
+    with pytest.warns(UncoveredWarning, match="no metric for some layers: 0, "):
+        model(torch.randn(9, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert optimizer.layers[0].role.refused
