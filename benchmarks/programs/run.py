@@ -116,7 +116,7 @@ def spread(runs):
     return f"{statistics.mean(errors):.4g} ± {deviation:.1g}"
 
 
-def row(name, program, tuned, runs):
+def row(program, tuned, runs):
     """Return the line of a program."""
     own, ours = runs["own"], runs["RNGD"]
     target = statistics.mean(best(run) for run in own)
@@ -170,7 +170,7 @@ def main():
         parser.error(f"no program is called {', '.join(unknown)}: there are {', '.join(NAMES)}")
     torch.set_num_threads(1)
     found = {name: results_of(name, arguments.seeds, arguments.out) for name in arguments.names}
-    rows = [row(name, *each) for name, each in found.items()]
+    rows = [row(*each) for each in found.values()]
     counts = [[cells[place] for cells in rows] for place in (6, 7)]
     summary = " ".join(
         f"Against {whom}: better on {each.count('better')}, level on {each.count('level')}, worse on "
