@@ -112,7 +112,7 @@ def test_gradients_and_steps_are_pulled_back_by_least_squares(wrap, kind):
     close = {"rtol": 0.02, "atol": 0.02} if wrap not in CLOSED_FORMS else {}
     assert_close(found.flatten(), inverse.t() @ torch.cat([each.flatten() for each in gradients]), **close)
     step = torch.randn(layer.shape, dtype=torch.float64)
-    changes = layer.steps(step)
+    changes = layer.steps(step, layer.parameters)
     found = torch.cat([each.flatten() for each in changes[:-1]])
     assert_close(found, inverse @ step[:, :-1].flatten(), **close)
 

@@ -8,10 +8,12 @@ import torch
 from builders import assert_same_weights
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import relfisher
 from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher.layers import discover
 from relfisher.observe import UncoveredWarning
 from relfisher.responses import TanhBernoulli
 
@@ -177,3 +179,185 @@ def test_what_may_differ_the_next_time_is_no_program(function):
         model(torch.randn(9, 6, dtype=torch.float64)).sum().backward()
     optimizer.step()
     assert optimizer.layers[0].role.refused
+
+
+def one_step(model, x, **options):
+    """Return the change of the parameters in a step without momentum, averaging and decay."""
+    before = [p.detach().clone().double() for p in model.parameters()]
+    optimizer = RNGD(model, momentum=0.0, averaging=0.0, weight_decay=0.0, **options)
+    model(x).float().pow(2).sum().backward()
+    optimizer.step()
+    return torch.cat([(p.detach().double() - q).flatten() for p, q in zip(model.parameters(), before, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_takes_about_the_same_step(dtype):
+    x = torch.randn(32, 6, dtype=torch.float64)
+    steps = []
+    for each in (torch.float64, dtype):
+        model = nn.Sequential(Of(standardized, "linear")).to(each)
+        steps.append(one_step(model, x.to(each)))
+    assert 0.5 < steps[1].norm() / steps[0].norm() < 2
+    assert torch.cosine_similarity(*steps, dim=0) > 0.7
+
+
+def test_numbers_in_what_is_computed_may_change():
+    model = nn.Sequential(Of(lambda module: module.weight * module.share, "linear"))
+    x = torch.randn(9, 6, dtype=torch.float64)
+    before = model[0].weight.detach().clone()
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1), weight_decay=0.0)
+    for step in range(12):
+        model[0].share = min(1.0, step / 6)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    record = next(iter(optimizer._curvature.records.values()))
+    assert_close(record.layer.matrix(record.layer.parameters)[:, :-1], model[0].weight.detach())
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(_, weight):
+        return weight.round(decimals=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(_, gradient):
+        return gradient
+
+
+class Quantized(nn.Module):
+    def forward(self, weight):
+        return Rounded.apply(weight)
+
+
+def test_what_has_no_second_derivative_is_left_to_adamw():
+    layer = nn.Linear(6, 4).double()
+    parametrize.register_parametrization(layer, "weight", Quantized())
+    assert "0.parametrizations.weight.original" in discover(nn.Sequential(layer)).refused
+    model = nn.Sequential(Of(lambda module: Rounded.apply(module.weight), "linear"))
+    with pytest.warns(UncoveredWarning, match="no metric for some layers: 0, "):
+        assert one_step(model, torch.randn(9, 6, dtype=torch.float64)).norm() > 0
+
+
+class Shared(nn.Module):
+    """Two weights with one scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.double()
+
+    def forward(self, x):
+        h = torch.tanh(functional.linear(x, self.scale * self.first))
+        return functional.linear(h, self.scale * self.second)
+
+
+class LowRank(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(5, 6)) if base else None
+        self.register_buffer("fixed", torch.randn(5, 6))
+        self.left, self.right = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 6))
+        self.double()
+
+    def forward(self, x):
+        return functional.linear(x, (self.fixed if self.base is None else self.base) + self.left @ self.right)
+
+
+def test_layers_with_a_parameter_in_common_are_refused():
+    model = nn.Sequential(Shared())
+    with pytest.warns(UncoveredWarning, match=r"no metric for some layers: 0\.first, .*; 0\.second, "):
+        assert (one_step(model, torch.randn(9, 6, dtype=torch.float64)).abs() > 0).all()
+
+
+def test_a_product_of_parameters_has_no_samples():
+    with pytest.warns(UncoveredWarning, match=r"no metric for some layers: 0\.left, .*; 0\.right, "):
+        one_step(nn.Sequential(LowRank(base=False)), torch.randn(9, 6, dtype=torch.float64))
+    model = nn.Sequential(LowRank(base=True))
+    optimizer = RNGD(model)
+    model(torch.randn(9, 6, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    (layer,) = [layer for layer in optimizer.layers if not layer.role.refused]
+    assert layer.name == "0.base"
+    assert not any("exp_avg" in state for state in optimizer.state.values())
+
+
+def test_parameters_that_are_not_given_do_not_move():
+    model, x, _ = made("with a gain", "linear")
+    before = model[0].gain.detach().clone()
+    optimizer = RNGD(model, params=[model[0].weight, model[0].bias])
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].gain, before)
+
+
+def test_a_gain_that_is_frozen_later_no_longer_counts():
+    model, x, _ = made("with a gain", "linear")
+    optimizer = RNGD(model)
+    for frozen in (False, True):
+        model[0].gain.requires_grad_(not frozen)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        record = next(record for record in optimizer._curvature.records.values() if record.layer.name == "0")
+        optimizer.step()
+    found = record.gradient()[:, :-1] * model[0].gain.detach()
+    assert (found - model[0].weight.grad).norm() < 0.01 * found.norm()
+
+
+def through_a_view(module):
+    weight = module.weight * 1.0
+    weight.diagonal().zero_()
+    return weight
+
+
+def test_changes_through_views_are_no_program():
+    model = nn.Sequential(Of(through_a_view, "linear"))
+    with pytest.warns(UncoveredWarning, match="no metric for some layers: 0, "):
+        one_step(model, torch.randn(9, 6, dtype=torch.float64))
+
+
+def test_gradients_that_underflow_end_in_no_error():
+    model = nn.Sequential(Of(lambda module: module.weight * 0.01, "linear")).half()
+    optimizer = RNGD(model)
+    (1e-4 * model(torch.randn(9, 6, dtype=torch.float16)).float().square().sum()).backward()
+    optimizer.step()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [lambda m: m.weight - m.weight.mT.mT * 0.5, lambda m: m.weight**2])
+def test_programs_are_copied_with_their_optimizer(function):
+    model = nn.Sequential(Of(None, "linear"))
+    object.__setattr__(model[0], "function", function)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    optimizer = RNGD(model)
+    model(x).square().sum().backward()
+    optimizer.step()
+    twin, again = copy.deepcopy((model, optimizer))
+    for each, other in ((model, optimizer), (twin, again)):
+        other.zero_grad()
+        each(x).square().sum().backward()
+        other.step()
+    assert_same_weights(model, twin)
+
+
+def test_a_weight_that_is_unfrozen_has_its_metric_then():
+    model, x, _ = made("scaled", "linear")
+    model[0].weight.requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    head = nn.Linear(4, 2).double()
+    whole = nn.Sequential(model, head)
+    optimizer = RNGD(whole)
+    for step in range(3):
+        if step == 1:
+            for parameter in model.parameters():
+                parameter.requires_grad_()
+        optimizer.zero_grad()
+        whole(x).square().sum().backward()
+        optimizer.step()
+    assert all(layer.role.refused is None for layer in optimizer.layers)
+    assert not any("exp_avg" in state for state in optimizer.state.values())

@@ -606,3 +606,94 @@ def test_compiled_models_take_the_same_steps(compiling):
             optimizer.step()
         assert [layer.name for layer in optimizer.layers] == ["0", "2"]
     assert_close_weights(model, twin)
+
+
+class Codebook(nn.Module):
+    """Vectors that are looked up, and scored in the same pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.codes = nn.Parameter(torch.randn(7, 6))
+        self.double()
+
+    def forward(self, x):
+        scores = x @ self.codes.t()
+        return scores + functional.embedding(scores.argmax(1), self.codes).sum(1, keepdim=True)
+
+
+def test_a_matrix_with_other_uses_is_left_to_adamw():
+    with pytest.warns(UncoveredWarning, match="codes, its module does not multiply inputs by it, or not always"):
+        optimizer = trained(nn.Sequential(Codebook(), nn.Linear(7, 3).double()), 2)
+    assert any("exp_avg" in state for state in optimizer.state.values())
+
+
+def test_transforms_of_torch_func_pass_by():
+    model = Product(lambda x, weight, bias: torch.tanh(x @ weight.t() + bias), 6, 3, turned=False).double()
+    RNGD(model)
+    x = inputs()
+    jacobians = torch.func.vmap(torch.func.jacrev(model))(x)
+    assert jacobians.shape == (len(x), 3, 6)
+
+
+def test_either_operand_of_an_einsum_may_be_the_matrix():
+    model = Product(lambda x, weight, bias: torch.einsum("oi,bi->bo", weight, x) + bias, 6, 3, turned=False)
+    optimizer = trained(nn.Sequential(model).double(), 2)
+    assert optimizer.layers[0].role.refused is None
+
+
+class Recursive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6, dtype=torch.float64))
+
+    def forward(self, x, depth=3):
+        h = torch.tanh(x @ self.weight)
+        return h if depth == 0 else self(h, depth - 1)
+
+
+def test_calls_of_a_module_by_itself_count_once():
+    model, x = Recursive(), inputs()
+    rows, h = [], x
+    for _ in range(4):
+        rows.append(h)
+        h = torch.tanh(h).detach()
+    optimizer = RNGD(model, metric=MetricOptions(structure="neuron"))
+    model(x).square().sum().backward()
+    optimizer.step()
+    expected = layer_metric(torch.cat(rows), torch.eye(6, dtype=torch.float64), None, TanhBernoulli())
+    assert_close(optimizer.metric("").to_dense(), expected.to_dense())
+
+
+def test_errors_of_users_are_told_as_they_are():
+    model = Product(lambda x, weight, bias: x @ weight + bias, 6, 3, turned=True).double()
+    optimizer = RNGD(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.ones(9, 7, dtype=torch.float64))
+    (model(inputs()) - 1).square().sum().backward()
+    optimizer.step()
+    assert optimizer.layers[0].structure is not None
+    assert len(model._forward_hooks) + len(model._forward_pre_hooks) < 12
+
+
+def test_frozen_matrices_are_not_watched():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.frozen = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+            self.left, self.right = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.zeros(2, 6))
+            self.double()
+            self.modes = []
+
+        def forward(self, x):
+            self.modes.append(len(torch.overrides._get_current_function_mode_stack()))
+            return x @ self.frozen + x @ self.left @ self.right
+
+    model = Adapted()
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=100))
+    for _ in range(140):
+        optimizer.zero_grad()
+        model(inputs()).square().sum().backward()
+        optimizer.step()
+    assert sum(bool(each) for each in model.modes[-5:]) == 0

@@ -165,10 +165,13 @@ class Layer(ABC):
             Whether it has this form.
         """
         if self.settled:
-            return (parts, shape) == (self.parts, self.shape)
-        for key in ("_slots", "_views", "widths"):
-            vars(self).pop(key, None)
-        vars(self).update(parts=parts, shape=shape, _settled=True)
+            mine, its = ([(part.view, part.names) for part in each] for each in (self.parts, parts))
+            if (mine, self.shape) != (its, shape):
+                return False
+        else:
+            for key in ("_slots", "_views", "widths"):
+                vars(self).pop(key, None)
+        vars(self).update(parts=parts, shape=shape, _settled=True)  # numbers in what is computed may have changed
         return True
 
     @property
@@ -198,6 +201,11 @@ class Layer(ABC):
         kept, key = self._slots[0]
         weight: Tensor = kept[key]
         return weight
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a parameter is not frozen."""
+        return any(parameter.requires_grad for parameter in self.parameters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -297,25 +305,32 @@ class Layer(ABC):
             own[0] if part.chart is None else part.chart.value(self.module, own) for part, own in self.by_part(values)
         ])
 
-    def gradient(self, gradients: Sequence[Tensor]) -> Float[Tensor, "*g out d"]:
-        """Return the gradient of the layer's matrix, given those of its parameters."""
-        trained = self.by_part(self.parameters)
-        pairs = zip(trained, self.by_part(gradients), strict=True)
-        return self.join([
-            own[0] if part.chart is None else part.chart.gradient(self.module, now, own)
-            for (part, now), (_, own) in pairs
-        ])
+    def gradient(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, "*g out d"]:
+        """Return the gradient of the layer's matrix, given those of its parameters; None for those that do not move."""
+        columns: list[Any] = []
+        for (part, now), (_, own) in zip(self.by_part(self.parameters), self.by_part(gradients), strict=True):
+            if all(each is None for each in own):
+                columns.append(now[0].new_zeros(now[0].shape if part.chart is None else part.chart.shape))
+            else:
+                columns.append(own[0] if part.chart is None else part.chart.gradient(self.module, now, own))
+        return self.join(columns)
 
-    def steps(self, matrix: Float[Tensor, "*g out d"]) -> list[Tensor]:
-        """Return the changes of the parameters that change the layer's matrix by this, in the shapes of `seen`."""
-        found: list[Tensor] = []
-        for (part, now), columns in zip(self.by_part(self.parameters), self.split(matrix), strict=True):
-            if part.chart is None:
-                found.append(columns)
+    def steps(self, matrix: Float[Tensor, "*g out d"], moving: Sequence[Any]) -> list[Tensor | None]:
+        """Return the changes of the parameters that change the layer's matrix by this, in the shapes of `seen`.
+
+        Args:
+            matrix: the change of the matrix.
+            moving: None for parameters that do not move.
+        """
+        found: list[Tensor | None] = []
+        pairs = zip(self.by_part(self.parameters), self.by_part(moving), self.split(matrix), strict=True)
+        for (part, now), (_, own), columns in pairs:
+            if part.chart is None or all(each is None for each in own):
+                found += [columns] if part.chart is None else [None] * len(own)
             else:
                 step = matrix.new_empty(part.chart.shape)
                 part.view(step).copy_(columns)
-                found += part.chart.steps(self.module, now, step)
+                found += part.chart.steps(self.module, now, step, own)
         return found
 
     def seen(self, values: Sequence[Any]) -> list[Any]:

@@ -33,6 +33,12 @@ __all__ = ["Chart", "Computed", "Leaf", "Recorded", "chart_of"]
 _STEPS = 24
 _EXACT = 1e-3
 
+# So many units in the last place of the weight are noise.
+_NOISE = 4
+
+# The relative error of <u, J J' u> in low precision.
+_AGREEING = 0.1
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -54,34 +60,82 @@ class Chart(ABC):
     def value(self, module: nn.Module, trained: Sequence[Tensor]) -> Tensor:
         """Return the weight for values of the trained tensors; nothing is changed."""
 
-    def gradient(self, module: nn.Module, trained: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-        """Return the gradient g of the weight, given J' g for the trained tensors."""
-        pulled, pushed = self._derivative(module, trained)
-        return _least_squares(lambda each: pulled(each[0]), lambda each: (pushed(each),), tuple(gradients))[0]
+    def gradient(self, module: nn.Module, trained: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return the gradient g of the weight, given J' g for the trained tensors; None for those that are fixed."""
+        derivative = _Derivative(self, module, trained, gradients)
+        given = tuple(_precise(each) for each in gradients if each is not None)
+        backward, forward = derivative.pulled, derivative.pushed
+        return _least_squares(lambda each: backward(each[0]), lambda each: (forward(each),), given, derivative.eps)[0]
 
-    def steps(self, module: nn.Module, trained: Sequence[Tensor], step: Tensor) -> list[Tensor]:
-        """Return the smallest changes of the trained tensors that change the weight by a step, or nearly so."""
-        pulled, pushed = self._derivative(module, trained)
-        return list(_least_squares(lambda each: (pushed(each),), lambda each: pulled(each[0]), (step,)))
+    def steps(
+        self, module: nn.Module, trained: Sequence[Tensor], step: Tensor, moving: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """Return the smallest changes of the trained tensors that change the weight by a step, or nearly so.
 
-    def _derivative(
-        self, module: nn.Module, trained: Sequence[Tensor]
-    ) -> tuple[Callable[[Tensor], Tensors], Callable[[Tensors], Tensor]]:
-        """Return the products with J' and with J."""
+        Those that do not move are None in `moving`, and have None as the change.
+        """
+        derivative = _Derivative(self, module, trained, moving)
+        backward, forward = derivative.pulled, derivative.pushed
+        given = (_precise(step),)
+        found = _least_squares(lambda each: (forward(each),), lambda each: backward(each[0]), given, derivative.eps)
+        rest = iter(found)
+        return [None if each is None else next(rest) for each in moving]
+
+    def is_differentiable(self, module: nn.Module) -> bool:
+        """Return whether the weight has the derivative that the steps need: products with J and J' that agree."""
+        parameters = [_stored(module, name) for name in self.names]
+        try:
+            derivative = _Derivative(self, module, parameters, parameters)
+            shape, device = self.shape, parameters[0].device
+            wave = torch.linspace(-1, 1, shape.numel(), device=device).sin().view(shape)
+            pulled = derivative.pulled(wave)
+            size = _square(pulled)
+            product = float((derivative.pushed(pulled) * wave).sum())
+        except RuntimeError:  # the derivative of a step cannot be differentiated
+            return False
+        return abs(product - size) <= _AGREEING * size
+
+
+class _Derivative:
+    """The derivative J of a weight, at the values of the trained tensors that move.
+
+    Args:
+        chart: how the weight is computed.
+        module: its module.
+        trained: the trained tensors.
+        moving: None for those that do not move.
+    """
+
+    def __init__(self, chart: Chart, module: nn.Module, trained: Sequence[Tensor], moving: Sequence[Any]) -> None:
         with torch.enable_grad():
-            inputs = [each.detach().requires_grad_() for each in trained]
-            weight = self.value(module, inputs)
-            dual = torch.zeros_like(weight, requires_grad=True)
-            gradients = torch.autograd.grad(weight, inputs, dual, create_graph=True, materialize_grads=True)
+            every = [each.detach().requires_grad_(at is not None) for each, at in zip(trained, moving, strict=True)]
+            self._inputs = [each for each in every if each.requires_grad]
+            self._weight = chart.value(module, every)
+            self._dual = torch.zeros_like(self._weight, requires_grad=True)
+            options = {"create_graph": True, "materialize_grads": True}
+            self._gradients = torch.autograd.grad(self._weight, self._inputs, self._dual, **options)
+        self.eps = torch.finfo(self._weight.dtype).eps
 
-        def pulled(change: Tensor) -> Tensors:
-            given = change.to(weight.dtype)
-            return torch.autograd.grad(weight, inputs, given, retain_graph=True, materialize_grads=True)
+    def pulled(self, change: Tensor) -> Tensors:
+        """Return the product with J'."""
+        given = change.to(self._weight.dtype)
+        found = torch.autograd.grad(self._weight, self._inputs, given, retain_graph=True, materialize_grads=True)
+        return tuple(_precise(each) for each in found)
 
-        def pushed(changes: Tensors) -> Tensor:
-            return torch.autograd.grad(gradients, dual, changes, retain_graph=True, materialize_grads=True)[0]
+    def pushed(self, changes: Tensors) -> Tensor:
+        """Return the product with J."""
+        pairs = zip(self._gradients, changes, strict=True)
+        live = [(each, change.to(each.dtype)) for each, change in pairs if each.requires_grad]
+        if not live:
+            return _precise(torch.zeros_like(self._weight))
+        outputs, given = zip(*live, strict=True)
+        found = torch.autograd.grad(outputs, self._dual, given, retain_graph=True, materialize_grads=True)
+        return _precise(found[0])
 
-        return pulled, pushed
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return a tensor in single precision at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Parametrized(Chart):
@@ -120,12 +174,16 @@ class _WeightNormed(Chart):
         direction, length = trained
         return direction * (length / self._norm(direction))
 
-    def gradient(self, module: nn.Module, trained: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    def gradient(self, module: nn.Module, trained: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the sum of the gradient along v, which is that of g, and across v."""
         unit, ratio = self._geometry(trained)
-        return unit * gradients[1] + ratio * gradients[0]
+        across, along = gradients
+        found = torch.zeros_like(unit) if across is None else ratio * across
+        return found if along is None else found + unit * along
 
-    def steps(self, module: nn.Module, trained: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+    def steps(
+        self, module: nn.Module, trained: Sequence[Tensor], step: Tensor, moving: Sequence[Any]
+    ) -> list[Tensor | None]:
         """Return the step across v, and along it."""
         unit, ratio = self._geometry(trained)
         product = step * unit
@@ -271,7 +329,7 @@ def _hook(module: nn.Module, kind: type[Any], attribute: str) -> Any:
 
 
 def _least_squares(
-    forward: Callable[[Tensors], Tensors], backward: Callable[[Tensors], Tensors], target: Tensors
+    forward: Callable[[Tensors], Tensors], backward: Callable[[Tensors], Tensors], target: Tensors, eps: float
 ) -> Tensors:
     """Return nearly the smallest x that makes A x nearest to a target, by conjugate gradients (Hestenes, Stiefel 1952).
 
@@ -279,17 +337,21 @@ def _least_squares(
         forward: the product with A.
         backward: the product with A'.
         target: the target.
+        eps: the precision of the products.
     """
     rest = list(target)
     slope = list(backward(target))
     x, direction = [torch.zeros_like(each) for each in slope], slope
     size = _square(slope)
-    small = size * _EXACT**2
+    small = size * max(_EXACT, _NOISE * eps) ** 2
     for _ in range(_STEPS):
         if size <= small:
             break
         image = forward(tuple(direction))
-        length = size / _square(image)
+        curvature = _square(image)
+        if curvature == 0:
+            break
+        length = size / curvature
         x = [each + length * along for each, along in zip(x, direction, strict=True)]
         rest = [each - length * along for each, along in zip(rest, image, strict=True)]
         slope = list(backward(tuple(rest)))

@@ -278,6 +278,9 @@ def _reason(
             return "a parametrization computes a parameter from it"
         bases = [base for kind in _KINDS for base in kind.kinds if isinstance(module, base)]
         return next((reason for base in bases if (reason := _changed(module, base))), None)
+    charts = [part.chart for found in layers for part in found.parts if part.chart is not None]
+    if not all(chart.is_differentiable(module) for chart in charts):
+        return "the derivative of its parametrization cannot be differentiated"
     names = [name for found in layers for name in found.names]
     if not all(_is_stored(module, name) for name in names):
         return "the weight is computed from it"

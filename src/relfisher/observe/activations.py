@@ -33,6 +33,7 @@ __all__ = [
     "register_activation",
     "response_of",
     "response_of_module",
+    "without_wrapper",
 ]
 
 #: An activation: a module class, or a function of torch.
@@ -206,6 +207,13 @@ def canonical_name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", repr(function))
     stripped = name.strip("_")
     return stripped[1:] if name.startswith(("__r", "__i")) and stripped[1:] in JOINING else stripped
+
+
+def without_wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch in a form that can be pickled."""
+    if getattr(function, "__qualname__", "").startswith("TensorBase."):  # the wrapper of an operator
+        return getattr(function, "__wrapped__", function)
+    return function
 
 
 def is_softmax_call(name: str, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

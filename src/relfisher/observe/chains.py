@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from relfisher.observe.activations import POINTWISE, canonical_name
+from relfisher.observe.activations import POINTWISE, canonical_name, without_wrapper
 
 __all__ = ["Chain", "Start", "continued"]
 
@@ -17,20 +17,6 @@ _AFFINE = frozenset({"add", "sub", "rsub", "mul", "div", "truediv", "neg", "posi
 
 # A chain that is longer is no activation.
 _LONGEST = 32
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A tensor of one number, which no gradient flows to."""
-
-    value: float
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Return the number as a tensor beside pre-activations."""
-        return z.new_tensor(self.value)
-
-    def __repr__(self) -> str:
-        return repr(self.value)
 
 
 @dataclass(frozen=True)
@@ -64,7 +50,7 @@ class Chain:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the function of pre-activations."""
-        args = [each(z) if isinstance(each, Start | Chain | _Constant) else each for each in self.args]
+        args = [each(z) if isinstance(each, Start | Chain) else each for each in self.args]
         result: Tensor = self.function(*args, **dict(self.options))
         return result
 
@@ -117,9 +103,7 @@ def continued(
     if any(each is NotImplemented for each in operands):
         return None
     options = tuple(sorted((key, value) for key, value in kwargs.items() if key != "inplace"))
-    if getattr(function, "__qualname__", "").startswith("TensorBase."):  # a wrapper, which cannot be pickled
-        function = getattr(function, "__wrapped__", function)
-    chain = Chain(function, tuple(operands), options)
+    chain = Chain(without_wrapper(function), tuple(operands), options)
     return chain if chain.parts and chain.size <= _LONGEST + 1 and _is_smooth(chain) else None
 
 
@@ -127,10 +111,7 @@ def _operand(given: Any, chains: Mapping[int, Start | Chain]) -> Any:
     """Return an argument as the argument of a chain; NotImplemented if it is another tensor."""
     if id(given) in chains:
         return chains[id(given)]
-    if not isinstance(given, Tensor):
-        return given
-    constant = given.numel() == 1 and not given.requires_grad and given.grad_fn is None
-    return _Constant(given.item()) if constant else NotImplemented
+    return NotImplemented if isinstance(given, Tensor) else given
 
 
 def _is_smooth(chain: Chain) -> bool:
@@ -140,5 +121,6 @@ def _is_smooth(chain: Chain) -> bool:
         exponent = chain.args[1] if len(chain.args) == 2 else None
         return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
     if name in ("div", "truediv"):
-        return len(chain.args) == 2 and isinstance(chain.args[0], Start | Chain) and len(chain.parts) == 1
+        reflected = chain.function.__name__.startswith("__r")  # a number divided by the pre-activation
+        return not reflected and isinstance(chain.args[0], Start | Chain) and len(chain.parts) == 1
     return True

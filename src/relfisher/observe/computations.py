@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from relfisher.layers import Chart, Computed, Leaf, Recorded, own_parameters
-from relfisher.observe.activations import canonical_name
+from relfisher.observe.activations import canonical_name, without_wrapper
 
 __all__ = ["Computations"]
 
@@ -27,11 +27,13 @@ class Computations:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._trained = {name: each for name, each in own_parameters(module).items() if each.requires_grad}
         kept = {**own_parameters(module), **dict(module.named_buffers(recurse=False))}
         self._nodes: dict[int, tuple[Leaf | Computed, Tensor]] = {
             id(each): (Leaf(name), each) for name, each in kept.items()
         }
+        self._versions: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
 
     def after(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -41,28 +43,49 @@ class Computations:
             return
         made = result if isinstance(result, tuple) else (result,)
         size = 1 + sum(self._sizes.get(id(each), 0) for each in given)
-        known = all(id(each) in self._nodes for each in given) and not _changes(func, args, kwargs)
+        changed = {id(each) for each in made}  # by this function, at most
+        known = all(self._is_as_noted(each, id(each) in changed) for each in given) and not _changes(func, args, kwargs)
         if not known or size > _LONGEST or not all(isinstance(each, Tensor) and each.requires_grad for each in made):
             for each in [*made, *args[: canonical_name(func) == "setitem"]]:
                 self._nodes.pop(id(each), None)  # what it was may have been overwritten
             return
         options = tuple(sorted((name, self._operand(each)) for name, each in kwargs.items()))
-        node = Computed(func, tuple(self._operand(each) for each in args), options)
+        operands = tuple(self._operand(each) for each in args)
+        if canonical_name(func) == "get":  # an attribute, such as `mT`, whose getter cannot be copied
+            func, operands = getattr, (*operands, func.__self__.__name__)  # type: ignore[attr-defined]  # a method
+        node = Computed(without_wrapper(func), operands, options)
         for place, each in enumerate(made):
             self._nodes[id(each)] = (node if made is not result else Computed(_item, (node, place), ()), each)
+            self._versions[id(each)] = each._version
             self._sizes[id(each)] = size
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a parameter or buffer, or computed from them alone."""
+        return self._is_as_noted(tensor)
+
+    def _is_as_noted(self, tensor: Tensor, changes: int = 0) -> bool:
+        """Return whether a tensor is known, and was changed so many times since."""
+        return (
+            id(tensor) in self._nodes and tensor._version - self._versions.get(id(tensor), tensor._version) <= changes
+        )
+
+    def names(self, tensor: Tensor) -> set[str]:
+        """Return the names of the parameters and buffers that a tensor is, or is computed from."""
+        node = self._nodes.get(id(tensor), (None,))[0]
+        return set() if node is None else {node.name} if isinstance(node, Leaf) else node.leaves
 
     def chart(self, tensor: Any) -> Chart | None:
         """Return how a tensor is computed from one parameter of its shape, and maybe others; None if it is not."""
         node = self._nodes.get(id(tensor), (None,))[0]
-        if not isinstance(node, Computed):
+        if not isinstance(node, Computed) or not self.holds(tensor):
             return None
         names = [name for name in self._trained if name in node.leaves]
         alike = [name for name in names if self._trained[name].shape == tensor.shape]
         if len(alike) != 1:
             return None
         others = (name for name in names if name != alike[0])
-        return Recorded(alike[0], (alike[0], *others), tensor.shape, node)
+        found = Recorded(alike[0], (alike[0], *others), tensor.shape, node)
+        return found if found.is_differentiable(self._module) else None
 
     def _operand(self, given: Any) -> Any:
         if isinstance(given, list | tuple):

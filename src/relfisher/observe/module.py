@@ -250,6 +250,7 @@ def _run(
         with unobserved(), undisturbed(model), trace:
             output = model(**inputs) if isinstance(inputs, Mapping) else model(*arguments)
     finally:
+        trace.remove_hooks()
         for handle in handles:
             handle.remove()
     roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])

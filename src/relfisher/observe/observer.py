@@ -198,7 +198,10 @@ class Observer:
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module is needed for statistics or roles."""
-        return any(self._is_due(layer) or layer not in self.roles for layer in self._layers[module])
+        return any(
+            (self._is_due(layer) or layer not in self.roles) and (layer.is_trained or not layer.operation)
+            for layer in self._layers[module]
+        )
 
     def _is_due(self, layer: Layer) -> bool:
         """Return whether a layer's statistics are due."""
@@ -293,10 +296,10 @@ class Observer:
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module is not self._pass.model:
             return
-        trace, ran = self._pass.end()
+        error = sys.exc_info()[1] if output is None else None
+        trace, ran = self._pass.end(error)
         missed = self._operations.missed()
-        raised = output is None and sys.exc_info()[0] is not None
-        if trace is None or raised:
+        if trace is None or error is not None:
             return
         self._refuse(trace, missed)
         if ran:
@@ -307,16 +310,14 @@ class Observer:
     def _unknown(self) -> set[Layer]:
         """Return the trained layers whose role is not known yet."""
         return {
-            layer
-            for layer in self._samplers
-            if layer not in self.roles and any(parameter.requires_grad for parameter in layer.parameters)
+            layer for layer in self._samplers if layer not in self.roles and layer.is_trained
         } - self._outputs.keys()
 
     def _refuse(self, trace: Trace, missed: Sequence[Layer]) -> None:
         """Drop the layers that cannot have a metric after all, and warn."""
         new = self._samplers.keys() - self.roles.keys()
         tied = roles_of(trace, [layer for layer in trace.misused if layer in new])
-        unseen = [layer for layer in missed if layer in new - self._outputs.keys() - tied.keys()]
+        unseen = [layer for layer in missed if layer in new - self._outputs.keys() - tied.keys() and layer.is_trained]
         refused = {**tied, **{layer: unseen_role(layer) for layer in unseen}}
         for layer in refused:
             self._layers[layer.module].remove(layer)

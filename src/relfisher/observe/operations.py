@@ -63,6 +63,7 @@ class Operations:
         watch = None
         if torch.is_grad_enabled() and self._wanted(module):
             watch = _Watch(self._layers[module], self._found)
+            self._pause(module, paused=True)
             self._here.watched = dict.fromkeys(self._layers[module], False) | self._here.watched
             watch.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
         self._here.open.append((module, watch))
@@ -75,8 +76,16 @@ class Operations:
         if self._here.open and self._here.open[-1][0] is module:
             watch = self._here.open.pop()[1]
             if watch is not None:
-                self._here.watched.update(dict.fromkeys(watch.finish(), False))
+                mixed = watch.finish() | _sharing(self._layers[module])
+                self._here.watched.update(dict.fromkeys(mixed, False))
                 watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
+                self._pause(module, paused=False)
+
+    def _pause(self, module: nn.Module, *, paused: bool) -> None:
+        """Pause the watch of a module that calls itself, or go on with it."""
+        outer = next((watch for opened, watch in reversed(self._here.open) if opened is module and watch), None)
+        if outer is not None:
+            outer.paused = paused
 
 
 class _Here(threading.local):
@@ -95,29 +104,46 @@ class _Watch(TorchFunctionMode):
         matrices = [layer for layer in layers if isinstance(layer, LinearOperation)]
         self._layers = [layer for layer in layers if layer not in matrices]
         self._computations = Computations(layers[0].module)
-        self._products = Products(matrices, self._computations.chart, see)
+        self._products = Products(matrices, self._computations, see)
         self._see = see
+        self._seen: set[Layer] = set()
+        self._mixed: set[Layer] = set()
+        self.paused = False
 
     @_disable_dynamo  # dynamo must not compile the watching
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         name = canonical_name(func)
         self._products.before(name, args, kwargs)
         result = func(*args, **kwargs)
-        self._products.after(name, args, kwargs, result)
         self._computations.after(func, args, kwargs, result)
+        self._products.after(name, args, kwargs, result)
         for layer in [layer for layer in self._layers if layer.operation == name]:
-            call = Call(args, kwargs, result)
+            call, before = Call(args, kwargs, result), layer.parts
             if layer.is_of(call, self._computations.chart):
+                if layer in self._seen and layer.parts != before:
+                    self._mixed.add(layer)
+                self._seen.add(layer)
                 self._see(layer, call, result)
         return result
 
-    def finish(self) -> set[LinearOperation]:
+    def finish(self) -> set[Layer]:
         """See what the module returned; return the layers that it used in different ways."""
         self._products.finish()
-        return self._products.mixed
+        return self._products.mixed | self._mixed
+
+
+def _sharing(layers: Sequence[Layer]) -> set[Layer]:
+    """Return the layers of a module that turned out to have a parameter in common."""
+    owners: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for name in layer.names if layer.settled else ():
+            owners.setdefault(name, []).append(layer)
+    return {layer for each in owners.values() if len(each) > 1 for layer in each}
 
 
 def is_inside(layer: Layer, others: Iterable[Layer]) -> bool:

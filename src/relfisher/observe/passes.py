@@ -37,21 +37,26 @@ class Pass(threading.local):
         self.random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self.mask: Tensor | None = None
         self.masking: list[bool] = []
+        self._failed: Trace | None = None  # the trace that ended by an error, whose hooks are still there
 
     def start_trace(self, layers: Iterable[Layer], responses: Responses) -> Trace | None:
         """Start the trace of the pass; return None if it is traced already, is for evaluation, or there is no pass."""
         if self.model is None or self.trace is not None or not torch.is_grad_enabled():
             return None
+        if self._failed is not None:
+            self._failed.remove_hooks()
+            self._failed = None
         self.trace = Trace(layers, self.model, running=True, inputs=self.inputs, responses=responses)
         return self.trace.__enter__()
 
-    def end(self) -> tuple[Trace | None, list[Layer]]:
-        """End the pass; return its trace, without tensors, and the layers that ran in it."""
+    def end(self, error: BaseException | None = None) -> tuple[Trace | None, list[Layer]]:
+        """End the pass, maybe by an error; return its trace, without tensors, and the layers that ran in it."""
         trace, ran = self.trace, list(self.ran)
         self.model, self.inputs, self.trace, self.ran = None, [], None, {}
         if trace is not None:
-            trace.__exit__(None, None, None)
+            trace.__exit__(None, error, None)
             trace.forget()
+            self._failed = trace if error is not None else None
         return trace, ran
 
 

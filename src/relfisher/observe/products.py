@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from relfisher.layers import Call, Chart, Layer, LinearOperation
+from relfisher.observe.computations import Computations
 from relfisher.observe.takers import tensors_in
 
-__all__ = ["Product", "Products", "product"]
+__all__ = ["Product", "Products", "products"]
 
 See = Callable[[Layer, Call, Tensor], None]
 
@@ -61,20 +62,21 @@ class Products:
 
     Args:
         matrices: the matrices.
-        chart: returns how a tensor is computed from parameters; None if it is not.
+        computations: how tensors are computed from parameters.
         see: called with each layer, the call with its input, and the output.
 
     Attributes:
-        mixed: the matrices with products of different forms.
+        mixed: the matrices with products of different forms, or other uses.
     """
 
-    def __init__(self, matrices: Iterable[LinearOperation], chart: Callable[[Any], Chart | None], see: See) -> None:
+    def __init__(self, matrices: Iterable[LinearOperation], computations: Computations, see: See) -> None:
         self._matrices = {id(matrix.weight): matrix for matrix in matrices}
         self._named = {matrix.parts[0].attribute: matrix for matrix in self._matrices.values()}
-        self._chart = chart
+        self._computations = computations
+        self._charts: dict[LinearOperation, Chart | None] = {}
         self._biases = {id(bias) for matrix in matrices if (bias := matrix.bias) is not None}
         self._see = see
-        self.mixed: set[LinearOperation] = set()
+        self.mixed: set[Layer] = set()
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # matrices and their transposes, by these
         self._reshaped: dict[int, tuple[Tensor, Tensor]] = {}  # biases and their views, by these
         self._open: dict[int, tuple[LinearOperation, Product, Tensor]] = {}  # products that nothing has used, by z
@@ -104,8 +106,8 @@ class Products:
             self._turned[id(result)] = args[0], result
         elif args and id(args[0]) in self._biases and _is_view(args[0], result):
             self._reshaped[id(result)] = args[0], result
-        else:
-            self._note(product(name, args, kwargs, result), result)
+        elif not any(self._note(found, result) for found in products(name, args, kwargs, result)):
+            self._note_use(args, kwargs, result)
 
     def finish(self) -> None:
         """See the products that nothing has used."""
@@ -115,32 +117,45 @@ class Products:
     def _bias(self, given: Any) -> Any:
         return self._reshaped.get(id(given), (given,))[0]
 
-    def _note(self, found: Product | None, z: Any) -> None:
-        if found is None:
+    def _note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note matrices that a function takes together with data, other than to multiply by them."""
+        given = list(tensors_in([*args, *kwargs.values()]))
+        if not any(each.requires_grad for each in tensors_in(result if isinstance(result, tuple) else [result])):
             return
+        if all(self._computations.holds(each) for each in given):
+            return
+        for each in given:
+            whole = self._turned.get(id(each), (each,))[0]
+            names = self._computations.names(whole)
+            self.mixed |= {self._named[name] for name in names if name in self._named}
+
+    def _note(self, found: Product, z: Any) -> bool:
+        """Note a product, if it is one of data with a matrix."""
         whole = self._turned.get(id(found.weight), (None,))[0]
         if whole is not None:
             found = found._replace(weight=whole, turned=not found.turned)
-        chart = self._chart(found.weight)
+        chart = self._computations.chart(found.weight)
         matrix = self._matrices.get(id(found.weight)) if chart is None else self._named.get(chart.attribute)
-        if matrix is None:
-            return
+        if matrix is None or self._computations.holds(found.given):
+            return False
         found = found._replace(chart=chart)
         if found.bias is None and matrix.bias is not None:
             self._open[id(z)] = matrix, found, z
         else:
             is_bias = self._bias(found.bias) is matrix.bias and found.bias is not None and found.is_added(found.bias, z)
             self._found(matrix, found._replace(bias=matrix.bias if is_bias else None), z)
+        return True
 
     def _found(self, matrix: LinearOperation, found: Product, z: Tensor) -> None:
-        if matrix.settle_as(turned=found.turned, with_bias=found.bias is not None, chart=found.chart):
+        alike = self._charts.setdefault(matrix, found.chart) == found.chart
+        if alike and matrix.settle_as(turned=found.turned, with_bias=found.bias is not None, chart=found.chart):
             self._see(matrix, Call((found.x, found.given), {}, found.arranged(z)), z)
         else:
             self.mixed.add(matrix)
 
 
-def product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], z: Any) -> Product | None:
-    """Return what a function multiplied; None if it is no such product.
+def products(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], z: Any) -> list[Product]:
+    """Return what a function multiplied: of two operands, each may be the weight. There is none if it is no product.
 
     Args:
         name: the canonical name of the function.
@@ -151,14 +166,16 @@ def product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], z: Any)
     match name, args:
         case "linear", _:
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-            return Product(given["input"], given["input"], given["weight"], given.get("bias"), turned=False)
+            return [Product(given["input"], given["input"], given["weight"], given.get("bias"), turned=False)]
         case (("matmul" | "mm" | "bmm"), (Tensor() as x, Tensor() as weight)) if not kwargs:
-            return _of_matrices(x, weight, None, z)
+            found = [_of_matrices(x, weight, None, z)]
         case (("addmm" | "baddbmm"), (bias, Tensor() as x, Tensor() as weight)) if not kwargs:
-            return _of_matrices(x, weight, bias, z)
+            found = [_of_matrices(x, weight, bias, z)]
         case "einsum", ((str(equation), Tensor() as one, Tensor() as other) | (str(equation), [one, other])):
-            return _of_equation(equation, one, other) or _of_equation(_swapped(equation), other, one)
-    return None
+            found = [_of_equation(equation, one, other), _of_equation(_swapped(equation), other, one)]
+        case _:
+            found = []
+    return [each for each in found if each is not None]
 
 
 def _of_matrices(x: Tensor, weight: Tensor, bias: Any, z: Tensor) -> Product | None:
@@ -223,13 +240,18 @@ def _is_turned(matrix: Any, result: object) -> bool:
         and result is not matrix
         and result.shape == (*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-2])
         and result.stride() == (*matrix.stride()[:-2], matrix.stride(-1), matrix.stride(-2))
-        and result.data_ptr() == matrix.data_ptr()
+        and _is_of_memory(matrix, result)
     )
+
+
+def _is_of_memory(whole: Tensor, view: Tensor) -> bool:
+    """Return whether a tensor is a view of another one from its first number on, outside of torch.func transforms."""
+    return view._base is whole and view.storage_offset() == whole.storage_offset()
 
 
 def _is_view(bias: Any, result: object) -> bool:
     """Return whether a result has the numbers of a bias in another shape."""
-    if not isinstance(result, Tensor) or result is bias or result.data_ptr() != bias.data_ptr():
+    if not isinstance(result, Tensor) or result is bias or not _is_of_memory(bias, result):
         return False
     mine, its = (
         [pair for pair in zip(each.shape, each.stride(), strict=True) if pair[0] > 1] for each in (bias, result)

@@ -89,6 +89,11 @@ class Trace(TorchFunctionMode):
     def __exit__(self, *raised: object) -> None:
         """Stop tracing."""
         super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+        if not any(raised):
+            self.remove_hooks()
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks, which an error leaves there: torch goes through them then, and they must not change."""
         while self._handles:
             self._handles.pop().remove()
 

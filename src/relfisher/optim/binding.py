@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relfisher.layers import Layer, discover
+from relfisher.layers import Layer, discover, own_parameters
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
@@ -146,5 +146,7 @@ def _homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict
 def _not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """Return the names of the layer's parameters that are in no group."""
     given = {id(parameter) for group in groups for parameter in group["params"]}
-    pairs = zip(layer.names, layer.parameters, strict=True)
-    return frozenset(name for name, parameter in pairs if id(parameter) not in given)
+    found = dict(zip(layer.names, layer.parameters, strict=True))
+    if not layer.settled:  # any parameter of its module may turn out to be one of its own
+        found |= own_parameters(layer.module)
+    return frozenset(name for name, parameter in found.items() if id(parameter) not in given)

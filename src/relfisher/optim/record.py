@@ -105,20 +105,18 @@ class Record:
 
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, with 0 for parts not owned; None if no part has a gradient."""
-        parameters = self.layer.parameters
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in self.layer.parameters]
         if self.not_owned:
             pairs = zip(self.layer.names, gradients, strict=True)
             gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
         if all(gradient is None for gradient in gradients):
             return None
-        given = zip(parameters, gradients, strict=True)
-        return self.layer.gradient([torch.zeros_like(like) if each is None else _dense(each) for like, each in given])
+        return self.layer.gradient([None if each is None else _dense(each) for each in gradients])
 
     def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
         """Add `scale * step` in place to the owned parts that have a gradient."""
         moving = self._moving()
-        for target, change in zip(self.layer.seen(moving), self.layer.steps(step), strict=True):
+        for target, change in zip(self.layer.seen(moving), self.layer.steps(step, moving), strict=True):
             if target is not None:
                 target.add_(change, alpha=scale)
 
@@ -129,7 +127,7 @@ class Record:
             if parameter is not None:
                 parameter.grad = _dense(parameter.grad)
             found.append(None if parameter is None else parameter.grad)
-        for target, change in zip(self.layer.seen(found), self.layer.steps(gradient), strict=True):
+        for target, change in zip(self.layer.seen(found), self.layer.steps(gradient, found), strict=True):
             if target is not None:
                 target.copy_(change)
 

@@ -72,5 +72,5 @@ def _rows(layer: Layer, module: nn.Module, arguments: tuple[Any, ...]) -> Rows:
 
 
 def _add(layer: Layer, step: Tensor, scale: float) -> None:
-    for target, change in zip(layer.seen(layer.parameters), layer.steps(step), strict=True):
+    for target, change in zip(layer.seen(layer.parameters), layer.steps(step, layer.parameters), strict=True):
         target.add_(change, alpha=scale)
