@@ -1,6 +1,7 @@
 """Weights that a forward pass computes from the parameters of its module have a metric, pulled back to these."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import relfisher
-from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher import RNGD, AdamWOptions, MetricOptions, Preconditioner
 from relfisher.layers import discover
 from relfisher.observe import UncoveredWarning
 from relfisher.responses import TanhBernoulli
@@ -361,3 +362,23 @@ def test_a_weight_that_is_unfrozen_has_its_metric_then():
         optimizer.step()
     assert all(layer.role.refused is None for layer in optimizer.layers)
     assert not any("exp_avg" in state for state in optimizer.state.values())
+
+
+def test_a_gain_that_turns_out_to_belong_to_a_layer_is_not_said_to_be_without_a_metric():
+    model = nn.Sequential(Of(lambda module: module.gain[:, None] * module.weight, takes_gain=True))
+    model[0].gain = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = RNGD(model, fallback=AdamWOptions(max_share=0.0))
+        model(torch.randn(9, 6, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    assert all(float(state.get("step", 0)) == 0 for state in optimizer.state.values())
+
+
+def test_a_parameter_that_turns_out_to_belong_to_none_is_said_to_be():
+    model = nn.Sequential(Of(lambda module: module.weight, takes_gain=True))
+    model[0].gain = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = RNGD(model)
+    model(torch.randn(9, 6, dtype=torch.float64)).square().sum().backward()
+    with pytest.warns(UncoveredWarning, match=r"AdamW trains 1 of 3 parameters, 22 %.* Of \(0\.gain\)"):
+        optimizer.step()

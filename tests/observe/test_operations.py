@@ -697,3 +697,32 @@ def test_frozen_matrices_are_not_watched():
         model(inputs()).square().sum().backward()
         optimizer.step()
     assert sum(bool(each) for each in model.modes[-5:]) == 0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["a traced pass", "a later pass"])
+def test_an_interrupted_pass_leaves_nothing_behind(first):
+    class Interrupted(OwnForward):
+        at = None
+
+        def forward(self, x):
+            if self.at == 0:
+                raise KeyboardInterrupt
+            self.at = None if self.at is None else self.at - 1
+            return super().forward(x)
+
+    model = nn.Sequential(OwnForward(6, 5), nn.Tanh(), Interrupted(5, 3)).double()
+    twin = copy.deepcopy(model)
+    options = MetricOptions(stats_interval=1)
+    optimizers = RNGD(model, metric=options), RNGD(twin, metric=options)
+    for step in range(4):
+        if step == (0 if first else 2):
+            model[2].at = 0
+            with pytest.raises(KeyboardInterrupt):
+                model(inputs())
+            model[2].at = None
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            cross_entropy(each(inputs(step)), torch.arange(len(inputs())) % 3).backward()
+            optimizer.step()
+        assert not torch.overrides._get_current_function_mode_stack()
+    assert_same_weights(model, twin)

@@ -275,7 +275,7 @@ class Observer:
         self._new.update(roles)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._pass.model is not None:
+        if self._pass.is_inside(model, self._operations.abandon):
             return  # a part of the module that was called
         inputs = [*args, *kwargs.values()]
         if model is not self.model():  # what other parts have computed is not raw

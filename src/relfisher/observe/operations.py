@@ -54,6 +54,11 @@ class Operations:
             module.register_forward_hook(leave, always_call=True, prepend=True),
         ]
 
+    def abandon(self) -> list[TorchFunctionMode]:
+        """Forget the watches that an interrupt has left open, and return them."""
+        opened, self._here.open = self._here.open, []
+        return [watch for _, watch in opened if watch is not None]
+
     def missed(self) -> list[Layer]:
         """Return the layers whose modules ran since the last call, without an operation on their parameters."""
         watched, self._here.watched = self._here.watched, {}

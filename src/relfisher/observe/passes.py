@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from relfisher.layers import Layer
 from relfisher.observe.activations import Responses
@@ -49,6 +53,26 @@ class Pass(threading.local):
         self.trace = Trace(layers, self.model, running=True, inputs=self.inputs, responses=responses)
         return self.trace.__enter__()
 
+    def is_inside(self, entered: nn.Module, abandon: Callable[[], list[TorchFunctionMode]]) -> bool:
+        """Return whether a pass goes on when a module is entered; end one that was left by an interrupt.
+
+        Args:
+            entered: the module, whose own call does not count.
+            abandon: returns the modes of others that the interrupt has left.
+        """
+        if self.model is None:
+            return False
+        frame: FrameType | None = sys._getframe()
+        calls = -int(entered is self.model)
+        while frame is not None:
+            calls += frame.f_code is _CALL and frame.f_locals.get("self") is self.model
+            frame = frame.f_back
+        if calls > 0:
+            return True
+        trace, _ = self.end(KeyboardInterrupt())
+        _take_off([*abandon(), *([] if trace is None else [trace])])
+        return False
+
     def end(self, error: BaseException | None = None) -> tuple[Trace | None, list[Layer]]:
         """End the pass, maybe by an error; return its trace, without tensors, and the layers that ran in it."""
         trace, ran = self.trace, list(self.ran)
@@ -58,6 +82,18 @@ class Pass(threading.local):
             trace.forget()
             self._failed = trace if error is not None else None
         return trace, ran
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def _take_off(stale: Collection[TorchFunctionMode]) -> None:
+    """Take modes off the stack, and keep all others in their order."""
+    count = _len_torch_function_stack()
+    kept = [_pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]  # torch has no types here
+    for mode in reversed(kept):
+        if mode not in stale:
+            _push_mode(mode)  # type: ignore[no-untyped-call]  # as above
 
 
 def counts(layer: Layer, z: Tensor) -> bool:

@@ -40,6 +40,8 @@ class Binding:
         self.place: dict[Layer, int] = {}
         self._options = options
         self._max_share = max_share
+        self._lost: set[Layer] = set()  # layers that turned out to have no metric
+        self._waiting = False  # whether layers have yet to show what is trained
         options.check(self.known)
 
     def halves(self, group: Any, model: nn.Module | None, *, again: bool) -> list[dict[str, Any]]:
@@ -93,7 +95,11 @@ class Binding:
     def tell(self, model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
         """Warn about parameters in the groups that have no metric, once each; raise ValueError if they are too many."""
         if model is not None:
-            found = uncovered(model, self.refused, groups)
+            open_ = [layer for layer in self.place if not layer.settled and layer not in self._lost]
+            self._waiting = bool(open_)
+            inside = {id(p) for layer in open_ for p in own_parameters(layer.module).values()}
+            kept = {id(p) for layer in self.place if layer not in self._lost for p in layer.parameters}
+            found = uncovered(model, self.refused, groups, inside | kept)
             if found.share > self._max_share:
                 raise ValueError(
                     f"fallback.max_share is {self._max_share:g}, but AdamW would train "
@@ -107,9 +113,10 @@ class Binding:
         Raises:
             ValueError: if AdamW would train too many parameters then.
         """
-        if layers and model is not None:
+        if (layers or self._waiting) and model is not None:
             names = names_of(model)
-            kept = {id(p) for layer in self.place if layer not in layers for p in layer.parameters}
+            self._lost |= layers.keys()
+            kept = {id(p) for layer in self.place if layer not in self._lost for p in layer.parameters}
             lost = [(p, reason) for layer, reason in layers.items() for p in layer.parameters if id(p) not in kept]
             self.refused = {**self.refused, **{names[id(parameter)]: reason for parameter, reason in lost}}
             self._told += [parameter for parameter, _ in lost]

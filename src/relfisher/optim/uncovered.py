@@ -51,13 +51,16 @@ class Uncovered(NamedTuple):
         return f"{counts}, for want of a metric. {each}. {how}"
 
 
-def uncovered(model: nn.Module, refused: Mapping[str, str], groups: Iterable[Mapping[str, Any]]) -> Uncovered:
+def uncovered(
+    model: nn.Module, refused: Mapping[str, str], groups: Iterable[Mapping[str, Any]], others: Collection[int] = ()
+) -> Uncovered:
     """Return the parameters in the groups that have no metric, unless a `structure` leaves them to AdamW.
 
     Args:
         model: the model.
         refused: why parameters of the model have no metric, by name.
         groups: all groups of the optimizer.
+        others: the identities of parameters that have a metric after all, or may turn out to have one.
     """
     names = names_of(model)
     reasons = {id(p): refused.get(name) for p in model.parameters() if (name := names[id(p)])}
@@ -65,7 +68,7 @@ def uncovered(model: nn.Module, refused: Mapping[str, str], groups: Iterable[Map
     left = [
         (p, reason)
         for kind, p in trained
-        if (reason := reasons.get(id(p), _FOREIGN if kind == ADAMW else None)) is not None
+        if (reason := reasons.get(id(p), _FOREIGN if kind == ADAMW else None)) is not None and id(p) not in others
     ]
     total = sum(p.numel() for _, p in trained)
     return Uncovered(model, left, len(trained), sum(p.numel() for p, _ in left) / total if total else 0.0)
