@@ -22,7 +22,6 @@ from relfisher import RNGD
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"digits", "program", "run"})
 EVALUATIONS = 20
-RNGD_NAMES = ("RNGD", "RNGD, recipe")
 
 
 def methods_of(program):

@@ -168,6 +168,8 @@ class Layer(ABC):
             mine, its = ([(part.view, part.names) for part in each] for each in (self.parts, parts))
             if (mine, self.shape) != (its, shape):
                 return False
+        elif not all(part.chart is None or part.chart.is_differentiable(self.module) for part in parts):
+            return False
         else:
             for key in ("_slots", "_views", "widths"):
                 vars(self).pop(key, None)

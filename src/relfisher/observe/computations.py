@@ -27,9 +27,9 @@ class Computations:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._trained = {name: each for name, each in own_parameters(module).items() if each.requires_grad}
-        kept = {**own_parameters(module), **dict(module.named_buffers(recurse=False))}
+        own = own_parameters(module)
+        self._trained = {name: each for name, each in own.items() if each.requires_grad}
+        kept = {**own, **dict(module.named_buffers(recurse=False))}
         self._nodes: dict[int, tuple[Leaf | Computed, Tensor]] = {
             id(each): (Leaf(name), each) for name, each in kept.items()
         }
@@ -44,7 +44,7 @@ class Computations:
         made = result if isinstance(result, tuple) else (result,)
         size = 1 + sum(self._sizes.get(id(each), 0) for each in given)
         changed = {id(each) for each in made}  # by this function, at most
-        known = all(self._is_as_noted(each, id(each) in changed) for each in given) and not _changes(func, args, kwargs)
+        known = all(self.holds(each, id(each) in changed) for each in given) and not _changes(func, args, kwargs)
         if not known or size > _LONGEST or not all(isinstance(each, Tensor) and each.requires_grad for each in made):
             for each in [*made, *args[: canonical_name(func) == "setitem"]]:
                 self._nodes.pop(id(each), None)  # what it was may have been overwritten
@@ -59,12 +59,13 @@ class Computations:
             self._versions[id(each)] = each._version
             self._sizes[id(each)] = size
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is a parameter or buffer, or computed from them alone."""
-        return self._is_as_noted(tensor)
+    def holds(self, tensor: Tensor, changes: int = 0) -> bool:
+        """Return whether a tensor is a parameter or buffer, or computed from them alone.
 
-    def _is_as_noted(self, tensor: Tensor, changes: int = 0) -> bool:
-        """Return whether a tensor is known, and was changed so many times since."""
+        Args:
+            tensor: any tensor.
+            changes: how often it may have been changed in place since.
+        """
         return (
             id(tensor) in self._nodes and tensor._version - self._versions.get(id(tensor), tensor._version) <= changes
         )
@@ -84,8 +85,7 @@ class Computations:
         if len(alike) != 1:
             return None
         others = (name for name in names if name != alike[0])
-        found = Recorded(alike[0], (alike[0], *others), tensor.shape, node)
-        return found if found.is_differentiable(self._module) else None
+        return Recorded(alike[0], (alike[0], *others), tensor.shape, node)
 
     def _operand(self, given: Any) -> Any:
         if isinstance(given, list | tuple):

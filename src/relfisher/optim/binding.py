@@ -41,7 +41,7 @@ class Binding:
         self._options = options
         self._max_share = max_share
         self._lost: set[Layer] = set()  # layers that turned out to have no metric
-        self._waiting = False  # whether layers have yet to show what is trained
+        self._waiting: list[Layer] = []  # layers that have yet to show what is trained
         options.check(self.known)
 
     def halves(self, group: Any, model: nn.Module | None, *, again: bool) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class Binding:
         """Warn about parameters in the groups that have no metric, once each; raise ValueError if they are too many."""
         if model is not None:
             open_ = [layer for layer in self.place if not layer.settled and layer not in self._lost]
-            self._waiting = bool(open_)
+            self._waiting = open_
             inside = {id(p) for layer in open_ for p in own_parameters(layer.module).values()}
             kept = {id(p) for layer in self.place if layer not in self._lost for p in layer.parameters}
             found = uncovered(model, self.refused, groups, inside | kept)
@@ -113,7 +113,7 @@ class Binding:
         Raises:
             ValueError: if AdamW would train too many parameters then.
         """
-        if (layers or self._waiting) and model is not None:
+        if (layers or any(layer.settled for layer in self._waiting)) and model is not None:
             names = names_of(model)
             self._lost |= layers.keys()
             kept = {id(p) for layer in self.place if layer not in self._lost for p in layer.parameters}
