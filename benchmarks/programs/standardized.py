@@ -1,12 +1,12 @@
 """A residual network without normalizations, whose convolutions have standardized weights with gains, on digits."""
 
 import torch
-from digits import TRAINING, split
-from program import Program, Task, adams, batch, with_cosine
+from digits import classifying
+from program import Program, adams, with_cosine
 from torch import nn
-from torch.nn.functional import batch_norm, conv2d, cross_entropy, relu
+from torch.nn.functional import batch_norm, conv2d, relu
 
-STEPS, BATCH = 310, 64
+STEPS = 310
 
 
 class Convolution(nn.Conv2d):
@@ -33,17 +33,11 @@ class Block(nn.Module):
 
 
 def make(seed):
-    (x, y), (held_x, held_y) = split()
     model = nn.Sequential(
         *(nn.Unflatten(1, (1, 28, 28)), Convolution(1, 16, 3, 2), Block(16, 32, 2), Block(32, 64, 2)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     )
-
-    def loss(step):
-        rows = batch(step, TRAINING, BATCH, seed)
-        return cross_entropy(model(x[rows]), y[rows])
-
-    return Task(model, loss, lambda: 1 - float((model(held_x).argmax(1) == held_y).float().mean()))
+    return classifying(model, seed)
 
 
 def own(model):
