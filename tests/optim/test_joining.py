@@ -87,7 +87,7 @@ def test_a_group_added_later_is_trained():
 def test_a_weight_that_is_given_later_joins_its_bias_and_their_metric():
     model = normed_mlp()
     names = dict(model.named_parameters())
-    optimizer = RNGD(model, params=[names["0.bias"], names["3.bias"]], fit="plain", averaging=0)
+    optimizer = RNGD(model, params=[names["0.bias"], names["3.bias"]], fit="plain", averaging=0, momentum=0)
     for seed in range(3):
         step(model, optimizer, inputs(seed))
     kept = optimizer.state[names["0.bias"]]["metric"].clone()

@@ -28,10 +28,10 @@ def move(size, structure=None, lr=0.1, scale=1.0, root=True):
     state = structure.create((out, d), torch.float64, torch.device("cpu"), identity=False, root=root)
     batch = structure.batch_statistics(Samples(inputs(0, n, d), inputs(1, n, out), LinearGaussian()))
     structure.ema_update(state, batch, 0.9)
-    state["log_norm_stats"] = torch.zeros(3)
+    state |= {"log_norm_stats": torch.zeros(3), "uncorrelated": torch.zeros(())}
     structure.refresh(state, Inversion(0.1))
     gradient = scale * inputs(2, out, d)
-    return Move(layer, structure, state, gradient, gradient, lr)
+    return Move(layer, structure, state, gradient, gradient, gradient, 0.0, lr)
 
 
 def taken(step):
@@ -60,6 +60,51 @@ def test_steps_are_shorter_where_gradients_are_a_tenth_of_what_they_were_or_less
         usual = math.exp(sum(w * each for w, each in zip(weights, logarithms, strict=True)) / sum(weights))
         shorter = min(1.0, scale / (0.1 * usual))
         assert float(taken(step).square().mean().sqrt()) == pytest.approx(full * shorter, rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", [Normalized(noise_floor=0), Spectral(noise_floor=0)])
+@given(
+    factors=st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3), min_size=1, max_size=12),
+    share=st.floats(0, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_the_length_of_steps_is_the_momentum_relative_to_that_of_uncorrelated_gradients(rule, factors, share, seed):
+    moves, full = move((6, 3, 2)), 0.2 * 0.1 if isinstance(rule, Normalized) else 0.1 / math.sqrt(2)
+    common, gradients = inputs(seed, 3, 2), []
+    for place, factor in enumerate(factors):
+        gradients.append(factor * (common + inputs(seed + place, 3, 2)))
+        weights = [share**age for age in reversed(range(len(gradients)))]
+        velocity = sum(weight * each for weight, each in zip(weights, gradients, strict=True))
+        apart = sum((weight * each).square().sum() for weight, each in zip(weights, gradients, strict=True))
+        now = moves._replace(gradient=velocity, velocity=velocity, latest=gradients[-1], momentum=share)
+        (step,) = rule.steps([now])
+        coherence = min(max(1.0, float(velocity.norm() / apart.sqrt())), math.sqrt((1 + share) / (1 - share)))
+        assert float(taken(step).square().mean().sqrt()) == pytest.approx(full * coherence, rel=1e-5)
+
+
+def test_steps_are_longest_for_a_constant_gradient_and_not_shortened_for_an_alternating_one():
+    lengths = {}
+    for name, sign in {"constant": 1, "alternating": -1}.items():
+        rule, moves, velocity = Spectral(), move((6, 3, 2)), 0
+        for place in range(200):
+            latest = sign**place * moves.latest
+            velocity = 0.9 * velocity + latest
+            (step,) = rule.steps([moves._replace(gradient=velocity, velocity=velocity, latest=latest, momentum=0.9)])
+        lengths[name] = float(taken(step).square().mean().sqrt()) / (0.1 / math.sqrt(2))
+    assert lengths["constant"] == pytest.approx(math.sqrt(19), rel=1e-3)
+    assert lengths["alternating"] == pytest.approx(1)
+
+
+def test_the_length_of_a_step_does_not_depend_on_the_units_of_the_loss():
+    models = [mlp(), mlp()]
+    for model, scale in zip(models, (1.0, 1e4), strict=True):
+        optimizer = RNGD(model)
+        for seed in range(12):
+            optimizer.zero_grad()
+            (scale * model(inputs(seed, 8, 6)).square().sum()).backward()
+            optimizer.step()
+    for one, other in zip(*(weights(model).values() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 def test_a_gradient_of_zeros_makes_no_step_and_is_not_counted():

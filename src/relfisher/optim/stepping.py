@@ -55,13 +55,14 @@ def moving_layers(
             continue
         state = curvature.state(record, structure)
         last = state.get("momentum") if group["momentum"] else None
-        gradient = gradient.to(state["metric"].dtype)
-        gradient, velocity = Momentum.added(gradient, last, group["momentum"], nesterov=rule.nesterov)
+        latest = gradient.to(state["metric"].dtype)
+        gradient, velocity = Momentum.added(latest, last, group["momentum"], nesterov=rule.nesterov)
         lr = rate(group)
         annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
         flat = inversions.is_flat(layer, record.role)
         is_head = record.role is not None and bool(record.role.is_head)
-        move = Move(layer, structure, state, gradient, velocity, lr, annealing, flat, is_head)
+        share = group["momentum"]
+        move = Move(layer, structure, state, gradient, velocity, latest, share, lr, annealing, flat, is_head)
         found.append(Moving(record, group, move))
     return found
 

@@ -59,6 +59,16 @@ class InverseInside(Spectral):
         return self.scaled(moves, [self._orthogonal(field) for field in fields], fields)
 
 
+class FixedLength(Spectral):
+    """Steps that are not longer while gradients agree."""
+
+    name = "fixed-length"
+
+    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
+        """Return the steps, or None if a direction is not finite."""
+        return super().steps([move._replace(velocity=move.latest, momentum=0.0) for move in moves])
+
+
 def _muon(model: nn.Module, lr: float = 1e-2, weight_decay: float = 0.05) -> torch.optim.Optimizer:
     """Create Muon for the weights of all layers but embeddings and the last, and AdamW for the rest."""
     kinds = (nn.Linear, nn.Conv2d, nn.LSTM)
@@ -100,7 +110,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _part(**options: Any) -> Peer:
     """Return RNGD with some of its options changed, untuned."""
-    return Peer(partial(RNGD, **options), {"lr": (0.01,)})
+    return Peer(partial(RNGD, **options), {"lr": (Spectral.default_lr,)})
 
 
 SGD = Peer(
@@ -132,6 +142,7 @@ PARTS = {
     "a cosine for the average": replace(_part(averaging=0.0), scheduled=True),
     "no decay": _part(weight_decay=0.0),
     "heads as other layers": _part(step_rule=Spectral(head=1.0), weight_decay=0.1),
+    "steps of fixed length": _part(step_rule=FixedLength()),
     "no momentum": _part(momentum=0.0),
     "normalized rule": _part(step_rule="normalized"),
 }

@@ -24,6 +24,8 @@ class Move(NamedTuple):
         state: the tensors of its metric, and those that the rule declares.
         gradient: the gradient with momentum, [*g, out, d].
         velocity: the momentum that is stored if the step is taken.
+        latest: the gradient without momentum.
+        momentum: the share of the momentum that is kept from one step to the next.
         lr: the learning rate.
         annealing: the ratio of the learning rate to the highest one so far, at most 1.
         flat: True if the metric leaves the gradient as it is: it has the power 0.
@@ -35,6 +37,8 @@ class Move(NamedTuple):
     state: State
     gradient: Tensor
     velocity: Tensor
+    latest: Tensor
+    momentum: float
     lr: float
     annealing: float = 1.0
     flat: bool = False

@@ -37,10 +37,10 @@ class Spectral(NormalizedRule):
     that a Cholesky factor can be used.
 
     The rows of a step, one for each unit, have the length `lr` in their root mean square, and `head` times that for the
-    logits of a softmax. Without a metric, these are the direction and the length of Muon (Jordan et al. 2024), which
-    leaves heads to AdamW. A gradient of few samples has few significant directions, and the others are noise, which
-    momentum averages. Units with one row of parameters each, such as the channels of a normalization, use the
-    normalized step.
+    logits of a softmax; all are longer while gradients agree, see `NormalizedRule`. Without a metric, the direction is
+    that of Muon (Jordan et al. 2024), which leaves heads to AdamW, and so is the length for gradients that are noise. A
+    gradient of few samples has few significant directions, and the others are noise, which momentum averages. Units
+    with one row of parameters each, such as the channels of a normalization, use the normalized step.
 
     Args:
         iterations: the number of Newton-Schulz iterations for the polar factor.
