@@ -199,11 +199,11 @@ class Observer:
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module is needed for statistics or roles."""
         return any(
-            (self._is_due(layer) or layer not in self.roles) and (layer.is_trained or not layer.operation)
+            (self.is_due(layer) or layer not in self.roles) and (layer.is_trained or not layer.operation)
             for layer in self._layers[module]
         )
 
-    def _is_due(self, layer: Layer) -> bool:
+    def is_due(self, layer: Layer) -> bool:
         """Return whether a layer's statistics are due."""
         return layer.module in self.due or layer in self.uninitialized
 
@@ -218,7 +218,7 @@ class Observer:
         return see
 
     def _observe(self, layer: Layer, call: Call, z: Tensor | None) -> None:
-        if z is not None and (self._is_due(layer) or layer not in self.roles) and counts(layer, z):
+        if z is not None and (self.is_due(layer) or layer not in self.roles) and counts(layer, z):
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self._see(layer, call, z)
 
@@ -228,7 +228,7 @@ class Observer:
         if not traced and own.model is not None and own.trace is None:
             self._missed.discard(layer)  # trace the next pass
             return
-        sampler, due = self._samplers[layer], self._is_due(layer)
+        sampler, due = self._samplers[layer], self.is_due(layer)
         sampling = sampler.sampling(own.mask)
         rows = layer.rows(call, sampling)
         if own.mask is not None:

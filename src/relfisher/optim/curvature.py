@@ -20,6 +20,7 @@ from relfisher.optim.assignment import FALLBACK, Rule, assign
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
+from relfisher.optim.ranks import Ranks, check_whole
 from relfisher.optim.record import Record
 from relfisher.structures import Inversion, State, Structure
 
@@ -44,6 +45,7 @@ class Curvature:
         states: one state per parameter; a layer's state is that of its weight, or else of its first owned parameter.
             Code that saves and loads states may replace this mapping.
         observer: the observer of the layers.
+        ranks: the processes that train the model together.
         ownership: who keeps which tensors in the states.
     """
 
@@ -59,19 +61,13 @@ class Curvature:
         optional: Sequence[Owner] = (),
         beside: Sequence[Owner] = (),
     ) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.distributed.get_world_size()
-            if count > 1:
-                message = (
-                    f"{count} processes would each use a metric of their own samples, so that their weights diverge"
-                )
-                warnings.warn(message, HealthWarning, stacklevel=3)
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
             raise ValueError(
                 f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer "
                 "after to_empty() and the initialization, which put other parameters into the model"
             )
+        check_whole(model)
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
@@ -80,6 +76,7 @@ class Curvature:
         self._schedule = options.schedule
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
+        self.ranks = Ranks(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the states, which belong to the optimizer."""
@@ -188,6 +185,20 @@ class Curvature:
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
         return structure.operator(self.state(record, structure), record.layer.shape)
 
+    def agree(self, problem: str | None) -> str | None:
+        """Return why this step cannot be taken by this process or another that trains the model; None if it can.
+
+        Args:
+            problem: why this process cannot take it; None if it can.
+
+        Raises:
+            ValueError: if processes have different layers.
+        """
+        if not self.ranks.join([layer.name for layer in self.records]):
+            return problem
+        (fine,) = self.ranks.least([int(problem is None)])
+        return None if fine else problem or "another process cannot take it"
+
     def update(self, iteration: int, inversion: Callable[[Record], Inversion]) -> dict[Layer, str]:
         """Add new statistics to the moving averages, and refresh the inverses that are due or do not exist yet.
 
@@ -198,10 +209,13 @@ class Curvature:
         Returns:
             The layers that turned out to have no metric, with the reasons.
         """
-        roles = self.observer.resolve()
+        unknown = [layer for layer, record in self.records.items() if record.role is None]
+        roles = self.ranks.roles(self.observer.resolve(), unknown, self.records)
         if roles:
             self._settle(roles)
-        pending = self.observer.take()
+        # In the same order in all processes: that in which roles became known.
+        readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
+        pending = self.ranks.statistics(self.observer.take(), readings)
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure
             due = self._schedule.refresh_due(iteration, place, len(self.records))
@@ -288,7 +302,7 @@ class Curvature:
         """Assign structures to layers with new roles, and remove the states of refused layers."""
         for layer, role in roles.items():
             record = self.records[layer]
-            record.role = role
+            record.role = self.observer.roles[layer] = role
             if role.refused is not None:
                 record.structure = None
                 self.observer.readings.pop(layer, None)

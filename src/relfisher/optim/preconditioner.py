@@ -79,6 +79,7 @@ class Preconditioner(Watching):
     @torch.no_grad()
     def step(self) -> None:
         """Rewrite the gradients in place. A result that is not finite is discarded and counted in `health`."""
+        self._curvature.agree(None)
         self._curvature.update(
             self._iteration,
             lambda record: self._inversions.of(record.layer, record.role, self._inversions.default),

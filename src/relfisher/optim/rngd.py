@@ -255,7 +255,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        problem = obstacle(self._curvature, self.param_groups, self._rule)
+        problem = self._curvature.agree(obstacle(self._curvature, self.param_groups, self._rule))
         if problem is not None:
             self._curvature.observer.drop()
             self._averaging.to_average()

@@ -92,14 +92,16 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
 def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> str | None:
     """Return why a step cannot be taken, if an option is out of range or a gradient is not finite; otherwise None.
 
-    If no statistics are pending and the step rule checks its results, the layers' gradients need no other check.
+    If no statistics are pending and the step rule checks its results, the layers' gradients need no other check, but
+    for several processes, which must skip together.
     """
     try:
         for group in groups:
             check_options(group, running=True)
     except ValueError as error:
         return str(error)
-    records = curvature.records.values() if rule.checks_finite and not curvature.observer.waiting else ()
+    checked = rule.checks_finite and not curvature.observer.waiting and not curvature.ranks.together
+    records = curvature.records.values() if checked else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)
     return None if all_finite([p.grad for p in given if p.grad is not None]) else "a gradient is not finite"

@@ -1,0 +1,270 @@
+"""Several processes that train one model take the steps of one process with all samples, or say why they do not."""
+
+import copy
+import itertools
+import math
+import os
+import warnings
+from contextlib import nullcontext
+
+import ddp
+import pytest
+import torch
+from processes import run_together
+from torch import nn
+from torch.distributed import get_rank
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from relfisher import RNGD, MetricOptions, Preconditioner
+
+STEPS = 20
+METRIC = MetricOptions(stats_samples=None, stats_interval=3, refresh_interval=5)
+
+
+class Language(nn.Module):
+    """An LSTM with a head that is tied to its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 5)
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+        self.head = nn.Linear(5, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.lstm(self.embedding(x))[0]).flatten(0, 1)
+
+
+class Experts(nn.Module):
+    """Two experts, of which the sign of the first input of a batch chooses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.experts[int(x[0, 0] > 0)](x))
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def images(generator, count):
+    return torch.randn(count, 1, 4, 4, generator=generator).double(), torch.randint(4, (count,), generator=generator)
+
+
+def vectors(generator, count):
+    return torch.randn(count, 4, generator=generator).double(), torch.randint(3, (count,), generator=generator)
+
+
+def sentences(generator, count):
+    words = torch.randint(6, (count, 4), generator=generator)
+    return words[:, :-1], words[:, 1:].flatten()
+
+
+# The model, its data, the number of batches that a step accumulates, and the options of the optimizer.
+SCENARIOS = {
+    "spectral": (convolutional, images, 1, {}),
+    "normalized": (convolutional, images, 1, {"step_rule": "normalized"}),
+    "trust region": (convolutional, images, 1, {"step_rule": "trust-region"}),
+    "accumulation": (perceptron, vectors, 3, {}),
+    "language": (Language, sentences, 1, {}),
+    "experts": (Experts, vectors, 1, {}),
+}
+
+
+def batches(name, step, part):
+    """Return the batches of one process in one step; their sizes differ between processes."""
+    _, data, count, _ = SCENARIOS[name]
+    generator = torch.Generator().manual_seed(1000 * step + part)
+    return [data(generator, 4 + 2 * part) for _ in range(count)]
+
+
+def trained(name, parts, *, together=False, start=0, saved=None):
+    """Train on the batches of some processes, and return the model and its optimizer."""
+    make, _, _, options = SCENARIOS[name]
+    torch.manual_seed(0)
+    model = make().double()
+    net = DistributedDataParallel(model, find_unused_parameters=name == "experts") if together else model
+    # Some frameworks make the optimizer before they wrap the model.
+    optimizer = RNGD(model if name == "spectral" else net, metric=METRIC, **options)
+    if saved is not None:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    for step in range(start, start + STEPS):
+        optimizer.zero_grad()
+        for part in parts:
+            several = batches(name, step, part)
+            for place, (x, y) in enumerate(several, start=1):
+                with net.no_sync() if together and place < len(several) else nullcontext():
+                    (cross_entropy(net(x), y) / len(several) / len(parts)).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def all_trained():
+    """Return, for each scenario, what a process saves after its steps."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in SCENARIOS:
+            model, optimizer = trained(name, [get_rank()], together=True)
+            found[name] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return found
+
+
+def distance(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_several_processes_step_as_one_with_all_samples_and_their_states_load_into_one(world):
+    found = run_together(world, all_trained)
+    for name in SCENARIOS:
+        parts = range(world)
+        model, optimizer = trained(name, parts)
+        for rank, each in enumerate(found):
+            weights, _ = each[name]
+            assert distance(weights, found[0][name][0]) == 0, f"{name}: ranks 0 and {rank} differ"
+            assert distance(weights, model.state_dict()) < 1e-9, f"{name}: rank {rank} differs from one process"
+        alone = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        after = [trained(name, parts, start=STEPS, saved=each)[0].state_dict() for each in (alone, found[0][name])]
+        assert distance(*after) < 1e-9, f"{name}: the state of {world} processes goes on differently in one"
+
+
+def before_a_step(net, optimizer, seed):
+    """Compute the gradients of random samples, and return a copy of the weights."""
+    x, y = vectors(torch.Generator().manual_seed(seed), 6)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer.zero_grad()
+    cross_entropy(net(x), y).backward()
+    return before
+
+
+def difficult():
+    """Return what happens to a process in some difficult situations."""
+    found, rank = {}, get_rank()
+    torch.manual_seed(0)
+    net = DistributedDataParallel(perceptron().double())
+    optimizer = RNGD(net, metric=METRIC)
+    for step in range(6):
+        before = before_a_step(net, optimizer, 10 * step + rank)
+        if step == 3 and rank == 1:
+            next(net.parameters()).grad[0, 0] = math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        moved = any(not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+        assert moved or step == 3
+    found["nan"] = net.module.state_dict(), optimizer.health.skipped_steps
+
+    torch.manual_seed(0)
+    model = perceptron().double()
+    optimizer = RNGD(model, metric=METRIC)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(6):
+            before_a_step(model, optimizer, 10 * step + rank)
+            optimizer.step()
+    found["apart"] = model.state_dict(), [str(each.message) for each in told]
+
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2 + rank))).double()
+    optimizer = RNGD(model)
+    model(torch.ones(2, 4).double()).sum().backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        found["layers"] = str(error)
+
+    torch.manual_seed(0)
+    net = DistributedDataParallel(perceptron().double())
+    preconditioner = Preconditioner(net, metric=METRIC)
+    before_a_step(net, preconditioner, rank)
+    preconditioner.step()
+    found["gradients"] = [parameter.grad for parameter in net.parameters()]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_skip_together_and_train_apart_only_if_they_are():
+    found = run_together(2, difficult)
+    (one, skipped), (other, others) = (each["nan"] for each in found)
+    assert skipped == others == 1
+    assert distance(one, other) == 0
+    for rank, each in enumerate(found):
+        weights, told = each["apart"]
+        assert [message for message in told if "each trains a model of its own" in message]
+        torch.manual_seed(0)
+        model = perceptron().double()
+        optimizer = RNGD(model, metric=METRIC)
+        for step in range(6):
+            before_a_step(model, optimizer, 10 * step + rank)
+            optimizer.step()
+        assert distance(weights, model.state_dict()) < 1e-12
+        assert "not all of them have 2" in each["layers"]
+    for one, other in zip(*(each["gradients"] for each in found), strict=True):
+        assert torch.equal(one, other)
+
+
+def sharded():
+    """Return the errors for models of which each process holds a part."""
+    mesh, errors = init_device_mesh("cpu", (1,)), []
+    before, after, flat = (perceptron() for _ in range(3))
+    fully_shard(before, mesh=mesh)
+    optimizer = RNGD(after)
+    fully_shard(after, mesh=mesh)
+    after(torch.ones(2, 4)).sum().backward()
+    wrapped = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
+    for fails in (lambda: RNGD(before), optimizer.step, lambda: RNGD(wrapped), lambda: Preconditioner(before)):
+        try:
+            fails()
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_which_each_process_holds_a_part_are_refused():
+    (errors,) = run_together(1, sharded)
+    assert len(errors) == 4
+    assert all("whole weights in each process" in error for error in errors)
+
+
+def interrupted(checkpoint):
+    """Train until process 1 is lost, and return the error of the others."""
+    steps = itertools.count(1)
+
+    def lose(*_):
+        if get_rank() == 1 and next(steps) == 25:
+            os._exit(0)
+
+    register_optimizer_step_pre_hook(lose)
+    try:
+        ddp.train(checkpoint)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lost_process_is_an_error_for_the_others_and_the_run_goes_on_with_more_of_them(tmp_path):
+    lost, whole = tmp_path / "lost.pt", tmp_path / "whole.pt"
+    error, gone = run_together(2, interrupted, lost)
+    assert gone is None
+    assert error
+    assert torch.load(lost)["steps"] == 20
+    resumed = run_together(3, ddp.train, lost)
+    straight = run_together(2, ddp.train, whole)
+    assert len({*resumed, *straight}) == 1
+    assert distance(torch.load(lost)["model"], torch.load(whole)["model"]) < 0.01
