@@ -11,7 +11,8 @@ from torch import nn
 
 from relfisher import RNGD, MetricOptions
 from relfisher.layers import discover
-from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor
+from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor, spectral
+from relfisher.optim.rules.spectral import polar_factors
 from relfisher.responses import LinearGaussian
 from relfisher.structures import Diagonal, Inversion, NeuronBlocks, Samples, SharedBlock
 
@@ -189,6 +190,20 @@ def test_polar_factors_share_the_singular_vectors(rows, columns, groups):
     torch.testing.assert_close(product, product.mT)
     assert float(torch.linalg.eigvalsh(product).min()) > -1e-9
     assert not polar_factor(torch.zeros_like(matrix)).any()
+
+
+@given(
+    shapes=st.lists(st.sampled_from([(3, 4), (4, 3), (2, 3, 4), (1, 5), (2, 1, 3), (3, 9)]), max_size=9),
+    together=st.integers(1, 60),
+)
+def test_polar_factors_of_equal_shape_are_the_same_together(shapes, together):
+    generator = torch.Generator().manual_seed(together)
+    matrices = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spectral, "_TOGETHER", together)
+        factors = polar_factors(matrices)
+    for matrix, factor in zip(matrices, factors, strict=True):
+        torch.testing.assert_close(factor, polar_factor(matrix) if matrix.shape[-2] > 1 else matrix)
 
 
 @pytest.mark.parametrize("shape", [(130, 131), (400, 129), (2, 140, 300)])

@@ -14,7 +14,7 @@ from relfisher.optim.rules.normalized import NormalizedRule
 from relfisher.shapes import Float
 from relfisher.validation import check_integer, check_rate
 
-__all__ = ["Spectral", "polar_factor"]
+__all__ = ["Spectral", "polar_factor", "polar_factors"]
 
 # The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps map singular values between 0.01
 # and 1 to values between 0.7 and 1.2.
@@ -22,6 +22,9 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 # From this width on, products in bfloat16 are faster on devices that support them.
 _WIDE = 128
+
+# Matrices are computed together up to as many numbers: more would take memory and save nothing.
+_TOGETHER = 1 << 22
 
 # Operations of five iterations on an m x n matrix: 20 m^2 n + 10 m^3; on its m x m Gram matrix: 4 m^2 n + 34 m^3.
 _ELONGATED = 1.5
@@ -68,11 +71,35 @@ class Spectral(NormalizedRule):
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""
         whitened = [move.whitened() for move in moves]
-        directions = [move.unwhitened(self._orthogonal(field)) for move, field in zip(moves, whitened, strict=True)]
+        factors = polar_factors(whitened, self.iterations)
+        directions = [move.unwhitened(factor) for move, factor in zip(moves, factors, strict=True)]
         return self.scaled(moves, directions, whitened)
 
-    def _orthogonal(self, field: Tensor) -> Tensor:
-        return polar_factor(field, self.iterations) if field.shape[-2] > 1 else field
+
+def polar_factors(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tensor]:
+    """Return the polar factors of several matrices or batches of them; those of equal shape are computed together.
+
+    Matrices of a single row are returned as they are. See `polar_factor`.
+    """
+    found = list(matrices)
+    for places in _alike(matrices):
+        several = torch.stack([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]]
+        factors = polar_factor(several.flatten(0, -3) if several.ndim > 3 else several, iterations).view(several.shape)
+        for place, factor in zip(places, factors if len(places) > 1 else [factors], strict=True):
+            found[place] = factor
+    return found
+
+
+def _alike(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of matrices of more than one row, those that are computed together in one list."""
+    batches: dict[tuple[object, ...], list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        if matrix.shape[-2] > 1:
+            kind = matrix.shape, matrix.dtype, matrix.device
+            if (len(batches.get(kind, ())) + 1) * matrix.numel() > _TOGETHER and kind in batches:
+                batches[(*kind, place)] = batches.pop(kind)  # this batch is full
+            batches.setdefault(kind, []).append(place)
+    return list(batches.values())
 
 
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
