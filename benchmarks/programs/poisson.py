@@ -42,5 +42,5 @@ PROGRAM = Program(
     adam(1e-3),
     adams(STEPS, 1e-3, 3e-3, 1e-2),
     "relative error of the solution",
-    recipe={"fit": "interpolate", "total_steps": STEPS},
+    recipe={"lr": 3e-3, "step_rule": "normalized", "fit": "interpolate", "total_steps": STEPS},
 )

@@ -39,9 +39,9 @@ class RNGD(Watching, torch.optim.Optimizer):
     """Relative natural gradient descent for all layers that have a metric, AdamW for all other parameters.
 
     A layer with gradient matrix M [out, d] moves in its relative Fisher information metric G. By default its step has
-    equal singular values in the metric and a fixed length, so that each unit moves by lr. Between steps the model holds
-    the average of the last tenth of all iterates, which replaces a learning-rate schedule: evaluate and save it as it
-    is. Passes in training mode with gradients run at the last iterate, which such a pass puts into the model.
+    equal singular values in the metric; each unit moves by lr, and further while gradients agree. Between steps the
+    model holds the average of the last tenth of all iterates, which replaces a learning-rate schedule: evaluate and
+    save it as it is. Passes in training mode with gradients run at the last iterate, which they put into the model.
 
     `relfisher.coverage` reports which layers have a metric, and why the others have none. Each parameter group is split
     into one with metrics, where `lr`, `momentum` and `damping` apply, and one without, where AdamW runs with
