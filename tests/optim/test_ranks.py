@@ -44,11 +44,25 @@ class Experts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.Tanh()) for _ in range(2))
+        self.first = nn.Linear(4, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
         self.head = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head(self.experts[int(x[0, 0] > 0)](x))
+        return self.head(self.experts[int(x[0, 0] > 0)](self.first(x).relu()))
+
+
+class Bare(nn.Module):
+    """Experts that are bare matrices, whose form is not known before they run, and a response with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.slopes = nn.Linear(4, 5), nn.PReLU()
+        self.experts = nn.ParameterList(nn.Parameter(torch.randn(5, 5) / 2) for _ in range(2))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head((self.slopes(self.first(x)) @ self.experts[int(x[0, 0] > 0)]).tanh())
 
 
 def convolutional():
@@ -57,6 +71,10 @@ def convolutional():
 
 def perceptron():
     return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def sloped():
+    return nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3))
 
 
 def images(generator, count):
@@ -79,7 +97,8 @@ SCENARIOS = {
     "trust region": (convolutional, images, 1, {"step_rule": "trust-region"}),
     "accumulation": (perceptron, vectors, 3, {}),
     "language": (Language, sentences, 1, {}),
-    "experts": (Experts, vectors, 1, {}),
+    "experts": (Experts, vectors, 1, {"fit": "interpolate"}),
+    "slopes": (sloped, vectors, 1, {"fit": "interpolate", "step_rule": "trust-region"}),
 }
 
 
@@ -179,13 +198,45 @@ def difficult():
             optimizer.step()
     found["apart"] = model.state_dict(), [str(each.message) for each in told]
 
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2 + rank))).double()
-    optimizer = RNGD(model)
-    model(torch.ones(2, 4).double()).sum().backward()
-    try:
+    net = DistributedDataParallel(perceptron().double())
+    optimizer = RNGD(net, metric=METRIC)
+    if rank == 1:
+        model = perceptron().double()
+        loaded = RNGD(model, metric=METRIC)
+        before_a_step(model, loaded, 0)
+        loaded.step()
+        optimizer.load_state_dict(loaded.state_dict())
+    for situation, inside in {"state": nullcontext(), "join": net.join()}.items():
+        before_a_step(net, optimizer, rank)
+        if situation == "join":
+            optimizer = RNGD(net, metric=METRIC)
+        try:
+            with inside:
+                optimizer.step()
+        except ValueError as error:
+            found[situation] = str(error)
+
+    torch.manual_seed(0)
+    net = DistributedDataParallel(Bare().double(), find_unused_parameters=True)
+    optimizer = RNGD(net, metric=METRIC, fit="interpolate")
+    for step in range(12):
+        before_a_step(net, optimizer, 10 * step + rank)
         optimizer.step()
-    except ValueError as error:
-        found["layers"] = str(error)
+    found["bare"] = net.module.state_dict(), all("metric" in optimizer.state[each] for each in net.module.experts)
+
+    torch.manual_seed(0)
+    net = DistributedDataParallel(perceptron().double())
+    optimizer = RNGD(net, metric=METRIC)
+    for step in range(6):
+        before_a_step(net, optimizer, 10 * step + rank)
+        if step == 0:
+            optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    found["zeros"] = net.module.state_dict()
+    model, other = copy.deepcopy((net.module, optimizer))  # the copy trains alone
+    if rank == 0:
+        before_a_step(model, other, 0)
+        other.step()
 
     torch.manual_seed(0)
     net = DistributedDataParallel(perceptron().double())
@@ -204,7 +255,7 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
     assert distance(one, other) == 0
     for rank, each in enumerate(found):
         weights, told = each["apart"]
-        assert [message for message in told if "each trains a model of its own" in message]
+        assert any("each of 2 processes trains a model of its own" in message for message in told)
         torch.manual_seed(0)
         model = perceptron().double()
         optimizer = RNGD(model, metric=METRIC)
@@ -212,7 +263,12 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
             before_a_step(model, optimizer, 10 * step + rank)
             optimizer.step()
         assert distance(weights, model.state_dict()) < 1e-12
-        assert "not all of them have 2" in each["layers"]
+        assert "not all have the statistics of 0, the statistics of 2, the statistics of 3" in each["state"]
+        assert "inside of DistributedDataParallel.join, RNGD cannot step" in each["join"]
+        assert each["bare"][1]
+    for name in ("bare", "zeros"):
+        one, other = (each[name][0] if name == "bare" else each[name] for each in found)
+        assert distance(one, other) == 0, name
     for one, other in zip(*(each["gradients"] for each in found), strict=True):
         assert torch.equal(one, other)
 

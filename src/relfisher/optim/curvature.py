@@ -192,9 +192,9 @@ class Curvature:
             problem: why this process cannot take it; None if it can.
 
         Raises:
-            ValueError: if processes have different layers.
+            ValueError: if processes have different layers or states.
         """
-        if not self.ranks.join([layer.name for layer in self.records]):
+        if not self.ranks.join(self._parts):
             return problem
         (fine,) = self.ranks.least([int(problem is None)])
         return None if fine else problem or "another process cannot take it"
@@ -297,6 +297,11 @@ class Curvature:
         if iteration == 0 and idle:
             message = f"no part in the first step had {idle}: without a gradient, in no forward pass"
             warnings.warn(message, HealthWarning, stacklevel=6)
+
+    def _parts(self) -> list[str]:
+        """Return the names of the layers, and which of them have statistics."""
+        started = [each for each in self.records.values() if self.ownership.holds_statistics(self.states[each.key])]
+        return [layer.name for layer in self.records] + [f"the statistics of {record.name}" for record in started]
 
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Assign structures to layers with new roles, and remove the states of refused layers."""

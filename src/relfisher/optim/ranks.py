@@ -8,68 +8,73 @@ unknown, and two where statistics are due.
 
 from __future__ import annotations
 
-import math
+import gc
+import pickle
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.parallel import DistributedDataParallel
 
 from relfisher.layers import Layer, Rows
 from relfisher.observe import Reading, Role
 from relfisher.optim.health import HealthWarning
+from relfisher.responses import UnitResponse
 from relfisher.structures import Statistics
 
 __all__ = ["Ranks", "check_whole"]
 
 _T = TypeVar("_T")
 
-# Norms in processes that train one model differ by rounding only, if at all.
-_SAME = 1e-4
-
 
 class Ranks:
-    """The processes that train a model together.
-
-    They are those of the model's `DistributedDataParallel`, or else of the default group, if all of them have the same
-    weights and, at the first step, the same gradients. Otherwise each process trains a model of its own.
+    """The processes that train a model together: those of the `DistributedDataParallel` that the model is in.
 
     Args:
         model: the model.
 
     Attributes:
-        together: whether several processes train the model; None as long as that is not known.
+        together: whether several processes train the model; None before the first step.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+        self._parallel: weakref.ref[DistributedDataParallel] | None = None
+        self._held: dict[Layer, Role] = {}  # roles that wait for other processes
         self.together: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is known, and the model."""
-        return {**vars(self), "_model": self._model()}
+        """Return the model, and the roles that wait; a copy looks for processes of its own."""
+        return {"model": self._model(), "held": self._held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on with the copied model."""
-        vars(self).update({**state, "_model": weakref.ref(state["_model"])})
+        self.__init__(state["model"])  # type: ignore[misc]  # the processes are found anew
+        self._held = state["held"]
 
-    def join(self, names: Sequence[str]) -> bool:
-        """Return whether several processes train the model; the first steps find it out.
+    def join(self, parts: Callable[[], list[str]]) -> bool:
+        """Return whether several processes train the model.
 
         Args:
-            names: the names of its layers.
+            parts: returns what must be the same in all of them: the layers, and which of them have statistics.
 
         Raises:
-            ValueError: if processes have different layers, or parts of the weights.
+            ValueError: if it is not, if processes hold parts of the weights, or if the step is inside of
+                `DistributedDataParallel.join`.
         """
         model = self._model()
         if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
             check_whole(model)
-            self.together = self._found(list(names), list(model.parameters()))
+            self.together = self._found(model, parts)
+        parallel = None if self._parallel is None else self._parallel()
+        if self.together and getattr(getattr(parallel, "_join_config", None), "enable", False):
+            raise ValueError(
+                "inside of DistributedDataParallel.join, RNGD cannot step: give all processes equally many steps"
+            )
         return bool(self.together)
 
     def least(self, numbers: Sequence[int]) -> list[int]:
@@ -80,9 +85,11 @@ class Ranks:
         return found
 
     def roles(self, new: dict[Layer, Role], unknown: Sequence[Layer], layers: Iterable[Layer]) -> dict[Layer, Role]:
-        """Return the roles that any process has found out, the same in all.
+        """Return the roles that any process has found out, and that all can use.
 
-        A layer that any process refuses is refused. Otherwise the first process that knows a role tells the others.
+        A layer that any process refuses is refused. Otherwise, processes that have not seen the layer are told its
+        role. Where that cannot be told, since its response has parameters or its form is not known before it runs, the
+        role waits until all have seen the layer.
 
         Args:
             new: the roles that this process has found out.
@@ -91,17 +98,24 @@ class Ranks:
         """
         if not self.together:
             return new
-        if not unknown or not any(self.least([-int(layer in new) for layer in unknown])):
+        self._held |= {layer: role for layer, role in new.items() if layer in unknown}
+        if not unknown or not any(self.least([-int(layer in self._held) for layer in unknown])):
             return {}
         by_name = {layer.name: layer for layer in layers}
-        own = {layer.name: _told(new[layer]) for layer in unknown if layer in new}
-        found: dict[str, tuple[Role, str | None]] = {}
-        for each in self._gathered(own):
-            found |= {name: told for name, told in each.items() if name not in found or told[0].refused is not None}
-        return {
-            by_name[name]: replace(role, following=by_name.get(following or ""))
-            for name, (role, following) in found.items()
-        }
+        several = self._gathered({layer.name: _told(layer, role) for layer, role in self._held.items()})
+        agreed = {}
+        for name in dict.fromkeys(name for each in several for name in each):
+            found = [each[name] for each in several if name in each]
+            first = next((told for told in found if told.refused is not None), found[0])
+            if first.refused is None and len(found) < len(several) and first.response is None:
+                continue
+            layer = by_name[name]
+            own = self._held.pop(layer, None)
+            if own is None:
+                response = layer.own_response if first.response is None else first.response
+                own = Role(response, by_name.get(first.following or ""), reads_input=first.reads_input)
+            agreed[layer] = replace(own, is_head=first.is_head, refused=first.refused)
+        return agreed
 
     def statistics(
         self, own: Mapping[Layer, Rows | Statistics], readings: Mapping[Layer, Reading]
@@ -127,9 +141,9 @@ class Ranks:
 
     @property
     def _group(self) -> distributed.ProcessGroup | None:
-        """The group of the model; None for the default group."""
-        model = self._model()
-        return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        """The group of the model's `DistributedDataParallel`."""
+        parallel = None if self._parallel is None else self._parallel()
+        return None if parallel is None else parallel.process_group
 
     @property
     def _device(self) -> torch.device:
@@ -142,29 +156,35 @@ class Ranks:
         distributed.all_gather_object(others, own, self._group)
         return others
 
-    def _found(self, names: list[str], parameters: list[Tensor]) -> bool | None:
-        """Return whether all processes train one model; None if their gradients do not show it yet."""
-        count = distributed.get_world_size(self._group)
-        if count == 1:
+    def _found(self, model: nn.Module, parts: Callable[[], list[str]]) -> bool:
+        """Return whether several processes train the model."""
+        parallel = _parallel(model)
+        if parallel is None:
+            if (count := distributed.get_world_size()) > 1:
+                message = (
+                    f"the model is in no DistributedDataParallel, so that each of {count} processes trains a model of "
+                    "its own, with a metric of its own samples"
+                )
+                warnings.warn(message, HealthWarning, stacklevel=5)
             return False
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        own = names, [float(get_total_norm(each)) for each in (parameters, gradients)]
-        others = self._gathered(own)
-        for other, _ in others:
-            if other != names:
-                odd = ", ".join(sorted(set(names) ^ set(other)))
-                raise ValueError(f"all processes must train the same layers, but not all of them have {odd}")
-        sizes = [each for _, each in others]
-        if not all(math.isfinite(size) for each in sizes for size in each) or not any(each[1] for each in sizes):
-            return None
-        same = all(math.isclose(a, b, rel_tol=_SAME) for each in sizes for a, b in zip(each, sizes[0], strict=True))
-        if not same:
-            message = (
-                f"{count} processes have different weights or gradients, so that each trains a model of its own: to "
-                "train one model, wrap it in DistributedDataParallel, or average the gradients before the step"
-            )
-            warnings.warn(message, HealthWarning, stacklevel=5)
-        return same
+        self._parallel = weakref.ref(parallel)
+        if distributed.get_world_size(self._group) == 1:
+            return False
+        own = parts()
+        for other in self._gathered(own):
+            if other != own:
+                odd = ", ".join(sorted(set(own) ^ set(other)))
+                raise ValueError(f"all processes must start with the same layers and state, but not all have {odd}")
+        return True
+
+
+def _parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper that a model is, or is in; it is looked for in memory, since it may be made after us."""
+    if isinstance(model, DistributedDataParallel):
+        return model
+    own = set(model.parameters())
+    wrappers = (each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
+    return next((wrapper for wrapper in wrappers if not own.isdisjoint(wrapper.parameters())), None)
 
 
 def _summed(layer: Layer, batch: Rows | Statistics | None, reading: Reading) -> Statistics:
@@ -192,6 +212,28 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def _told(role: Role) -> tuple[Role, str | None]:
-    """Return a role as other processes can read it: with the name of the layer that follows."""
-    return replace(role, following=None), None if role.following is None else role.following.name
+class _Told(NamedTuple):
+    """A role as other processes read it: with the name of the layer that follows, without a response that has state."""
+
+    response: UnitResponse | None
+    following: str | None
+    is_head: bool | None
+    reads_input: bool
+    refused: str | None
+
+
+def _told(layer: Layer, role: Role) -> _Told:
+    following = None if role.following is None else role.following.name
+    response = None if layer.operation or not _is_plain(role.response) else role.response
+    return _Told(response, following, role.is_head, role.reads_input, role.refused)
+
+
+def _is_plain(response: UnitResponse) -> bool:
+    """Return whether a copy of a response is as good as itself."""
+    if any(isinstance(each, Tensor | nn.Module) for each in vars(response).values()):
+        return False
+    try:
+        pickle.dumps(response)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return False
+    return True
