@@ -52,17 +52,28 @@ class Experts(nn.Module):
         return self.head(self.experts[int(x[0, 0] > 0)](self.first(x).relu()))
 
 
+class Matrix(nn.Module):
+    """A product with a bare matrix, whose form is not known before it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 5) / 2)
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
 class Bare(nn.Module):
-    """Experts that are bare matrices, whose form is not known before they run, and a response with a parameter."""
+    """Experts that are bare matrices, and a response with a parameter."""
 
     def __init__(self):
         super().__init__()
         self.first, self.slopes = nn.Linear(4, 5), nn.PReLU()
-        self.experts = nn.ParameterList(nn.Parameter(torch.randn(5, 5) / 2) for _ in range(2))
+        self.experts = nn.ModuleList(Matrix() for _ in range(2))
         self.head = nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head((self.slopes(self.first(x)) @ self.experts[int(x[0, 0] > 0)]).tanh())
+        return self.head(self.experts[int(x[0, 0] > 0)](self.slopes(self.first(x))).tanh())
 
 
 def convolutional():
@@ -222,7 +233,10 @@ def difficult():
     for step in range(12):
         before_a_step(net, optimizer, 10 * step + rank)
         optimizer.step()
-    found["bare"] = net.module.state_dict(), all("metric" in optimizer.state[each] for each in net.module.experts)
+    found["bare"] = (
+        net.module.state_dict(),
+        all("metric" in optimizer.state[each.matrix] for each in net.module.experts),
+    )
 
     torch.manual_seed(0)
     net = DistributedDataParallel(perceptron().double())
