@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relfisher.layers import Layer
+from relfisher.layers import Layer, Rows
 from relfisher.metric import Metric
 from relfisher.observe import Observer, Reading, Responses, Role
 from relfisher.optim.assignment import FALLBACK, Rule, assign
@@ -22,7 +22,7 @@ from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
 from relfisher.optim.ranks import Ranks, check_whole
 from relfisher.optim.record import Record
-from relfisher.structures import Inversion, State, Structure
+from relfisher.structures import Inversion, State, Statistics, Structure
 
 __all__ = ["Curvature"]
 
@@ -209,13 +209,16 @@ class Curvature:
         Returns:
             The layers that turned out to have no metric, with the reasons.
         """
-        unknown = [layer for layer, record in self.records.items() if record.role is None]
-        roles = self.ranks.roles(self.observer.resolve(), unknown, self.records)
+        roles = self.observer.resolve()
+        if self.ranks.together:
+            unknown = [layer for layer, record in self.records.items() if record.role is None]
+            roles = self.ranks.roles(roles, unknown, self.records)
         if roles:
             self._settle(roles)
-        # In the same order in all processes: that in which roles became known.
-        readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
-        pending = self.ranks.statistics(self.observer.take(), readings)
+        pending: Mapping[Layer, Rows | Statistics] = self.observer.take()
+        if self.ranks.together:  # in the same order in all processes: that in which roles became known
+            readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
+            pending = self.ranks.statistics(pending, readings)
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure
             due = self._schedule.refresh_due(iteration, place, len(self.records))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from relfisher.optim.groups import named
 
-__all__ = ["OwnerWarning", "model_of"]
+__all__ = ["OwnerWarning", "model_of", "modules_in_memory"]
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class OwnerWarning(UserWarning):
@@ -36,9 +38,7 @@ def model_of(entries: Sequence[Any]) -> nn.Module:
     """
     groups = [entry.get("params", ()) if isinstance(entry, dict) else [entry] for entry in entries]
     wanted = {id(parameter) for group in groups for _, parameter in named(group, {})}
-    gc.collect()  # models that are no longer used may own the same parameters
-    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
-    owned = {module: {id(parameter) for parameter in module.parameters()} for module in modules}
+    owned = {module: {id(parameter) for parameter in module.parameters()} for module in modules_in_memory(nn.Module)}
     owned = {module: found for module, found in owned.items() if found & wanted}
     lost = len(wanted.difference(*owned.values())) if owned else len(wanted)
     if lost or not wanted:
@@ -51,6 +51,12 @@ def model_of(entries: Sequence[Any]) -> nn.Module:
     message = f"RNGD observes {names}, which it found by the parameters; write RNGD(model) to say it"
     warnings.warn(message, OwnerWarning, stacklevel=3)
     return chosen[0] if len(chosen) == 1 else nn.ModuleList(chosen)
+
+
+def modules_in_memory(kind: type[_Kind]) -> list[_Kind]:
+    """Return all modules of a kind that are in use."""
+    gc.collect()  # those that are no longer used may own the same parameters
+    return [each for each in gc.get_objects() if issubclass(type(each), kind) and "_modules" in vars(each)]
 
 
 def _chosen(owned: dict[nn.Module, set[int]], wanted: set[int]) -> Iterator[nn.Module]:

@@ -8,7 +8,6 @@ unknown, and two where statistics are due.
 
 from __future__ import annotations
 
-import gc
 import pickle
 import warnings
 import weakref
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relfisher.layers import Layer, Rows
 from relfisher.observe import Reading, Role
 from relfisher.optim.health import HealthWarning
+from relfisher.optim.owners import modules_in_memory
 from relfisher.responses import UnitResponse
 from relfisher.structures import Statistics
 
@@ -96,8 +96,6 @@ class Ranks:
             unknown: the layers whose roles were not returned so far.
             layers: all layers.
         """
-        if not self.together:
-            return new
         self._held |= {layer: role for layer, role in new.items() if layer in unknown}
         if not unknown or not any(self.least([-int(layer in self._held) for layer in unknown])):
             return {}
@@ -126,7 +124,7 @@ class Ranks:
             own: the samples or statistics of this process.
             readings: how statistics are made, for all layers whose statistics are due.
         """
-        if not self.together or not readings:
+        if not readings:
             return own
         found = [_summed(layer, own.get(layer), reading) for layer, reading in readings.items()]
         counts = torch.tensor([each.samples for each in found], device=self._device)
@@ -183,7 +181,7 @@ def _parallel(model: nn.Module) -> DistributedDataParallel | None:
     if isinstance(model, DistributedDataParallel):
         return model
     own = set(model.parameters())
-    wrappers = (each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
+    wrappers = modules_in_memory(DistributedDataParallel)
     return next((wrapper for wrapper in wrappers if not own.isdisjoint(wrapper.parameters())), None)
 
 

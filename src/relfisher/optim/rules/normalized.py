@@ -80,13 +80,16 @@ class NormalizedRule(StepRule):
         """
         if not directions:
             return []
-        measured = [*directions, *made_of, *(move.velocity for move in moves), *(move.latest for move in moves)]
+        measured = [*directions, *(move.velocity for move in moves), *(move.latest for move in moves)]
+        if made_of is not directions:
+            measured += made_of
         norms = on_host(torch._foreach_norm(measured))
         if not all(map(math.isfinite, norms)):
             return None
         steps, count = [], len(moves)
         for place, (move, direction) in enumerate(zip(moves, directions, strict=True)):
-            norm, size, velocity, latest = norms[place::count]
+            norm, velocity, latest, *own = norms[place::count]
+            size = own[0] if own else norm
             length = move.lr * self.rms(move) * _coherence(move, velocity, latest) * self._shortening(move, size)
             steps.append(Step(direction, length * math.sqrt(direction.numel()) / norm if norm else 0.0))
         return steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 
@@ -83,23 +84,24 @@ def polar_factors(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tenso
     """
     found = list(matrices)
     for places in _alike(matrices):
-        several = torch.stack([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]]
-        factors = polar_factor(several.flatten(0, -3) if several.ndim > 3 else several, iterations).view(several.shape)
-        for place, factor in zip(places, factors if len(places) > 1 else [factors], strict=True):
+        own = [matrices[place] for place in places]
+        factors = polar_factor(torch.stack(own), iterations) if len(own) > 1 else [polar_factor(own[0], iterations)]
+        for place, factor in zip(places, factors, strict=True):
             found[place] = factor
     return found
 
 
 def _alike(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Return the places of matrices of more than one row, those that are computed together in one list."""
-    batches: dict[tuple[object, ...], list[int]] = {}
+    kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         if matrix.shape[-2] > 1:
-            kind = matrix.shape, matrix.dtype, matrix.device
-            if (len(batches.get(kind, ())) + 1) * matrix.numel() > _TOGETHER and kind in batches:
-                batches[(*kind, place)] = batches.pop(kind)  # this batch is full
-            batches.setdefault(kind, []).append(place)
-    return list(batches.values())
+            kinds[matrix.shape, matrix.dtype, matrix.device].append(place)
+    found = []
+    for places in kinds.values():
+        most = max(1, _TOGETHER // matrices[places[0]].numel())
+        found += [places[start : start + most] for start in range(0, len(places), most)]
+    return found
 
 
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
@@ -115,6 +117,8 @@ def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[
     Returns:
         Approximately U V' of the singular value decomposition U S V'; zero for a zero matrix.
     """
+    if matrix.ndim > 3:
+        return polar_factor(matrix.flatten(0, -3), iterations).reshape(matrix.shape)
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
