@@ -114,7 +114,7 @@ def panels(
     with mpl.rc_context(STYLE):
         count, margin = (3, 0.055) if accuracies else (2, LEFT)
         figure = Figure(figsize=(6 * count, 5.2), dpi=150)
-        left, right, *third = figure.subplots(1, count, gridspec_kw={"wspace": 0.75})
+        left, right, *third = figure.subplots(1, count, gridspec_kw={"wspace": 0.95 if accuracies else 0.75})
         right.sharey(left)
         for one in lines:
             _draw(left, one, one.iterations)
