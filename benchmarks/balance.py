@@ -37,8 +37,9 @@ class OneFactor(TrustRegion):
 
 
 def squared_length(move, step):
-    """Return the squared length of a step in the damped metric."""
-    return step.scale**2 * float(torch.sum(step.direction * move.gradient))
+    """Return the squared length of the steps of a move's layers in the damped metric."""
+    products = (step.direction * move.gradient).flatten(1).sum(1)
+    return float(torch.sum(step.scale**2 * products))
 
 
 def paper(activation):

@@ -171,7 +171,7 @@ class Layer(ABC):
         elif not all(part.chart is None or part.chart.is_differentiable(self.module) for part in parts):
             return False
         else:
-            for key in ("_slots", "_views", "widths"):
+            for key in ("_slots", "views", "widths"):
                 vars(self).pop(key, None)
         vars(self).update(parts=parts, shape=shape, _settled=True)  # numbers in what is computed may have changed
         return True
@@ -246,7 +246,8 @@ class Layer(ABC):
         return [(self.module.get_submodule(path)._parameters, key) for path, _, key in paths]
 
     @cached_property
-    def _views(self) -> list[torch.Size]:
+    def views(self) -> list[torch.Size]:
+        """The shape of each part's view."""
         shapes = [
             own[0].shape if part.chart is None else part.chart.shape for part, own in self.by_part(self.parameters)
         ]
@@ -256,7 +257,7 @@ class Layer(ABC):
     @cached_property
     def widths(self) -> list[int]:
         """The number of columns of each part."""
-        return [math.prod(view[len(self.shape) - 1 :]) for view in self._views]
+        return [math.prod(view[len(self.shape) - 1 :]) for view in self.views]
 
     def is_of(self, call: Call, computed: Charts) -> bool:
         """Return whether a call of the operation takes this layer's parameters, and settle how they are computed.
@@ -353,7 +354,7 @@ class Layer(ABC):
     def split(self, matrix: Float[Tensor, "*g out d"]) -> list[Tensor]:
         """Split a matrix of the layer's shape into one tensor per part, each of the shape of the part's view."""
         columns = matrix.split_with_sizes(self.widths, dim=-1)
-        pairs = zip(columns, self._views, strict=True)
+        pairs = zip(columns, self.views, strict=True)
         return [each if each.shape == shape else each.reshape(shape) for each, shape in pairs]
 
     def metric(self, rows: Rows, response: Response) -> Metric:

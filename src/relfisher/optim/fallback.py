@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from relfisher.optim.record import dense
 from relfisher.structures import Kept
 
 __all__ = ["Fallback"]
@@ -54,7 +55,7 @@ class Fallback:
                     state[key] = state[key].to(parameter.device, dtype)
         # In half precision the second moment would underflow, and eps vanish.
         precise = [parameter.to(_precise(parameter)) for parameter in parameters]
-        gradients = [_dense(parameter.grad).to(_precise(parameter)) for parameter in parameters]
+        gradients = [dense(parameter.grad).to(_precise(parameter)) for parameter in parameters]
         beta1, beta2 = group["fallback_betas"]
         adamw(
             precise,
@@ -81,8 +82,3 @@ class Fallback:
 def _precise(parameter: Tensor) -> torch.dtype:
     """Return the dtype in which a parameter is stepped: float32 for a lower precision."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _dense(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None  # the caller steps on what has a gradient
-    return gradient.to_dense() if gradient.is_sparse else gradient

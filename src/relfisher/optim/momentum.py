@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from relfisher.optim.rules import Move
 from relfisher.structures import Kept
 
 __all__ = ["Momentum"]
@@ -18,16 +17,17 @@ class Momentum:
         return {"momentum": Kept(shape)}
 
     @staticmethod
-    def added(gradient: Tensor, last: Tensor | None, share: float, *, nesterov: bool) -> tuple[Tensor, Tensor]:
-        """Return a gradient with momentum, and the new momentum, which is stored if the step is taken.
+    def added(move: Move, *, nesterov: bool) -> Move:
+        """Return a move with the momentum of its gradient; the new momentum is stored if the step is taken.
 
         Args:
-            gradient: the new gradient.
-            last: the momentum so far; None before the first step.
-            share: the share of the momentum that is kept.
+            move: the move, whose state has the momentum so far, if there is any.
             nesterov: True adds the momentum to the gradient once more (Nesterov 1983).
         """
-        if not share:
-            return gradient, gradient
-        velocity = gradient.clone() if last is None else gradient.add(last.to(gradient), alpha=share)
-        return (gradient.add(velocity, alpha=share) if nesterov else velocity), velocity
+        last, latest = move.state.get("momentum"), move.latest
+        if last is None:
+            return move
+        velocity = latest.add(last, alpha=move.momentum)
+        return move._replace(
+            gradient=latest.add(velocity, alpha=move.momentum) if nesterov else velocity, velocity=velocity
+        )

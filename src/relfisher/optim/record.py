@@ -13,7 +13,7 @@ from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
 from relfisher.structures import Structure
 
-__all__ = ["LayerView", "Record"]
+__all__ = ["LayerView", "Record", "dense"]
 
 
 class LayerView(NamedTuple):
@@ -111,27 +111,20 @@ class Record:
             gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
         if all(gradient is None for gradient in gradients):
             return None
-        return self.layer.gradient([None if each is None else _dense(each) for each in gradients])
-
-    def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
-        """Add `scale * step` in place to the owned parts that have a gradient."""
-        moving = self._moving()
-        for target, change in zip(self.layer.seen(moving), self.layer.steps(step, moving), strict=True):
-            if target is not None:
-                target.add_(change, alpha=scale)
+        return self.layer.gradient([None if each is None else dense(each) for each in gradients])
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Replace the gradients of the owned parts that have one by a matrix."""
         found: list[Tensor | None] = []
-        for parameter in self._moving():
+        for parameter in self.moving():
             if parameter is not None:
-                parameter.grad = _dense(parameter.grad)
+                parameter.grad = dense(parameter.grad)
             found.append(None if parameter is None else parameter.grad)
         for target, change in zip(self.layer.seen(found), self.layer.steps(gradient, found), strict=True):
             if target is not None:
                 target.copy_(change)
 
-    def _moving(self) -> list[Any]:
+    def moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
         pairs = zip(self.layer.names, self.layer.parameters, strict=True)
         return [
@@ -140,5 +133,7 @@ class Record:
         ]
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor | None) -> Tensor:
+    """Return the gradient of a parameter that has one, not sparse."""
+    assert gradient is not None
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -13,6 +13,7 @@ from torch import nn
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging
+from relfisher.optim.batches import Batches
 from relfisher.optim.binding import Binding
 from relfisher.optim.checkpoint import loading
 from relfisher.optim.curvature import Curvature
@@ -263,7 +264,8 @@ class RNGD(Watching, torch.optim.Optimizer):
             return loss
         refused = self._curvature.update(self._iteration, self._inversion_of)
         self._binding.refuse(refused, self._curvature.model(), self.param_groups)
-        moving = moving_layers(self._curvature, self._inversions, self._binding.place, self.param_groups, self._rule)
+        place, batches = self._binding.place, self._batches
+        moving = moving_layers(self._curvature, batches, self._inversions, place, self.param_groups, self._rule)
         with self._averaging.stepping() as average:
             if take(moving, self.param_groups, self._rule):
                 self._curvature.tell_without_metric(self._iteration)
@@ -323,7 +325,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     def _release(self) -> None:
         """Hook the average to the model, and arrange the end of all hooks with that of the optimizer."""
-        self._averaging = Averaging(self._curvature.model(), self)
+        self._averaging, self._batches = Averaging(self._curvature.model(), self), Batches()
         for hooked in (self._averaging, self._curvature.observer):
             weakref.finalize(self, hooked.close)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -68,6 +68,19 @@ class Structure(ABC):
         """Multiply the rows of a field from the right by matrices of this structure: the metric or its factors."""
 
     # Defaults for a metric that is stored as dense blocks.
+
+    @property
+    def alike(self) -> Hashable:
+        """What is equal for structures that apply their factors alike: the steps of such layers are computed together.
+
+        By default, a structure is like none but itself.
+        """
+        return self
+
+    def factors(self, shape: tuple[int, ...], *, root: bool) -> list[str]:
+        """Return the keys of what is applied to a gradient: all that is declared but the metric and its average."""
+        others = {"ema_weight", "updates", *self.tensors}
+        return [key for key in self.declares(shape, root=root) if key not in others]
 
     def declares(self, shape: tuple[int, ...], *, root: bool) -> dict[str, Kept]:
         """Return everything in the state of a layer: the metric, its factors, and the weight of the moving average.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Diagonal(Structure):
 
     name = "diagonal"
     reads_sparse = True
+
+    @property
+    def alike(self) -> Hashable:
+        """The class."""
+        return type(self)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d]."""

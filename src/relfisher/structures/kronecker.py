@@ -8,7 +8,7 @@ the means, as in K-FAC (Martens & Grosse 2015), which samples its output factor 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -64,6 +64,11 @@ class KroneckerFactors(Structure):
             raise ValueError("give response or through, not both: through says whose response it is")
         self._response = response
         self._through = through
+
+    @property
+    def alike(self) -> Hashable:
+        """The class and the rank."""
+        return type(self), self.rank
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d, d] for the inputs and [*g, out, out] for the outputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor
 
@@ -22,6 +22,11 @@ class NeuronBlocks(Structure):
     """One block per unit: exact for every layer whose units respond independently; out * d^2 numbers."""
 
     name = "neuron"
+
+    @property
+    def alike(self) -> Hashable:
+        """The class."""
+        return type(self)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, out, d, d]."""

@@ -6,7 +6,7 @@ Exact for a linear layer. In later work, the step in this metric without further
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor
 
@@ -36,6 +36,11 @@ class SharedBlock(Structure):
     def __init__(self, rank: int | None = None) -> None:
         check_rank(rank)
         self.rank = rank
+
+    @property
+    def alike(self) -> Hashable:
+        """The class and the rank."""
+        return type(self), self.rank
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d, d]."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from relfisher import RNGD, MetricOptions
 from relfisher.optim.rules import Move, Step
-from relfisher.optim.rules.spectral import Spectral, polar_factor, polar_factors
+from relfisher.optim.rules.spectral import Spectral, polar_factor
 from relfisher.studies.peers import PEERS, UNTUNED, Peer, installed, with_adamw
 
 __all__ = ["CONTESTANTS", "OURS", "PARTS", "RIVALS", "Muon"]
@@ -56,7 +56,7 @@ class InverseInside(Spectral):
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""
         fields = [move.preconditioned() for move in moves]
-        return self.scaled(moves, polar_factors(fields, self.iterations), fields)
+        return self.scaled(moves, [self.polar(field) for field in fields], fields)
 
 
 class FixedLength(Spectral):

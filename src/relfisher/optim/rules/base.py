@@ -12,27 +12,29 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.structures import Kept, State, Structure
 
-__all__ = ["Move", "Step", "StepRule", "on_host"]
+__all__ = ["Move", "Step", "StepRule", "by_device", "norms"]
 
 
 class Move(NamedTuple):
-    """The inputs for the step of one layer.
+    """The inputs for the step of layers of equal shape, which are computed together.
+
+    The first axis of every tensor counts the layers.
 
     Attributes:
-        layer: the layer.
-        structure: the structure of its metric.
-        state: the tensors of its metric, and those that the rule declares.
-        gradient: the gradient with momentum, [*g, out, d].
-        velocity: the momentum that is stored if the step is taken.
-        latest: the gradient without momentum.
+        layers: the layers.
+        structure: a structure that applies the factors of each layer as its own does.
+        state: the factors of their metrics, and the tensors that the rule declares, [layers, ...].
+        gradient: the gradients with momentum, [layers, *g, out, d].
+        velocity: the momenta that are stored if the step is taken.
+        latest: the gradients without momentum.
         momentum: the share of the momentum that is kept from one step to the next.
         lr: the learning rate.
         annealing: the ratio of the learning rate to the highest one so far, at most 1.
-        flat: True if the metric leaves the gradient as it is: it has the power 0.
-        is_head: True if the outputs of the layer are the logits of a softmax.
+        flat: True if the metric leaves gradients as they are: it has the power 0.
+        is_head: True if the outputs of the layers are the logits of a softmax.
     """
 
-    layer: Layer
+    layers: tuple[Layer, ...]
     structure: Structure
     state: State
     gradient: Tensor
@@ -58,10 +60,15 @@ class Move(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The step of one layer: it moves by `-scale * direction`, [*g, out, d]."""
+    """The step of the layers of a move: they move by `-scale * direction`.
+
+    Attributes:
+        direction: the directions, [layers, *g, out, d].
+        scale: one number for all layers, or one for each, [layers].
+    """
 
     direction: Tensor
-    scale: float
+    scale: float | Tensor
 
 
 class StepRule(ABC):
@@ -89,8 +96,8 @@ class StepRule(ABC):
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the rule's tensors for a layer of the shape [*g, out, d], by key; none by default.
 
-        The tensors are zero before the first step. `steps` finds them in the state of a move and updates them in place;
-        they are saved, loaded and copied with the optimizer.
+        The tensors are zero before the first step. `steps` finds those of all layers of a move in its state, and
+        updates them in place; they are saved, loaded and copied with the optimizer.
         """
         return {}
 
@@ -99,9 +106,14 @@ class StepRule(ABC):
         """Return one step per move, or None to skip the step."""
 
 
-def on_host(scalars: Sequence[Tensor]) -> list[float]:
-    """Return scalars of one or several devices as numbers; synchronizes with the device once."""
-    if not scalars:
-        return []
-    numbers: list[float] = torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()
-    return numbers
+def by_device(moves: Sequence[Move]) -> list[list[int]]:
+    """Return the places of moves on each device, so that their numbers can be computed together."""
+    places: dict[torch.device, list[int]] = {}
+    for place, move in enumerate(moves):
+        places.setdefault(move.gradient.device, []).append(place)
+    return list(places.values())
+
+
+def norms(fields: Sequence[Tensor]) -> Tensor:
+    """Return the norms of the layers of several moves, [all layers]."""
+    return torch.stack(torch._foreach_norm([own for field in fields for own in field.unbind(0)]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relfisher.optim.rules.base import Move, Step, StepRule, on_host
+from relfisher.optim.rules.base import Move, Step, StepRule, by_device, norms
 from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_rate
 
@@ -55,7 +55,7 @@ class NormalizedRule(StepRule):
 
     @abstractmethod
     def rms(self, move: Move) -> float:
-        """Return the root mean square of a layer's step, relative to the learning rate."""
+        """Return the root mean square of the steps of a move's layers, relative to the learning rate."""
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return what the lengths of steps depend on.
@@ -64,8 +64,8 @@ class NormalizedRule(StepRule):
         sizes; "uncorrelated" is the root mean square norm of the momentum if gradients were uncorrelated.
         """
         return {
-            "log_norm_stats": Kept((3,), on_host=True, dtype=torch.float32),
-            "uncorrelated": Kept((), on_host=True, dtype=torch.float32),
+            "log_norm_stats": Kept((3,), dtype=torch.float32),
+            "uncorrelated": Kept((), dtype=torch.float32),
         }
 
     def scaled(
@@ -75,46 +75,57 @@ class NormalizedRule(StepRule):
 
         Args:
             moves: the moves.
-            directions: one direction per move; a zero direction gives a zero step.
+            directions: the directions of each move; a zero direction gives a zero step.
             made_of: the tensors whose norms are the sizes; they grow with the gradient, as directions may not.
         """
-        if not directions:
-            return []
-        measured = [*directions, *(move.velocity for move in moves), *(move.latest for move in moves)]
-        if made_of is not directions:
-            measured += made_of
-        norms = on_host(torch._foreach_norm(measured))
-        if not all(map(math.isfinite, norms)):
+        steps: dict[int, Step] = {}
+        for places in by_device(moves):
+            own = [moves[place] for place in places]
+            sizes = norms([made_of[place] for place in places])
+            lengths = sizes if made_of is directions else norms([directions[place] for place in places])
+            scales = self._scales(own, lengths, sizes)
+            if scales is None:
+                return None
+            counts = [len(move.layers) for move in own]
+            for place, scale in zip(places, scales.split_with_sizes(counts), strict=True):
+                steps[place] = Step(directions[place], scale)
+        return [steps[place] for place in range(len(moves))]
+
+    def _scales(self, moves: Sequence[Move], lengths: Tensor, sizes: Tensor) -> Tensor | None:
+        """Return the factors of directions of these lengths, for each layer; None if a number is not finite."""
+        velocities, latest = norms([move.velocity for move in moves]), norms([move.latest for move in moves])
+        if not bool(torch.isfinite(torch.stack([lengths, sizes, velocities, latest])).all()):
             return None
-        steps, count = [], len(moves)
-        for place, (move, direction) in enumerate(zip(moves, directions, strict=True)):
-            norm, velocity, latest, *own = norms[place::count]
-            size = own[0] if own else norm
-            length = move.lr * self.rms(move) * _coherence(move, velocity, latest) * self._shortening(move, size)
-            steps.append(Step(direction, length * math.sqrt(direction.numel()) / norm if norm else 0.0))
-        return steps
+        counts = [len(move.layers) for move in moves]
+        numbers = [[move.lr * self.rms(move) * _root(move), move.momentum] for move in moves for _ in move.layers]
+        full, share = torch.tensor(numbers, dtype=lengths.dtype, device=lengths.device).unbind(1)
+        uncorrelated = torch.hypot(share * _joint(moves, "uncorrelated"), latest)
+        coherence = velocities / uncorrelated.where(uncorrelated > 0, math.inf)
+        coherence = coherence.clamp(min=1.0).minimum(((1 + share) / (1 - share)).sqrt())
+        stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
+        for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
+            torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
+        return full * coherence * shortening / lengths.where(lengths > 0, math.inf)
 
-    def _shortening(self, move: Move, size: float) -> float:
-        """Return the factor for a step of this size, at most 1, and update the statistics of sizes."""
-        if size == 0:
-            return 0.0
-        kept = move.state["log_norm_stats"]
-        count, total, mean = kept.tolist()
-        weight = min(1.0, (count + 1) / _YOUNG) ** 2
-        total += weight
-        mean += weight / total * (math.log(size) - mean)
-        kept.copy_(torch.tensor([count + 1, total, mean], dtype=kept.dtype))
-        floor = self.noise_floor * math.exp(mean)
-        return min(1.0, size / floor) if floor else 1.0
+    def _shortening(self, stats: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new statistics of the sizes of steps, and the factors of these steps, which are at most 1."""
+        count, total, mean = stats.unbind(1)
+        weight = ((count + 1) / _YOUNG).clamp(max=1.0).square()
+        total = total + weight
+        mean = mean + weight / total * (sizes.log() - mean)
+        floor = self.noise_floor * mean.exp()
+        moves = sizes > 0
+        new = torch.stack([count + 1, total, mean], 1).where(moves.unsqueeze(1), stats)
+        return new, (sizes / floor).clamp(max=1.0).where(moves, 0.0)
 
 
-def _coherence(move: Move, velocity: float, latest: float) -> float:
-    """Return the bounded coherence of a layer's gradients, given the norms of its momentum and its latest gradient."""
-    kept, share = move.state["uncorrelated"], move.momentum
-    uncorrelated = math.hypot(share * kept.item(), latest)
-    kept.fill_(uncorrelated)
-    ratio = velocity / uncorrelated if uncorrelated else 1.0
-    return min(max(1.0, ratio), math.sqrt((1 + share) / (1 - share)))
+def _root(move: Move) -> float:
+    """Return the root of the number of parameters of a layer."""
+    return math.sqrt(math.prod(move.layers[0].shape))
+
+
+def _joint(moves: Sequence[Move], key: str) -> Tensor:
+    return torch.cat([move.state[key] for move in moves])
 
 
 class Normalized(NormalizedRule):

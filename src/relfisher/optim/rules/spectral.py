@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 
@@ -15,7 +14,7 @@ from relfisher.optim.rules.normalized import NormalizedRule
 from relfisher.shapes import Float
 from relfisher.validation import check_integer, check_rate
 
-__all__ = ["Spectral", "polar_factor", "polar_factors"]
+__all__ = ["Spectral", "polar_factor"]
 
 # The quintic a x + b x^3 + c x^5 that Jordan et al. (2024) chose for Muon: five steps map singular values between 0.01
 # and 1 to values between 0.7 and 1.2.
@@ -23,9 +22,6 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 # From this width on, products in bfloat16 are faster on devices that support them.
 _WIDE = 128
-
-# Matrices are computed together up to as many numbers: more would take memory and save nothing.
-_TOGETHER = 1 << 22
 
 # Operations of five iterations on an m x n matrix: 20 m^2 n + 10 m^3; on its m x m Gram matrix: 4 m^2 n + 34 m^3.
 _ELONGATED = 1.5
@@ -67,41 +63,18 @@ class Spectral(NormalizedRule):
 
     def rms(self, move: Move) -> float:
         """Return the inverse root of the number of inputs of a unit, 1 for one-hot inputs; times `head` for heads."""
-        return (self.head if move.is_head else 1.0) / math.sqrt(move.layer.fan_in)
+        return (self.head if move.is_head else 1.0) / math.sqrt(move.layers[0].fan_in)
+
+    def polar(self, field: Float[Tensor, "l *g out d"]) -> Float[Tensor, "l *g out d"]:
+        """Return the polar factors of a field, or the field itself for units with one row each."""
+        return field if field.shape[-2] == 1 else polar_factor(field, self.iterations)
 
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a direction is not finite."""
         whitened = [move.whitened() for move in moves]
-        factors = polar_factors(whitened, self.iterations)
+        factors = [self.polar(field) for field in whitened]
         directions = [move.unwhitened(factor) for move, factor in zip(moves, factors, strict=True)]
         return self.scaled(moves, directions, whitened)
-
-
-def polar_factors(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tensor]:
-    """Return the polar factors of several matrices or batches of them; those of equal shape are computed together.
-
-    Matrices of a single row are returned as they are. See `polar_factor`.
-    """
-    found = list(matrices)
-    for places in _alike(matrices):
-        own = [matrices[place] for place in places]
-        factors = polar_factor(torch.stack(own), iterations) if len(own) > 1 else [polar_factor(own[0], iterations)]
-        for place, factor in zip(places, factors, strict=True):
-            found[place] = factor
-    return found
-
-
-def _alike(matrices: Sequence[Tensor]) -> list[list[int]]:
-    """Return the places of matrices of more than one row, those that are computed together in one list."""
-    kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for place, matrix in enumerate(matrices):
-        if matrix.shape[-2] > 1:
-            kinds[matrix.shape, matrix.dtype, matrix.device].append(place)
-    found = []
-    for places in kinds.values():
-        most = max(1, _TOGETHER // matrices[places[0]].numel())
-        found += [places[start : start + most] for start in range(0, len(places), most)]
-    return found
 
 
 def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[Tensor, "*g m n"]:
@@ -117,11 +90,12 @@ def polar_factor(matrix: Float[Tensor, "*g m n"], iterations: int = 5) -> Float[
     Returns:
         Approximately U V' of the singular value decomposition U S V'; zero for a zero matrix.
     """
-    if matrix.ndim > 3:
-        return polar_factor(matrix.flatten(0, -3), iterations).reshape(matrix.shape)
+    if matrix.ndim != 3:  # one batch of products is fewer operations than products of many dimensions
+        return polar_factor(matrix.reshape(-1, *matrix.shape[-2:]), iterations).reshape(matrix.shape)
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    # The squares of smaller numbers vanish.
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
     if x.dtype == torch.float32 and x.shape[-2] >= _WIDE and _multiplies_bfloat16(x.device.type):
         x = _plain(x.bfloat16().contiguous(), iterations).to(x.dtype)
     else:
@@ -138,24 +112,23 @@ def _multiplies_bfloat16(device_type: str) -> bool:
     return device_type == "cpu" and supported is not None and bool(supported())
 
 
-def _plain(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
+def _plain(x: Float[Tensor, "l m n"], iterations: int) -> Float[Tensor, "l m n"]:
     a, b, c = _COEFFICIENTS
-    multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = multiply(x, multiply(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _by_gram(x: Float[Tensor, "*g m n"], iterations: int) -> Float[Tensor, "*g m n"]:
+def _by_gram(x: Float[Tensor, "l m n"], iterations: int) -> Float[Tensor, "l m n"]:
     """Return the same result using the m x m Gram matrix: each iteration multiplies x by a polynomial of it."""
     a, b, c = _COEFFICIENTS
-    gram = x @ x.mT
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    constant, linear, product = a * eye, b * eye, eye
+    gram = torch.bmm(x, x.mT)
+    product = None
     for iteration in range(iterations):
-        factor = torch.add(linear, gram, alpha=c) @ gram + constant
-        product = factor @ product if iteration else factor
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else torch.bmm(factor, product)
         if iteration < iterations - 1:
-            gram = factor @ gram @ factor
-    return product @ x
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return x if product is None else torch.bmm(product, x)

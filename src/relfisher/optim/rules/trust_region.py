@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relfisher.optim.rules.base import Move, Step, StepRule, on_host
+from relfisher.optim.rules.base import Move, Step, StepRule, by_device
 from relfisher.validation import check_positive
 
 __all__ = ["TrustRegion"]
@@ -42,20 +42,21 @@ class TrustRegion(StepRule):
     def steps(self, moves: Sequence[Move]) -> list[Step] | None:
         """Return the steps, or None if a squared length is not finite or is negative."""
         directions = [move.preconditioned() for move in moves]
-        lengths = _squared_lengths(moves, directions)
-        if not all(0 <= length < math.inf for length in lengths):
-            return None
+        lengths = [_squared_lengths(move, each) for move, each in zip(moves, directions, strict=True)]
+        for places in by_device(moves):
+            joint = torch.cat([lengths[place] for place in places])
+            if not bool(((joint >= 0) & (joint < math.inf)).all()):
+                return None
         return [
-            Step(direction, move.lr * self._shortening(move, length))
-            for move, direction, length in zip(moves, directions, lengths, strict=True)
+            Step(direction, move.lr * self._shortening(move, each))
+            for move, direction, each in zip(moves, directions, lengths, strict=True)
         ]
 
-    def _shortening(self, move: Move, length: float) -> float:
-        """Return the factor that shortens a step of the given squared length."""
+    def _shortening(self, move: Move, lengths: Tensor) -> Tensor:
+        """Return the factors that shorten steps of the given squared lengths."""
         bound = math.inf if self.bound is None else self.bound * move.annealing**2
-        return math.sqrt(bound / length) if length > bound else 1.0
+        return (bound / lengths).sqrt().clamp(max=1.0)
 
 
-def _squared_lengths(moves: Sequence[Move], directions: Sequence[Tensor]) -> list[float]:
-    products = [torch.sum(direction * move.gradient) for move, direction in zip(moves, directions, strict=True)]
-    return [move.lr**2 * product for move, product in zip(moves, on_host(products), strict=True)]
+def _squared_lengths(move: Move, direction: Tensor) -> Tensor:
+    return move.lr**2 * (direction * move.gradient).flatten(1).sum(1)

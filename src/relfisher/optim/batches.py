@@ -1,0 +1,187 @@
+"""Layers of equal shape are one batch, so that an operation of a step runs once for all of them.
+
+Their gradients are copied into one tensor [L, *g, out, d]. Their factors, their momentum and what the step rule keeps
+are stacked [L, ...] once; what the optimizer's state holds of a layer is a view of its part from then on. Where a state
+is replaced, by loading, copying or another device, the tensors are stacked anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from relfisher.layers import Layer
+from relfisher.optim.record import Record, dense
+from relfisher.shapes import Float
+from relfisher.structures import State
+
+__all__ = ["Batch", "Batches"]
+
+# A batch has up to as many parameters: more would take memory and save nothing.
+_TOGETHER = 1 << 22
+
+Moving = Sequence[Tensor | None]
+
+
+class Batch:
+    """Layers whose steps are computed together.
+
+    Args:
+        records: of layers of equal shape, dtype and device. Several layers must not be computed from other parameters.
+        keys: the keys of the tensors that are stacked.
+    """
+
+    def __init__(self, records: Sequence[Record], keys: Sequence[str]) -> None:
+        self.records = tuple(records)
+        self._keys = tuple(keys)
+        self._stacked: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers."""
+        return tuple(record.layer for record in self.records)
+
+    def state(self, states: Sequence[State]) -> State:
+        """Return the tensors of the layers' states, stacked [L, ...]; those of a state become views of them."""
+        return {key: self._together(key, states) for key in self._keys}
+
+    def _together(self, key: str, states: Sequence[State]) -> Tensor:
+        own = [state[key] for state in states]
+        stacked, views = self._stacked.get(key, (None, []))
+        if stacked is None or any(mine is not view for mine, view in zip(own, views, strict=True)):
+            if len(own) == 1:
+                stacked, views = own[0].unsqueeze(0), own
+            else:
+                stacked = torch.stack(own)
+                views = [stacked[place] for place in range(len(own))]
+            for state, view in zip(states, views, strict=True):
+                state[key] = view
+            self._stacked[key] = stacked, views
+        return stacked
+
+    def gradient(
+        self, moving: Sequence[Moving], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "l *g out d"], list[Tensor], list[Tensor]]:
+        """Return a tensor for the gradients, with 0 for parts that do not move, its parts, and what belongs into them.
+
+        Args:
+            moving: the parameters of each layer; None for those that do not move.
+            dtype: the dtype of the gradients.
+        """
+        layer = self.records[0].layer
+        shape, device = (len(self.records), *layer.shape), layer.weight.device
+        if _is_computed(layer):
+            found = self.records[0].gradient()
+            assert found is not None  # something moves
+            return found.to(dtype).unsqueeze(0), [], []
+        partly = any(each is None for each in moving[0])
+        matrix = (torch.zeros if partly else torch.empty)(shape, dtype=dtype, device=device)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for view, parts, parameters in self._parts(matrix, moving):
+            targets += parts
+            sources += [view(dense(parameter.grad)) for parameter in parameters]
+        return matrix, targets, sources
+
+    def changes(self, moving: Sequence[Moving], step: Float[Tensor, "l *g out d"]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters, or views of them, and what is added to them for a step.
+
+        Args:
+            moving: see `gradient`.
+            step: the changes of the layers' matrices.
+        """
+        layer = self.records[0].layer
+        if _is_computed(layer):
+            pairs = zip(layer.seen(moving[0]), layer.steps(step[0], moving[0]), strict=True)
+            found = [(target, change) for target, change in pairs if target is not None and change is not None]
+            return [target for target, _ in found], [change for _, change in found]
+        targets: list[Tensor] = []
+        changes: list[Tensor] = []
+        for view, parts, parameters in self._parts(step, moving):
+            targets += [view(parameter) for parameter in parameters]
+            changes += parts
+        return targets, changes
+
+    def _parts(
+        self, matrix: Float[Tensor, "l *g out d"], moving: Sequence[Moving]
+    ) -> Iterator[tuple[Callable[[Tensor], Tensor], Sequence[Tensor], list[Tensor]]]:
+        """Return the view of each part that moves, its columns of each layer's matrix, and the layers' parameters."""
+        layer = self.records[0].layer
+        parts = zip(self._views, matrix.split_with_sizes(layer.widths, dim=-1), zip(*moving, strict=True), strict=True)
+        for (view, shape), columns, parameters in parts:
+            if parameters[0] is not None:
+                each = columns.view(len(self.records), *shape).unbind(0)
+                yield view, each, [parameter for parameter in parameters if parameter is not None]
+
+    @cached_property
+    def _views(self) -> list[tuple[Callable[[Tensor], Tensor], tuple[int, ...]]]:
+        """The view of each part's parameter that is copied, and its shape: of the parameter itself, where it can be."""
+        layer = self.records[0].layer
+        found: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = []
+        for part, seen, parameter in zip(layer.parts, layer.views, layer.parameters, strict=True):
+            view = part.view(torch.empty(parameter.shape, device="meta"))
+            same = view.is_contiguous() and view.numel() == parameter.numel()
+            found.append((_whole, parameter.shape) if same else (part.view, seen))
+        return found
+
+
+class Batches:
+    """The batches of an optimizer's layers, which last as long as what they are made of."""
+
+    def __init__(self) -> None:
+        self._seen: list[Hashable] = []
+        self._families: list[Batch] = []
+        self._alone: dict[Record, Batch] = {}
+
+    def moving(
+        self, seen: Mapping[Record, Hashable], kind: Callable[[Record], tuple[Hashable, Sequence[str]]]
+    ) -> list[tuple[Batch, list[Moving]]]:
+        """Return the batches that move, with the parameters of each layer, and None for those that do not move.
+
+        Layers whose parameters do not all move alike are batches of their own.
+
+        Args:
+            seen: what a layer's kind depends on; as long as nothing of it changes, batches are the same.
+            kind: returns what is equal for layers of one batch, and the keys of the tensors that are stacked.
+        """
+        if list(seen.items()) != self._seen:
+            self._seen = list(seen.items())
+            self._group({record: kind(record) for record in seen})
+        found: list[tuple[Batch, list[Moving]]] = []
+        for family in self._families:
+            moving: list[Moving] = [record.moving() for record in family.records]
+            patterns = {tuple(parameter is None for parameter in each) for each in moving}
+            if len(patterns) == 1:
+                found += [] if all(*patterns) else [(family, moving)]
+            else:
+                pairs = zip(family.records, moving, strict=True)
+                found += [(self._alone[record], [own]) for record, own in pairs if any(p is not None for p in own)]
+        return found
+
+    def _group(self, kinds: Mapping[Record, tuple[Hashable, Sequence[str]]]) -> None:
+        """Form the batches."""
+        by_kind: dict[Hashable, list[Record]] = defaultdict(list)
+        for record, (kind, _) in kinds.items():
+            layer = record.layer
+            own = record if _is_computed(layer) else (type(layer), layer.shape, layer.dtype, layer.weight.device)
+            by_kind[kind, own].append(record)
+        self._families = []
+        for records in by_kind.values():
+            most = max(1, _TOGETHER // math.prod(records[0].layer.shape))
+            parts = [records[start : start + most] for start in range(0, len(records), most)]
+            self._families += [Batch(part, kinds[part[0]][1]) for part in parts]
+        self._alone = {record: Batch([record], keys) for record, (_, keys) in kinds.items()}
+
+
+def _is_computed(layer: Layer) -> bool:
+    """Return whether a part of a layer's matrix is computed from parameters."""
+    return any(part.chart is not None for part in layer.parts)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
