@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from relfisher import RNGD
 from relfisher.studies import text
 from relfisher.studies.networks import Transformer
+from relfisher.studies.operations import Counted
 from relfisher.studies.peers import with_adamw
 from relfisher.studies.training import state_bytes
 
@@ -45,17 +45,6 @@ OPTIMIZERS = {
     "RNGD": RNGD,
     "RNGD, normalized": partial(RNGD, step_rule="normalized"),
 }
-
-
-class Counted(TorchDispatchMode):
-    """Counts dispatched operations, and those among them with which the host reads a number of the device."""
-
-    operations = reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def train(make, device, shape, seconds):

@@ -20,16 +20,31 @@ def squared(model, given):
 @pytest.mark.parametrize(("loss", "head"), [(classified, "kronecker"), (squared, "shared")])
 def test_hidden_layers_have_two_layer_factors_and_a_softmax_head_its_own(activation, loss, head):
     model = mlp(activation)
-    optimizer = RNGD(model)
+    optimizer = RNGD(model, fit="plain")
     step(model, optimizer, batch(), loss)
     assert structures(optimizer) == {"0": "kronecker", "2": "kronecker", "4": head}
+
+
+def test_a_layer_whose_gradient_the_metric_leaves_as_it_is_keeps_the_diagonal_alone():
+    """By default those that read the raw input; of a metric that others ask for, all."""
+    expected = {
+        "diagonal": [{}, {"metric": MetricOptions(power={"first": 0.0})}],
+        "kronecker": [{"fit": "plain"}, {"damping": {"first": 0.3}}, {"metric": MetricOptions(power={"first": 0.1})}],
+        "shared": [{"metric": MetricOptions(structure={"0": "shared"})}],
+    }
+    for first, several in expected.items():
+        for options in several:
+            model = mlp()
+            optimizer = RNGD(model, **options)
+            step(model, optimizer, batch(), classified)
+            assert structures(optimizer) == {"0": first, "2": "kronecker", "4": "kronecker"}
 
 
 @pytest.mark.parametrize("structure", ["auto", "kronecker"])
 def test_the_factors_are_those_of_equations_25_and_26(structure):
     """Of the hidden layers that of the next one, and of the head that of the categorical response that is seen."""
     model = mlp()
-    optimizer = RNGD(model, metric=MetricOptions(structure=structure))
+    optimizer = RNGD(model, fit="plain", metric=MetricOptions(structure=structure))
     x, y = batch()
     hidden = torch.tanh(model[0](x)).detach()
     last = torch.tanh(model[2](hidden)).detach()
@@ -75,7 +90,7 @@ class WithLoss(nn.Module):
 
 def test_a_softmax_inside_the_model_is_seen():
     model = WithLoss()
-    optimizer = RNGD(model)
+    optimizer = RNGD(model, fit="plain")
     model(*batch())["loss"].backward()
     optimizer.step()
     assert set(structures(optimizer).values()) == {"kronecker"}

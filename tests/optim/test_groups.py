@@ -105,7 +105,7 @@ def test_a_parameter_in_two_groups_is_refused():
         ({"0": "shared"}, {"0": "shared", "2": "neuron", "3": "shared"}),
         ({"[03]": "diagonal"}, {"0": "diagonal", "2": "neuron", "3": "diagonal"}),
         ({"Linear": "diagonal", "3": "neuron"}, {"0": "diagonal", "2": "neuron", "3": "neuron"}),
-        ({"LayerNorm": "fallback"}, {"0": "neuron", "3": "shared"}),
+        ({"LayerNorm": "fallback"}, {"0": "diagonal", "3": "shared"}),
         ({"3": SharedBlock(), "*": "neuron"}, {"0": "neuron", "2": "neuron", "3": "shared"}),
     ],
 )

@@ -139,14 +139,16 @@ def test_auto_keeps_to_its_bytes():
     x = torch.randn(4, 600)
 
     def chosen(bytes_):
-        return [layer.chosen.structure for layer in plan(model, x, metric=MetricOptions(structure_bytes=bytes_))]
+        metric = MetricOptions(structure_bytes=bytes_)
+        return [layer.chosen.structure for layer in plan(model, x, metric=metric, fit="plain")]
 
     assert chosen(1 << 30) == ["kronecker, rank 64", "kronecker", "shared"]
     assert chosen(1 << 20) == ["diagonal", "kronecker", "shared"]
     assert chosen(1 << 14) == ["diagonal", "shared", "shared"]
     for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):
         assert all(
-            layer.chosen.bytes <= budget for layer in plan(model, x, metric=MetricOptions(structure_bytes=budget))
+            layer.chosen.bytes <= budget
+            for layer in plan(model, x, metric=MetricOptions(structure_bytes=budget), fit="plain")
         )
 
 
@@ -156,7 +158,7 @@ def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes
     x = torch.randn(5, 60)
 
     def chosen(bytes_):
-        return next(iter(plan(model, x, metric=MetricOptions(structure_bytes=bytes_)))).chosen.structure
+        return next(iter(plan(model, x, metric=MetricOptions(structure_bytes=bytes_), fit="plain"))).chosen.structure
 
     blocks = 2 * 4 * 61**2 * 4
     assert chosen(4 * blocks) == ("shared" if activation is nn.ReLU else "neuron")
@@ -174,14 +176,14 @@ def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes
 def test_a_plan_that_is_given_the_loss_knows_a_softmax_head(loss, head):
     model = mlp(sizes=(5, 4, 3), dtype=torch.float32)
     x = torch.randn(4, 5)
-    assert [layer.chosen.structure for layer in plan(model, x, loss=loss)] == ["kronecker", head]
+    assert [layer.chosen.structure for layer in plan(model, x, loss=loss)] == ["diagonal", head]
     said = {row.subsystem: row.structure for row in coverage(model, x, loss=loss)}
-    assert said == {"0": "kronecker", "2": head}
+    assert said == {"0": "diagonal", "2": head}
     if loss is not None:
         optimizer = RNGD(model)
         loss(model(x)).backward()
         optimizer.step()
-        assert list(structures(optimizer).values()) == ["kronecker", head]
+        assert list(structures(optimizer).values()) == ["diagonal", head]
         planned = plan(model, x, loss=loss)
         measured = taken(optimizer)
         assert measured == pytest.approx(planned.bytes, rel=0.05)

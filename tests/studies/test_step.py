@@ -100,11 +100,13 @@ def test_each_repeat_has_an_iteration_even_without_time():
 
 def test_the_table_has_medians_ranges_and_ratios():
     steps = (*(0.001,) * 98, 0.004, 0.004)
-    adam = Timing("Adam", repeats=(0.002, 0.004, 0.003), steps=steps, state_bytes=2_000_000, peak_bytes=10_000_000)
-    other = Timing("other", repeats=(0.009, 0.006, 0.006), steps=steps, state_bytes=1_000_000)
+    adam = Timing(
+        "Adam", repeats=(0.002, 0.004, 0.003), steps=steps, state_bytes=2_000_000, peak_bytes=10_000_000, operations=90
+    )
+    other = Timing("other", repeats=(0.009, 0.006, 0.006), steps=steps, state_bytes=1_000_000, reads=2)
     first, second, third = step_report.rows([adam, other, Timing("third", note="not installed")])
-    assert first == ["Adam", "3.00", "2.00 to 4.00", "1.00", "1.00", "4.0", "2", "1.00", "10", "1.00", "100"]
-    assert second == ["other", "6.00", "6.00 to 9.00", "2.00", "1.00", "4.0", "1", "0.50", "-", "-", "100"]
+    assert first == ["Adam", "3.00", "2.00 to 4.00", "1.00", "1.00", "4.0", "2", "1.00", "10", "1.00", "90", "0", "100"]
+    assert second == ["other", "6.00", "6.00 to 9.00", "2.00", "1.00", "4.0", "1", "0.50", "-", "-", "0", "2", "100"]
     assert third[:2] == ["third", "not installed"]
     assert len(third) == len(step_report.HEADER)
 

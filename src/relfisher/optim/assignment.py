@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from relfisher.layers import Layer
 from relfisher.observe import Role
@@ -98,14 +98,20 @@ def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
     return rule
 
 
-def assign(layers: Mapping[Layer, Role], rules: Mapping[Layer, Rule], budget: int) -> dict[Layer, Structure]:
+def assign(
+    layers: Mapping[Layer, Role],
+    rules: Mapping[Layer, Rule],
+    budget: int,
+    is_flat: Callable[[Layer, Role], bool] | None = None,
+) -> dict[Layer, Structure]:
     """Choose a structure for each layer.
 
     Rules are the names "neuron", "shared", "diagonal" and "kronecker", "published" and "auto". The output factor of
     "kronecker" is that of a softmax at the head, equation (25); or that of the next linear layer, equation (26), if it
     alone takes the units; or else that of the units' own response. "published" uses exact neuron blocks for hidden
     layers and the shared block for the first and the last layer (section 5.2). "auto" uses the first of these that
-    applies: exact blocks for layers with one unit per group (the channels of a normalization); the Kronecker factors
+    applies: exact blocks for layers with one unit per group (the channels of a normalization); the diagonal for layers
+    whose gradient the metric leaves as it is, since it is not needed for their steps; the Kronecker factors
     of (25) or (26) if the output factor is no larger than the input factor and both fit into the budget; exact blocks
     if the units saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; the shared block if it fits;
     the diagonal. With "auto", shared blocks and Kronecker factors of width 512 or more are inverted along 64 leading
@@ -116,13 +122,17 @@ def assign(layers: Mapping[Layer, Role], rules: Mapping[Layer, Rule], budget: in
         layers: the roles of layers, in the order of the forward pass.
         rules: one rule per layer.
         budget: bytes for the metric and the inverse of one layer.
+        is_flat: returns whether the metric leaves the gradient of a layer as it is, since its inverse has the power 0;
+            None if it never does.
 
     Returns:
         One structure per layer.
     """
     ends = (0, len(layers) - 1)
     return {
-        layer: _structure(layer, role, rules[layer], budget, at_an_end=place in ends)
+        layer: _structure(
+            layer, role, rules[layer], 0 if is_flat and is_flat(layer, role) else budget, at_an_end=place in ends
+        )
         for place, (layer, role) in enumerate(layers.items())
     }
 

@@ -131,7 +131,8 @@ class Averaging:
             handle.remove()
 
     def _enter(self, module: nn.Module, _: object) -> None:
-        if module.training and torch.is_grad_enabled():
+        waits = any(not group["at_iterate"] for group in self._groups())  # the first hook of a pass moves all weights
+        if waits and module.training and torch.is_grad_enabled():
             with torch._C.DisableTorchFunction():
                 self.to_iterate()
 

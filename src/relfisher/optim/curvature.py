@@ -60,6 +60,7 @@ class Curvature:
         owners: Sequence[Owner] = (),
         optional: Sequence[Owner] = (),
         beside: Sequence[Owner] = (),
+        is_flat: Callable[[Layer, Role], bool] | None = None,
     ) -> None:
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
@@ -74,6 +75,7 @@ class Curvature:
         self._health = health
         self._options = options
         self._schedule = options.schedule
+        self._is_flat = is_flat
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
         self.ranks = Ranks(model)
@@ -326,7 +328,7 @@ class Curvature:
 
     def _assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:
         rules = {layer: self.records[layer].rule for layer in roles}
-        return assign(roles, rules, self._options.structure_bytes)
+        return assign(roles, rules, self._options.structure_bytes, self._is_flat)
 
     def _create(self, record: Record, structure: Structure) -> None:
         """Create the state of a metric without statistics."""

@@ -15,7 +15,7 @@ from relfisher.observe import Responses, Role, check_responses, survey
 from relfisher.optim.assignment import FALLBACK, assign, candidates, number_bytes, rule_for, state_bytes
 from relfisher.optim.averaging import averaged
 from relfisher.optim.groups import names_of
-from relfisher.optim.options import MetricOptions
+from relfisher.optim.options import Inversions, MetricOptions, fit_named
 from relfisher.optim.renamed import reject
 from relfisher.responses import Response
 from relfisher.structures import Structure
@@ -134,9 +134,10 @@ def plan(
     metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
+    fit: str = "generalize",
     **unknown: Any,
 ) -> Plan:
-    """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses)`.
+    """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses, fit=fit)`.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left unchanged.
@@ -146,6 +147,7 @@ def plan(
             as RNGD does from the first gradients. Under any other loss, such as a binary cross-entropy, RNGD takes the
             units of the head as linear.
         responses: as for `RNGD`.
+        fit: as for `RNGD`; it says whether the metric is needed where raw inputs are read.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
@@ -156,7 +158,7 @@ def plan(
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("plan", unknown)
-    found = _surveyed(model, inputs, metric, loss, responses)
+    found = _surveyed(model, inputs, metric, loss, responses, fit)
     rows = []
     for layer, chosen in found.structures.items():
         count, role = found.samples.get(layer, 0), found.roles[layer]
@@ -237,9 +239,10 @@ def coverage(
     metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
+    fit: str = "generalize",
     **unknown: Any,
 ) -> Coverage:
-    """Return how `RNGD(model, metric=metric, responses=responses)` will train each parameter.
+    """Return how `RNGD(model, metric=metric, responses=responses, fit=fit)` will train each parameter.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left unchanged.
@@ -249,6 +252,7 @@ def coverage(
             as RNGD does from the first gradients. Under any other loss, such as a binary cross-entropy, RNGD takes the
             units of the head as linear.
         responses: as for `RNGD`.
+        fit: as for `RNGD`; it says whether the metric is needed where raw inputs are read.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
@@ -259,7 +263,7 @@ def coverage(
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("coverage", unknown)
-    found = _surveyed(model, inputs, metric, loss, responses)
+    found = _surveyed(model, inputs, metric, loss, responses, fit)
     home = {id(parameter): layer for layer in found.structures for parameter in layer.parameters}
     names = names_of(model)
     rows = []
@@ -297,12 +301,15 @@ def _surveyed(
     metric: MetricOptions,
     loss: Callable[[Any], Tensor] | None,
     responses: Responses | None,
+    fit: str,
 ) -> _Survey:
     check_instance("model", model, nn.Module)
     check_instance("metric", metric, MetricOptions)
     if loss is not None:
         check_callable("loss", loss)
     check_responses(responses)
+    usual = fit_named(fit)
+    is_flat = Inversions(usual.damping, metric.power, usual.raw_power).is_flat
     found = discover(model, metric.layers)
     metric.check(found.layers)
     rules = {layer: rule_for(layer, metric.structure) for layer in found.layers}
@@ -318,7 +325,7 @@ def _surveyed(
     reached = {layer: seen[layer] for layer in samples if layer in trained}
     before = assign({layer: Role(layer.own_response) for layer in layers}, rules, metric.structure_bytes)
     unseen = {layer: Role(layer.own_response) for layer in trained if layer not in reached}
-    structures = assign(reached, rules, metric.structure_bytes) | {layer: before[layer] for layer in unseen}
+    structures = assign(reached, rules, metric.structure_bytes, is_flat) | {layer: before[layer] for layer in unseen}
     return _Survey(structures, reached | unseen, samples, found.refused | refused)
 
 

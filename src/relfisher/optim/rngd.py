@@ -139,6 +139,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             owners=(self._rule,),
             optional=(Momentum,),
             beside=(Averaging, Fallback),
+            is_flat=self._inversions.is_flat,
         )
         self._complete = False
         super().__init__(listed(model.parameters() if params is None else params), defaults)

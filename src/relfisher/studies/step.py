@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 from relfisher import RNGD
+from relfisher.studies.operations import fewest
 from relfisher.studies.peers import PEERS, Peer, UnavailableError
 from relfisher.studies.training import iterate, state_bytes
 from relfisher.studies.workloads import WORKLOADS, Workload, batches, samples
@@ -28,6 +29,7 @@ ITERATIONS = 200
 WARM_UP = 60
 WARM_UP_SHARE = 0.25
 PEAK_ITERATIONS = 25
+COUNTED = 10
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Timing:
     """The cost of an iteration of a method on a workload.
 
     `repeats` has the mean seconds per iteration of each repeat, which include the share of infrequent work. `steps` has
-    the seconds of every single iteration. If the method is not available, or failed too early, `note` says why and
-    there are no numbers.
+    the seconds of every single iteration. `operations` are those that a step without infrequent work dispatches, and
+    `reads` those among them with which the host waits for the device. If the method is not available, or failed too
+    early, `note` says why and there are no numbers.
     """
 
     method: str
@@ -45,6 +48,8 @@ class Timing:
     steps: tuple[float, ...] = ()
     state_bytes: int = 0
     peak_bytes: int | None = None
+    operations: int = 0
+    reads: int = 0
 
     @property
     def seconds(self) -> float:
@@ -114,6 +119,7 @@ def measure(
             lanes[name] = Lane(run)
     take_turns(list(lanes.values()), repeats=repeats, seconds=seconds)
     notes |= {name: lane.failure for name, lane in lanes.items() if len(lane.times) < repeats}
+    counts = {name: fewest(optimizers[name], lanes[name].run, COUNTED) for name in methods if name not in notes}
     return [
         Timing(name, notes[name])
         if name in notes
@@ -122,6 +128,8 @@ def measure(
             repeats=tuple(float(part.mean()) for part in np.array_split(lanes[name].times, repeats)),
             steps=tuple(lanes[name].times),
             state_bytes=state_bytes(optimizers[name]),
+            operations=counts[name][0],
+            reads=counts[name][1],
         )
         for name in methods
     ]

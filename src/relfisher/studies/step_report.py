@@ -49,6 +49,8 @@ HEADER = (
     f"x {BASE}",
     "peak MB",
     f"x {BASE}",
+    "operations",
+    "reads",
     "iterations",
 )
 NOTES = f"""
@@ -56,7 +58,8 @@ An iteration is zero_grad, forward, backward and step. ms: mean time per iterati
 repeats; it includes infrequent work, such as inverting a metric. Methods take turns in short blocks, with the same
 initial weights and batches. Median step, p99/median: of single iterations. State: all tensors that the optimizer
 keeps. Peak: the peak memory growth of a training process, without the data. x {BASE}: relative to torch's default
-{BASE}.
+{BASE}. Operations: those that a step without infrequent work dispatches, each of which is a launch on a GPU. Reads:
+those among them with which the host reads a number, for which it waits on a GPU.
 """
 
 Growth = Mapping[int, Sequence[Timing]]
@@ -182,6 +185,8 @@ def _row(timing: Timing, base: Timing | None) -> list[str]:
         ratio("state_bytes"),
         ABSENT if timing.peak_bytes is None else _megabytes(timing.peak_bytes),
         ratio("peak_bytes"),
+        str(timing.operations),
+        str(timing.reads),
         str(len(timing.steps)),
     ]
 
