@@ -51,7 +51,20 @@ class Attending(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0].squeeze(1)
 
 
+class Cross(nn.Module):
+    """Attends to keys of another width, so that its projections are layers of their own, in one bias."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, kdim=3, batch_first=True)
+
+    def forward(self, x):
+        x = x.unsqueeze(1)
+        return self.attention(x, x[..., :3], x, need_weights=False)[0].squeeze(1)
+
+
 KINDS = {
+    "cross-attention": Cross,
     "linear": lambda width: nn.Linear(width, width),
     "no bias": lambda width: nn.Linear(width, width, bias=False),
     "norm": nn.LayerNorm,

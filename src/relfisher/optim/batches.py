@@ -26,6 +26,7 @@ __all__ = ["Batch", "Batches"]
 _TOGETHER = 1 << 22
 
 Moving = Sequence[Tensor | None]
+View = Callable[[Tensor], Tensor]
 
 
 class Batch:
@@ -83,9 +84,9 @@ class Batch:
         matrix = (torch.zeros if partly else torch.empty)(shape, dtype=dtype, device=device)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for view, parts, parameters in self._parts(matrix, moving):
-            targets += parts
-            sources += [view(dense(parameter.grad)) for parameter in parameters]
+        for columns, parameters in self._parts(matrix, moving):
+            targets += columns
+            sources += [view(dense(parameter.grad)) for view, parameter in parameters]
         return matrix, targets, sources
 
     def changes(self, moving: Sequence[Moving], step: Float[Tensor, "l *g out d"]) -> tuple[list[Tensor], list[Tensor]]:
@@ -102,32 +103,26 @@ class Batch:
             return [target for target, _ in found], [change for _, change in found]
         targets: list[Tensor] = []
         changes: list[Tensor] = []
-        for view, parts, parameters in self._parts(step, moving):
-            targets += [view(parameter) for parameter in parameters]
-            changes += parts
+        for columns, parameters in self._parts(step, moving):
+            targets += [view(parameter) for view, parameter in parameters]
+            changes += columns
         return targets, changes
 
     def _parts(
         self, matrix: Float[Tensor, "l *g out d"], moving: Sequence[Moving]
-    ) -> Iterator[tuple[Callable[[Tensor], Tensor], Sequence[Tensor], list[Tensor]]]:
-        """Return the view of each part that moves, its columns of each layer's matrix, and the layers' parameters."""
-        layer = self.records[0].layer
-        parts = zip(self._views, matrix.split_with_sizes(layer.widths, dim=-1), zip(*moving, strict=True), strict=True)
-        for (view, shape), columns, parameters in parts:
+    ) -> Iterator[tuple[Sequence[Tensor], list[tuple[View, Tensor]]]]:
+        """Return the columns of each part that moves, one tensor per layer, with the layers' views and parameters."""
+        columns = matrix.split_with_sizes(self.records[0].layer.widths, dim=-1)
+        views = zip(*self._views, strict=True)
+        for own, seen, parameters in zip(columns, views, zip(*moving, strict=True), strict=True):
             if parameters[0] is not None:
-                each = columns.view(len(self.records), *shape).unbind(0)
-                yield view, each, [parameter for parameter in parameters if parameter is not None]
+                pairs = zip(seen, parameters, strict=True)
+                found = [(view, parameter) for (view, _), parameter in pairs if parameter is not None]
+                yield own.view(len(self.records), *seen[0][1]).unbind(0), found
 
     @cached_property
-    def _views(self) -> list[tuple[Callable[[Tensor], Tensor], tuple[int, ...]]]:
-        """The view of each part's parameter that is copied, and its shape: of the parameter itself, where it can be."""
-        layer = self.records[0].layer
-        found: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = []
-        for part, seen, parameter in zip(layer.parts, layer.views, layer.parameters, strict=True):
-            view = part.view(torch.empty(parameter.shape, device="meta"))
-            same = view.is_contiguous() and view.numel() == parameter.numel()
-            found.append((_whole, parameter.shape) if same else (part.view, seen))
-        return found
+    def _views(self) -> list[list[tuple[View, tuple[int, ...]]]]:
+        return [_views(layer) for layer in self.layers]
 
 
 class Batches:
@@ -168,8 +163,11 @@ class Batches:
         by_kind: dict[Hashable, list[Record]] = defaultdict(list)
         for record, (kind, _) in kinds.items():
             layer = record.layer
-            own = record if _is_computed(layer) else (type(layer), layer.shape, layer.dtype, layer.weight.device)
-            by_kind[kind, own].append(record)
+            if _is_computed(layer):
+                by_kind[record].append(record)
+            else:
+                shapes = tuple(shape for _, shape in _views(layer))
+                by_kind[kind, layer.shape, shapes, layer.dtype, layer.weight.device].append(record)
         self._families = []
         for records in by_kind.values():
             most = max(1, _TOGETHER // math.prod(records[0].layer.shape))
@@ -181,6 +179,26 @@ class Batches:
 def _is_computed(layer: Layer) -> bool:
     """Return whether a part of a layer's matrix is computed from parameters."""
     return any(part.chart is not None for part in layer.parts)
+
+
+def _views(layer: Layer) -> list[tuple[View, tuple[int, ...]]]:
+    """Return the view of each part's parameter that is copied, and its shape: of the parameter itself, if possible."""
+    found: list[tuple[View, tuple[int, ...]]] = []
+    columns = torch.empty(layer.shape, device="meta").split_with_sizes(layer.widths, dim=-1)
+    for part, own, seen, parameter in zip(layer.parts, columns, layer.views, layer.parameters, strict=True):
+        view = part.view(torch.empty(parameter.shape, device="meta"))
+        same = view.is_contiguous() and view.numel() == parameter.numel() and _has_view(own, parameter.shape)
+        found.append((_whole, tuple(parameter.shape)) if same else (part.view, tuple(seen)))
+    return found
+
+
+def _has_view(columns: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether columns of a matrix can be seen in a shape without a copy."""
+    try:
+        columns.view(shape)
+    except RuntimeError:  # a dimension would span several rows
+        return False
+    return True
 
 
 def _whole(tensor: Tensor) -> Tensor:

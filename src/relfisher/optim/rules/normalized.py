@@ -101,7 +101,8 @@ class NormalizedRule(StepRule):
         full, share = torch.tensor(numbers, dtype=lengths.dtype, device=lengths.device).unbind(1)
         uncorrelated = torch.hypot(share * _joint(moves, "uncorrelated"), latest)
         coherence = velocities / uncorrelated.where(uncorrelated > 0, math.inf)
-        coherence = coherence.clamp(min=1.0).minimum(((1 + share) / (1 - share)).sqrt())
+        # What is kept, and is not finite, has no effect.
+        coherence = coherence.nan_to_num(1.0).clamp(min=1.0).minimum(((1 + share) / (1 - share)).sqrt())
         stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
         for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
             torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
@@ -116,7 +117,7 @@ class NormalizedRule(StepRule):
         floor = self.noise_floor * mean.exp()
         moves = sizes > 0
         new = torch.stack([count + 1, total, mean], 1).where(moves.unsqueeze(1), stats)
-        return new, (sizes / floor).clamp(max=1.0).where(moves, 0.0)
+        return new, (sizes / floor).nan_to_num(1.0).clamp(max=1.0).where(moves, 0.0)
 
 
 def _root(move: Move) -> float:
