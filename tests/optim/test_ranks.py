@@ -11,94 +11,27 @@ import ddp
 import pytest
 import torch
 from processes import run_together
-from torch import nn
+from small import (
+    METRIC,
+    Bare,
+    Experts,
+    Language,
+    convolutional,
+    distance,
+    images,
+    perceptron,
+    sentences,
+    sloped,
+    vectors,
+)
 from torch.distributed import get_rank
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher import RNGD, Preconditioner
 
 STEPS = 20
-METRIC = MetricOptions(stats_samples=None, stats_interval=3, refresh_interval=5)
-
-
-class Language(nn.Module):
-    """An LSTM with a head that is tied to its embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(6, 5)
-        self.lstm = nn.LSTM(5, 5, batch_first=True)
-        self.head = nn.Linear(5, 6, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.lstm(self.embedding(x))[0]).flatten(0, 1)
-
-
-class Experts(nn.Module):
-    """Two experts, of which the sign of the first input of a batch chooses one."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.experts[int(x[0, 0] > 0)](self.first(x).relu()))
-
-
-class Matrix(nn.Module):
-    """A product with a bare matrix, whose form is not known before it runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(5, 5) / 2)
-
-    def forward(self, x):
-        return x @ self.matrix
-
-
-class Bare(nn.Module):
-    """Experts that are bare matrices, and a response with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.slopes = nn.Linear(4, 5), nn.PReLU()
-        self.experts = nn.ModuleList(Matrix() for _ in range(2))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.experts[int(x[0, 0] > 0)](self.slopes(self.first(x))).tanh())
-
-
-def convolutional():
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
-
-
-def perceptron():
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
-
-
-def sloped():
-    return nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3))
-
-
-def images(generator, count):
-    return torch.randn(count, 1, 4, 4, generator=generator).double(), torch.randint(4, (count,), generator=generator)
-
-
-def vectors(generator, count):
-    return torch.randn(count, 4, generator=generator).double(), torch.randint(3, (count,), generator=generator)
-
-
-def sentences(generator, count):
-    words = torch.randint(6, (count, 4), generator=generator)
-    return words[:, :-1], words[:, 1:].flatten()
 
 
 # The model, its data, the number of batches that a step accumulates, and the options of the optimizer.
@@ -151,10 +84,6 @@ def all_trained():
             model, optimizer = trained(name, [get_rank()], together=True)
             found[name] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     return found
-
-
-def distance(one, other):
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -285,30 +214,6 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
         assert distance(one, other) == 0, name
     for one, other in zip(*(each["gradients"] for each in found), strict=True):
         assert torch.equal(one, other)
-
-
-def sharded():
-    """Return the errors for models of which each process holds a part."""
-    mesh, errors = init_device_mesh("cpu", (1,)), []
-    before, after, flat = (perceptron() for _ in range(3))
-    fully_shard(before, mesh=mesh)
-    optimizer = RNGD(after)
-    fully_shard(after, mesh=mesh)
-    after(torch.ones(2, 4)).sum().backward()
-    wrapped = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
-    for fails in (lambda: RNGD(before), optimizer.step, lambda: RNGD(wrapped), lambda: Preconditioner(before)):
-        try:
-            fails()
-        except ValueError as error:
-            errors.append(str(error))
-    return errors
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_models_of_which_each_process_holds_a_part_are_refused():
-    (errors,) = run_together(1, sharded)
-    assert len(errors) == 4
-    assert all("whole weights in each process" in error for error in errors)
 
 
 def interrupted(checkpoint):

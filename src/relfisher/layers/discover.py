@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
 from relfisher.layers.base import Kinds, Layer
-from relfisher.layers.chart import chart_of
+from relfisher.layers.chart import chart_of, has_weight_hook
 from relfisher.layers.conv import ConvLayer, ConvOperation, TransposedConvLayer, TransposedConvOperation
 from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer, EmbeddingOperation
 from relfisher.layers.linear import BilinearLayer, LinearLayer, LinearOperation, TransposedLinearLayer
@@ -28,6 +28,7 @@ from relfisher.layers.norm import (
     PReLULayer,
 )
 from relfisher.layers.recurrent import CellLayer, RecurrentLayer
+from relfisher.shards import all_whole, class_of, reshard
 
 __all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
 
@@ -122,7 +123,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         name = "" if name == "module" else name.removeprefix("module.")
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
@@ -172,7 +173,7 @@ def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
     wrapped = "_original_forward" in vars(module) or "_hf_hook" in vars(module)
     for method in _METHODS:
         if hasattr(base, method) and getattr(type(module), method) is not getattr(base, method):
-            return f"{type(module).__name__} has a {method} of its own"
+            return f"{class_of(module).__name__} has a {method} of its own"
         if method in vars(module) and not wrapped:
             return f"its {method} was replaced"
     return None
@@ -197,6 +198,18 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         ValueError: if a lazy module has not been initialized yet.
         TypeError: if a module is compiled by torch.jit.
     """
+    reshard(model)
+    with all_whole(_computing(model)):
+        return _discovered(model, extra)
+
+
+def _computing(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that compute a weight before they run, with those inside of them."""
+    found = [module for module in model.modules() if parametrize.is_parametrized(module) or has_weight_hook(module)]
+    return list(dict.fromkeys(part for module in found for part in module.modules()))
+
+
+def _discovered(model: nn.Module, extra: Extra) -> Discovery:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
@@ -239,7 +252,7 @@ def _operations_of(name: str, module: nn.Module) -> list[Layer]:
 
     So are those of parametrized modules, which torch makes.
     """
-    if type(module).__module__.startswith("torch."):
+    if class_of(module).__module__.startswith("torch."):
         return []
     kind = next((kind for bases, kind in _OPERATIONS.items() if isinstance(module, bases)), LinearOperation)
     return [layer for layer in kind.found_in(name, module) if _holds(module, layer)]

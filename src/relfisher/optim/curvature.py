@@ -20,8 +20,9 @@ from relfisher.optim.assignment import FALLBACK, Rule, assign
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
-from relfisher.optim.ranks import Ranks, check_whole
+from relfisher.optim.ranks import Ranks
 from relfisher.optim.record import Record
+from relfisher.shards import all_whole
 from relfisher.structures import Inversion, State, Statistics, Structure
 
 __all__ = ["Curvature"]
@@ -67,7 +68,6 @@ class Curvature:
                 f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer "
                 "after to_empty() and the initialization, which put other parameters into the model"
             )
-        check_whole(model)
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
@@ -176,6 +176,7 @@ class Curvature:
             ValueError: if there is no such layer, or it has no statistics yet.
         """
         names = {layer.name: record for layer, record in self.records.items()}
+        self.ranks.settle()
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
             raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
@@ -215,10 +216,7 @@ class Curvature:
             roles = self.ranks.roles(roles, unknown, self.records)
         if roles:
             self._settle(roles)
-        pending: Mapping[Layer, Rows | Statistics] = self.observer.take()
-        if self.ranks.together:  # in the same order in all processes: that in which roles became known
-            readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
-            pending = self.ranks.statistics(pending, readings)
+        pending = self._pending()
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure
             due = self._schedule.refresh_due(iteration, place, len(self.records))
@@ -239,6 +237,16 @@ class Curvature:
             if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
                 self._health.failed(iteration, layer.name)
         return {layer: role.refused for layer, role in roles.items() if role.refused is not None}
+
+    def _pending(self) -> Mapping[Layer, Rows | Statistics]:
+        """Return the samples since the last step, of all processes."""
+        if not self.ranks.together:
+            return self.observer.take()
+        # In the same order in all processes: that in which roles became known.
+        readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
+        following = (self.observer.roles[layer].following for layer, each in readings.items() if each.waits)
+        with all_whole({layer.module: None for layer in following if layer is not None}):
+            return self.ranks.statistics(self.observer.take(), readings)
 
     def check(self, record: Record, saved: Mapping[str, Any]) -> None:
         """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.
@@ -302,9 +310,10 @@ class Curvature:
             warnings.warn(message, HealthWarning, stacklevel=6)
 
     def _parts(self) -> list[str]:
-        """Return the names of the layers, and which of them have statistics."""
+        """Return the names of the parameters that the layers train, and which of the layers have statistics."""
         started = [each for each in self.records.values() if self.ownership.holds_statistics(self.states[each.key])]
-        return [layer.name for layer in self.records] + [f"the statistics of {record.name}" for record in started]
+        own = [name for record in self.records.values() for name in record.owned_names]
+        return own + [f"the statistics of {record.name}" for record in started]
 
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Assign structures to layers with new roles, and remove the states of refused layers."""
@@ -321,7 +330,8 @@ class Curvature:
         for layer, structure in self._assigned(kept).items():
             record, role = self.records[layer], kept[layer]
             record.structure = structure
-            self.observer.readings[layer] = Reading(structure, role.response)
+            waits = self.ranks.in_parts and role.following is not None
+            self.observer.readings[layer] = Reading(structure, role.response, waits)
             self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
 
     def _assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:

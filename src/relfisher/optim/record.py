@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from relfisher.layers import Layer
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
+from relfisher.shards import all_whole, held, is_part, parted, whole
 from relfisher.structures import Structure
 
 __all__ = ["LayerView", "Record"]
@@ -77,6 +79,12 @@ class Record:
         return [parameter for name, parameter in pairs if name not in self.not_owned]
 
     @property
+    def owned_names(self) -> list[str]:
+        """The names in the model of the parameters that this optimizer trains."""
+        pairs = zip(self.layer.names, self.layer.parameter_names, strict=True)
+        return [full for name, full in pairs if name not in self.not_owned]
+
+    @property
     def key(self) -> Tensor:
         """The parameter whose state is the layer's: one that is owned, since torch saves no others."""
         return next(iter(self.owned), self.layer.weight) if self.not_owned else self.layer.weight
@@ -111,25 +119,57 @@ class Record:
             gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
         if all(gradient is None for gradient in gradients):
             return None
-        return self.layer.gradient([None if each is None else _dense(each) for each in gradients])
+        found = [None if each is None else _dense(whole(each)) for each in gradients]
+        with self._whole_values():
+            return self.layer.gradient(found)
 
     def add_(self, step: Float[Tensor, "*g out d"], scale: float) -> None:
         """Add `scale * step` in place to the owned parts that have a gradient."""
         moving = self._moving()
+        if self._is_in_parts:
+            self._add_held(step, scale, moving)
+            return
         for target, change in zip(self.layer.seen(moving), self.layer.steps(step, moving), strict=True):
             if target is not None:
                 target.add_(change, alpha=scale)
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Replace the gradients of the owned parts that have one by a matrix."""
-        found: list[Tensor | None] = []
-        for parameter in self._moving():
+        moving = self._moving()
+        for parameter in moving:
             if parameter is not None:
                 parameter.grad = _dense(parameter.grad)
-            found.append(None if parameter is None else parameter.grad)
-        for target, change in zip(self.layer.seen(found), self.layer.steps(gradient, found), strict=True):
+        found = [None if parameter is None else whole(parameter.grad) for parameter in moving]
+        with self._whole_values():
+            changes = self.layer.steps(gradient, found)
+        for target, change in zip(self.layer.seen(found), changes, strict=True):
             if target is not None:
                 target.copy_(change)
+        for parameter, each in zip(moving, found, strict=True):
+            if each is not None and each is not parameter.grad:
+                held(parameter.grad).copy_(held(parted(each, parameter)))
+
+    def _add_held(self, step: Float[Tensor, "*g out d"], scale: float, moving: list[Any]) -> None:
+        """Add what this process holds of `scale * step` to what it holds of the parameters."""
+        changes = [None if each is None else step.new_zeros(each.shape) for each in moving]
+        with self._whole_values():
+            steps = self.layer.steps(step, changes)
+        for target, change in zip(self.layer.seen(changes), steps, strict=True):
+            if target is not None:
+                target.add_(change)
+        for parameter, change in zip(moving, changes, strict=True):
+            if change is not None:
+                held(parameter).add_(held(parted(change, parameter)), alpha=scale)
+
+    @property
+    def _is_in_parts(self) -> bool:
+        """Whether each process holds a part of the parameters."""
+        return is_part(self.layer.weight)
+
+    def _whole_values(self) -> AbstractContextManager[None]:
+        """Return a context in which a weight that is computed from parameters can be."""
+        computed = self._is_in_parts and any(part.chart is not None for part in self.layer.parts)
+        return all_whole(self.layer.module.modules()) if computed else nullcontext()
 
     def _moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""

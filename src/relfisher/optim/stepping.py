@@ -17,6 +17,7 @@ from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, StepRule
+from relfisher.shards import held
 
 __all__ = ["Moving", "moving_layers", "obstacle", "take", "take_fallback"]
 
@@ -79,7 +80,7 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
             moved = {p for each in moving for p in each.record.layer.parameters if p.grad is not None}
             if not group["decays_heads"]:
                 moved -= {p for each in moving if each.move.is_head for p in each.record.layer.parameters}
-            shrinking = [p for p in group["params"] if p in moved]
+            shrinking = [held(p) for p in group["params"] if p in moved]
             if shrinking:
                 torch._foreach_mul_(shrinking, 1 - rate(group) * group["weight_decay"])
     for (record, group, move), step in zip(moving, steps, strict=True):
@@ -104,7 +105,7 @@ def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> s
     records = curvature.records.values() if checked else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)
-    return None if all_finite([p.grad for p in given if p.grad is not None]) else "a gradient is not finite"
+    return None if all_finite([held(p.grad) for p in given if p.grad is not None]) else "a gradient is not finite"
 
 
 def take_fallback(
