@@ -8,8 +8,17 @@ import torch
 from processes import run_together
 from small import METRIC, Experts, Language, convolutional, distance, images, perceptron, sentences, sloped, vectors
 from torch import nn
-from torch.distributed import get_rank
+from torch.distributed import checkpoint, get_rank, get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint import format_utils
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -20,7 +29,7 @@ from torch.nn.utils import weight_norm as hooked_weight_norm
 
 from relfisher import RNGD, Preconditioner
 
-STEPS = 24
+STEPS = 20
 
 
 class Routed(nn.Module):
@@ -114,6 +123,13 @@ def kept_whole(model):
     return by_block(model, reshard_after_forward=False)
 
 
+def copied(model):
+    """Let two halves of the processes hold the same parts, if there are four."""
+    world = get_world_size()
+    shape = (2, world // 2) if world == 4 else (1, world)
+    return by_block(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")))
+
+
 def recomputed(model):
     """Compute the activations of the first two blocks again in the backward pass."""
     for name in ("0", "1"):
@@ -135,6 +151,7 @@ SCENARIOS = {
     "trust region": (deep, vectors, 1, by_block, {"step_rule": "trust-region", "weight_decay": 0.1}),
     "blocks": (deep, vectors, 1, by_block, {"total_steps": 30, "weight_decay": 0.1}),
     "kept whole": (deep, vectors, 1, kept_whole, {"averaging": 0.5}),
+    "copies": (deep, vectors, 1, copied, {}),
     "recomputed": (deep, vectors, 1, recomputed, {}),
     "accumulation": (perceptron, vectors, 3, by_block, {}),
     "language": (Language, sentences, 1, at_root, {}),
@@ -161,8 +178,15 @@ def batches(name, step, part):
     return [data(generator, 4 + 2 * part) for _ in range(count)]
 
 
+def evaluate(model, x, due=True):
+    """Run the model without gradients, which leaves weights whole."""
+    if due:
+        with torch.no_grad():
+            model(x)
+
+
 def train(model, optimizer, name, parts, start=0, *, in_parts=False):
-    """Train on the batches of some processes; now and then, evaluate between two steps, which leaves weights whole."""
+    """Train on the batches of some processes; now and then, evaluate before or after a step."""
     for step in range(start, start + STEPS):
         optimizer.zero_grad()
         for part in parts:
@@ -174,10 +198,9 @@ def train(model, optimizer, name, parts, start=0, *, in_parts=False):
         if SCENARIOS[name][3] is sparing:  # gives zeros where there is no gradient
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        evaluate(model, x, step % 5 == 1)
         optimizer.step()
-        if step % 5 == 0:
-            with torch.no_grad():
-                model(x)
+        evaluate(model, x, step % 5 == 0)
 
 
 def started(name, *, in_parts=False):
@@ -185,8 +208,7 @@ def started(name, *, in_parts=False):
     model = made(name)
     if in_parts:
         model = SCENARIOS[name][3](model)
-        with torch.no_grad():
-            model(batches(name, 0, 0)[0][0])  # leaves weights whole
+        evaluate(model, batches(name, 0, 0)[0][0])
     return model, RNGD(model, metric=METRIC, **SCENARIOS[name][4])
 
 
@@ -202,23 +224,25 @@ def structures(optimizer):
     return [(layer.name, layer.structure and layer.structure.name) for layer in optimizer.layers]
 
 
-def all_trained():
+def all_trained(names):
     """Return, for each scenario, the weights of a process after its steps, and what has a metric."""
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in SCENARIOS:
+        for name in names:
             model, optimizer = started(name, in_parts=True)
             train(model, optimizer, name, [get_rank()], in_parts=True)
             found[name] = whole(model.state_dict()), structures(optimizer)
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("world", "names"), [(2, list(SCENARIOS)), (3, list(SCENARIOS)), (4, ["blocks", "narrow", "copies"])]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_parts_of_a_model_step_as_the_whole_of_it_with_all_samples(world):
-    found = run_together(world, all_trained)
-    for name in SCENARIOS:
+def test_parts_of_a_model_step_as_the_whole_of_it_with_all_samples(world, names):
+    found = run_together(world, all_trained, names)
+    for name in names:
         model, optimizer = started(name)
         train(model, optimizer, name, range(world))
         for rank, each in enumerate(found):
@@ -280,15 +304,6 @@ def difficult():
         preconditioner.step()
     found["gradients"] = whole({name: each.grad for name, each in model.named_parameters()})
     found["metric"] = preconditioner.metric("1.1").to_dense()
-
-    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts"))
-    torch.manual_seed(0)
-    model = by_block(deep().double(), mesh=two)
-    optimizer = RNGD(model, metric=METRIC)
-    for step in range(6):
-        before_a_step(model, optimizer, 10 * step + rank)
-        optimizer.step()
-    found["two dimensions"] = whole(model.state_dict())
     return found
 
 
@@ -298,28 +313,22 @@ def test_processes_with_parts_skip_together_and_agree():
     assert all(each["nan"][1] == 1 for each in found)
     for name in ("nan", "slopes", "mixed"):
         assert distance(*(each[name][0] for each in found)) == 0, name
-    for name in ("gradients", "two dimensions"):
-        assert distance(*(each[name] for each in found)) == 0, name
+    assert distance(*(each["gradients"] for each in found)) == 0
     for each in found:
         assert any("0, its response, ActivationGaussian(function=prelu" in told for told in each["slopes"][1])
         assert dict(each["slopes"][2])["0"] is None
         assert all(kind is not None for _, kind in each["mixed"][1])
-    for name, make, optimizer_of in (("gradients", deep, Preconditioner), ("two dimensions", deep, RNGD)):
-        torch.manual_seed(0)
-        model = make().double()
-        optimizer = optimizer_of(model, metric=METRIC)
-        for step in range(6):
-            optimizer.zero_grad()
-            for rank in range(2):
-                x, y = vectors(torch.Generator().manual_seed(10 * step + rank), 6)
-                (cross_entropy(model(x), y) / 2).backward()
-            optimizer.step()
-        if name == "gradients":
-            gradients = {key: each.grad for key, each in model.named_parameters()}
-            assert distance(found[0][name], gradients) < 1e-9
-            assert torch.allclose(found[0]["metric"], optimizer.metric("1.1").to_dense(), atol=1e-12)
-        else:
-            assert distance(found[0][name], model.state_dict()) < 1e-9
+    torch.manual_seed(0)
+    model = deep().double()
+    preconditioner = Preconditioner(model, metric=METRIC)
+    for step in range(6):
+        preconditioner.zero_grad()
+        for rank in range(2):
+            x, y = vectors(torch.Generator().manual_seed(10 * step + rank), 6)
+            (cross_entropy(model(x), y) / 2).backward()
+        preconditioner.step()
+    assert distance(found[0]["gradients"], {name: each.grad for name, each in model.named_parameters()}) < 1e-9
+    assert torch.allclose(found[0]["metric"], preconditioner.metric("1.1").to_dense(), atol=1e-12)
 
 
 def why_refused():
@@ -376,3 +385,63 @@ def test_parts_of_other_kinds_are_refused_by_name():
         assert "as a whole, but 0.weight is not" in errors["ignored"]
         assert "2.weight is held by other processes than 0.weight" in errors["apart"]
         assert "instead of ZeroRedundancyOptimizer" in errors["zero"]
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def saved(folder, name):
+    """Train, and save in all ways; return the number of steps before and after the state was asked for."""
+    model, optimizer = started(name, in_parts=True)
+    first = get_optimizer_state_dict(model, optimizer)["param_groups"][0]["iteration"]
+    train(model, optimizer, name, [get_rank()], in_parts=True)
+    own = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(own, folder / f"{get_rank()}.pt")
+    state, progress = get_state_dict(model, optimizer)
+    checkpoint.save({"model": state, "optimizer": progress}, checkpoint_id=folder / "parts")
+    state, progress = get_state_dict(model, optimizer, options=WHOLE)
+    if get_rank() == 0:
+        torch.save({"model": state, "optimizer": progress}, folder / "whole.pt")
+    return first, optimizer.param_groups[0]["iteration"]
+
+
+def resumed(folder, name, way, parts=None):
+    """Load what was saved in one of the ways, and return the weights after further steps."""
+    in_parts, parts = parts is None, parts or [get_rank()]
+    model, optimizer = started(name, in_parts=in_parts)
+    if way in ("parts", "set"):  # a first step, with anything, shows what the layers are
+        cross_entropy(model(batches(name, 0, 0)[0][0]), batches(name, 0, 0)[0][1]).backward()
+        optimizer.step()
+    if way == "parts":
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(state, checkpoint_id=folder / way)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    else:
+        source = {"own": get_rank, "set": lambda: "whole"}.get(way, lambda: way)()
+        state = torch.load(folder / f"{source}.pt", weights_only=False)
+        set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=way != "own"))
+        if way == "set":
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
+    train(model, optimizer, name, parts, STEPS, in_parts=in_parts)
+    return whole(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["adapted", "trust region"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_parts_save_goes_on_in_as_many_in_others_and_in_one(tmp_path, name):
+    assert run_together(2, saved, tmp_path, name) == [(0, STEPS)] * 2
+    format_utils.dcp_to_torch_save(tmp_path / "parts", tmp_path / "converted.pt")
+    two = resumed(tmp_path, name, "whole", range(2))
+    for way in ("own", "parts", "whole", "set", "converted"):
+        for weights in run_together(2, resumed, tmp_path, name, way):
+            assert distance(weights, two) < 1e-9, way
+    for way in ("parts", "set", "converted"):
+        assert distance(resumed(tmp_path, name, way, range(2)), two) < 1e-9, way
+    three = resumed(tmp_path, name, "whole", range(3))
+    assert distance(two, three) > 1e-3
+    for way in ("parts", "whole"):
+        for weights in run_together(3, resumed, tmp_path, name, way):
+            assert distance(weights, three) < 1e-9, way

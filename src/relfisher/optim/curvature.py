@@ -195,7 +195,7 @@ class Curvature:
         Raises:
             ValueError: if processes have different layers or states.
         """
-        if not self.ranks.join(self._parts):
+        if not self.ranks.join(lambda: self.ownership.listed(self.records.values(), self.states)):
             return problem
         (fine,) = self.ranks.least([int(problem is None)])
         return None if fine else problem or "another process cannot take it"
@@ -308,12 +308,6 @@ class Curvature:
         if iteration == 0 and idle:
             message = f"no part in the first step had {idle}: without a gradient, in no forward pass"
             warnings.warn(message, HealthWarning, stacklevel=6)
-
-    def _parts(self) -> list[str]:
-        """Return the names of the parameters that the layers train, and which of the layers have statistics."""
-        started = [each for each in self.records.values() if self.ownership.holds_statistics(self.states[each.key])]
-        own = [name for record in self.records.values() for name in record.owned_names]
-        return own + [f"the statistics of {record.name}" for record in started]
 
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Assign structures to layers with new roles, and remove the states of refused layers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,18 @@ class Fallback:
             key: zeros(parameter, dtype) if each.parted else each.zeros(dtype, parameter.device)
             for key, each in kept.items()
         }
+
+    @classmethod
+    def complete(
+        cls, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]], covered: Collection[Tensor]
+    ) -> None:
+        """Create the missing states of a group's parameters, apart from those that layers with a metric have.
+
+        Each has a state, maybe an empty one: torch expects it where processes hold parts.
+        """
+        for parameter in group["params"]:
+            if not states[parameter] and parameter.requires_grad and parameter not in covered:
+                states[parameter].update(cls.create(parameter))
 
     @classmethod
     def step(
