@@ -8,6 +8,7 @@ import warnings
 from contextlib import nullcontext
 
 import ddp
+import fsdp
 import pytest
 import torch
 from processes import run_together
@@ -233,7 +234,7 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
         assert torch.equal(one, other)
 
 
-def interrupted(checkpoint):
+def interrupted(example, checkpoint):
     """Train until process 1 is lost, and return the error of the others."""
     steps = itertools.count(1)
 
@@ -243,20 +244,21 @@ def interrupted(checkpoint):
 
     register_optimizer_step_pre_hook(lose)
     try:
-        ddp.train(checkpoint)
+        example.train(checkpoint)
     except RuntimeError as error:
         return str(error)
     return None
 
 
+@pytest.mark.parametrize("example", [ddp, fsdp], ids=lambda module: module.__name__)
 @pytest.mark.filterwarnings("ignore")
-def test_a_lost_process_is_an_error_for_the_others_and_the_run_goes_on_with_more_of_them(tmp_path):
+def test_a_lost_process_is_an_error_for_the_others_and_the_run_goes_on_with_more_of_them(tmp_path, example):
     lost, whole = tmp_path / "lost.pt", tmp_path / "whole.pt"
-    error, gone = run_together(2, interrupted, lost)
+    error, gone = run_together(2, interrupted, example, lost)
     assert gone is None
     assert error
     assert torch.load(lost)["steps"] == 20
-    resumed = run_together(3, ddp.train, lost)
-    straight = run_together(2, ddp.train, whole)
+    resumed = run_together(3, example.train, lost)
+    straight = run_together(2, example.train, whole)
     assert len({*resumed, *straight}) == 1
     assert distance(torch.load(lost)["model"], torch.load(whole)["model"]) < 0.01
