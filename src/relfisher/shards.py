@@ -61,7 +61,15 @@ def sharding(model: nn.Module) -> list[Any]:
 def reshard(model: nn.Module) -> None:
     """Let the modules of a model have their parts, which the optimizer moves, also if a pass has left them whole."""
     for module in sharding(model):
+        if _is_gathering(module):
+            module.unshard()  # waits
         module.reshard()
+
+
+def _is_gathering(module: Any) -> bool:
+    """Return whether a module has begun to gather its parameters, as by `unshard(async_op=True)`."""
+    groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())
+    return any(getattr(group, "_all_gather_result", None) is not None for group in groups)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

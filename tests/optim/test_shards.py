@@ -6,10 +6,23 @@ import warnings
 import pytest
 import torch
 from processes import run_together
-from small import METRIC, Experts, Language, convolutional, distance, images, perceptron, sentences, sloped, vectors
-from torch import nn
-from torch.distributed import checkpoint, get_rank, get_world_size
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from scenarios import (
+    IN_PARTS,
+    METRIC,
+    SCENARIOS,
+    STEPS,
+    ahead,
+    batches,
+    by_block,
+    deep,
+    distance,
+    made,
+    perceptron,
+    sloped,
+    sparing,
+    vectors,
+)
+from torch.distributed import checkpoint, get_rank
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,160 +35,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
-from torch.nn.utils import weight_norm as hooked_weight_norm
 
 from relfisher import RNGD, Preconditioner
 
-STEPS = 20
-
-
-class Routed(nn.Module):
-    """Experts for single samples, of which some processes give none to one of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        units, second = self.first(x).relu(), x[:, 0] > 1.0
-        parts = torch.zeros_like(units)
-        for expert, mine in zip(self.experts, (~second, second), strict=True):
-            parts = parts.index_add(0, mine.nonzero().squeeze(1), expert(units[mine]))
-        return self.head(units + parts)
-
-
-class Standardized(nn.Module):
-    """A layer whose weight is computed in the forward pass, from a weight and a scale."""
-
-    def __init__(self, inputs, out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out, inputs))
-        self.scale = nn.Parameter(torch.ones(out, 1))
-
-    def forward(self, x):
-        return linear(x, self.scale * self.weight / self.weight.norm(dim=1, keepdim=True))
-
-
-class Adapted(nn.Module):
-    """A frozen layer with an adapter of low rank, a bare matrix, and a shift that has no metric."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 5).requires_grad_(False)
-        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 5, bias=False)
-        self.matrix = nn.Parameter(torch.randn(5, 6) / 2)
-        self.shift = nn.Parameter(torch.zeros(6))
-        self.last = nn.Linear(6, 3)
-
-    def forward(self, x):
-        units = (self.first(x) + self.up(self.down(x))).tanh()
-        return self.last((units @ self.matrix).relu() * self.shift.exp())
-
-
-def attentive():
-    """Return a transformer layer over the four inputs, of three numbers each."""
-    block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 4), block, nn.Flatten(), nn.Linear(8, 3))
-
-
-def narrow():
-    """Return a network with a bias of a single unit, which most processes hold nothing of."""
-    return nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 6), nn.Sigmoid(), nn.Linear(6, 3))
-
-
-def normed():
-    """Return a network whose weights are computed before each pass: with torch's parametrization, and by a hook."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hook is deprecated
-        last = hooked_weight_norm(nn.Linear(6, 3))
-    return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), last)
-
-
-def standardized():
-    return nn.Sequential(Standardized(4, 6), nn.ReLU(), nn.Linear(6, 3))
-
-
-def deep():
-    """Return two blocks and a head, which follow each other by their activations."""
-    first = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 7))
-    return nn.Sequential(first, nn.Sequential(nn.Tanh(), nn.Linear(7, 6), nn.ReLU()), nn.Linear(6, 3))
-
-
-def at_root(model):
-    return fully_shard(model)
-
-
-def by_block(model, **options):
-    """Shard each child that has parameters by itself, and then the rest."""
-    children = [part for child in model.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
-    for child in children:
-        if next(child.parameters(), None) is not None:
-            fully_shard(child, **options)
-    return fully_shard(model, **options)
-
-
-def kept_whole(model):
-    return by_block(model, reshard_after_forward=False)
-
-
-def copied(model):
-    """Let two halves of the processes hold the same parts, if there are four."""
-    world = get_world_size()
-    shape = (2, world // 2) if world == 4 else (1, world)
-    return by_block(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")))
-
-
-def recomputed(model):
-    """Compute the activations of the first two blocks again in the backward pass."""
-    for name in ("0", "1"):
-        model.set_submodule(name, checkpoint_wrapper(model.get_submodule(name)))
-    return by_block(model)
-
-
-def sparing(model):
-    """Shard experts that some processes do not run."""
-    fully_shard(model)
-    model.set_reduce_scatter_unused_params(True)
-    return model
-
-
-# The model, its data, the number of batches that a step accumulates, how it is sharded, and the optimizer's options.
-SCENARIOS = {
-    "spectral": (convolutional, images, 1, by_block, {}),
-    "normalized": (convolutional, images, 1, at_root, {"step_rule": "normalized", "momentum": 0.0}),
-    "trust region": (deep, vectors, 1, by_block, {"step_rule": "trust-region", "weight_decay": 0.1}),
-    "blocks": (deep, vectors, 1, by_block, {"total_steps": 30, "weight_decay": 0.1}),
-    "kept whole": (deep, vectors, 1, kept_whole, {"averaging": 0.5}),
-    "copies": (deep, vectors, 1, copied, {}),
-    "recomputed": (deep, vectors, 1, recomputed, {}),
-    "accumulation": (perceptron, vectors, 3, by_block, {}),
-    "language": (Language, sentences, 1, at_root, {}),
-    "experts": (Experts, vectors, 1, sparing, {"fit": "interpolate"}),
-    "routed": (Routed, vectors, 1, by_block, {}),
-    "narrow": (narrow, vectors, 1, by_block, {}),
-    "attention": (attentive, vectors, 1, by_block, {}),
-    "adapted": (Adapted, vectors, 1, by_block, {}),
-    "normed": (normed, vectors, 1, by_block, {}),
-    "standardized": (standardized, vectors, 1, by_block, {}),
-}
-
-
-def made(name):
-    """Return the model of a scenario, which is the same in all processes."""
-    torch.manual_seed(0)
-    return SCENARIOS[name][0]().double()
-
-
-def batches(name, step, part):
-    """Return the batches of one process in one step; their sizes differ between processes."""
-    _, data, count, _, _ = SCENARIOS[name]
-    generator = torch.Generator().manual_seed(1000 * step + part)
-    return [data(generator, 4 + 2 * part) for _ in range(count)]
+NAMES = [name for name, each in SCENARIOS.items() if each.shard]
 
 
 def evaluate(model, x, due=True):
@@ -194,8 +59,11 @@ def train(model, optimizer, name, parts, start=0, *, in_parts=False):
             for place, (x, y) in enumerate(several, start=1):
                 if in_parts:
                     model.set_requires_gradient_sync(place == len(several))
+                if in_parts and SCENARIOS[name].shard is ahead:
+                    for block in model.children():
+                        block.unshard(async_op=True)
                 (cross_entropy(model(x), y) / len(several) / len(parts)).backward()
-        if SCENARIOS[name][3] is sparing:  # gives zeros where there is no gradient
+        if SCENARIOS[name].shard is sparing:  # gives zeros where there is no gradient
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         evaluate(model, x, step % 5 == 1)
@@ -207,9 +75,9 @@ def started(name, *, in_parts=False):
     """Return a new model and its optimizer."""
     model = made(name)
     if in_parts:
-        model = SCENARIOS[name][3](model)
+        model = SCENARIOS[name].shard(model)
         evaluate(model, batches(name, 0, 0)[0][0])
-    return model, RNGD(model, metric=METRIC, **SCENARIOS[name][4])
+    return model, RNGD(model, metric=METRIC, **SCENARIOS[name].options)
 
 
 def whole(tensors):
@@ -237,7 +105,7 @@ def all_trained(names):
 
 
 @pytest.mark.parametrize(
-    ("world", "names"), [(2, list(SCENARIOS)), (3, list(SCENARIOS)), (4, ["blocks", "narrow", "copies"])]
+    ("world", "names"), [*((world, NAMES) for world in IN_PARTS), (4, [n for n in NAMES if SCENARIOS[n].in_four])]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_parts_of_a_model_step_as_the_whole_of_it_with_all_samples(world, names):
