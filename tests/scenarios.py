@@ -11,6 +11,7 @@ from torch.distributed import get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.functional import linear
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as hooked_weight_norm
@@ -203,6 +204,16 @@ def copied(model):
     return by_block(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")))
 
 
+def by_column(model):
+    """Give each process columns of a weight, where they are as many."""
+
+    def placed(parameter):
+        even = parameter.ndim > 1 and parameter.shape[1] % get_world_size() == 0
+        return Shard(1) if even else Shard(0)
+
+    return by_block(model, shard_placement_fn=placed)
+
+
 def ahead(model):
     """Gather the parameters before a pass begins, as `train` does then."""
     return by_block(model)
@@ -266,6 +277,7 @@ SCENARIOS = {
     "slopes": Scenario("PReLU", sloped, vectors, None, {"fit": "interpolate", "step_rule": "trust-region"}),
     "kept whole": Scenario("`reshard_after_forward=False`", deep, vectors, kept_whole, is_wrapped=False),
     "ahead": Scenario("`unshard(async_op=True)` before a pass", deep, vectors, ahead, is_wrapped=False),
+    "columns": Scenario("`shard_placement_fn`, by column", deep, vectors, by_column, is_wrapped=False),
     "copies": Scenario("a mesh of two dimensions (HSDP)", deep, vectors, copied, is_wrapped=False, in_four=True),
 }
 

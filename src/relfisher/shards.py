@@ -6,15 +6,27 @@ FSDPModule. What these classes are is looked up only where there is one, since t
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-__all__ = ["all_whole", "class_of", "held", "is_part", "parted", "reshard", "sharding", "whole", "zeros"]
+__all__ = [
+    "all_whole",
+    "class_of",
+    "held",
+    "is_part",
+    "made_whole",
+    "parted",
+    "reshard",
+    "sharding",
+    "whole",
+    "zeros",
+]
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -26,6 +38,36 @@ def whole(tensor: Any) -> Tensor:
     """Return all of a tensor; if processes hold parts of it, all of them must ask for it."""
     found: Tensor = tensor.full_tensor() if is_part(tensor) else tensor
     return found
+
+
+def all_whole(tensors: Sequence[Any]) -> list[Tensor]:
+    """Return all of several tensors, of which processes of one mesh hold parts, with one message for each dtype."""
+    found: dict[int, Tensor] = {}
+    alike: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.placements[-1].is_shard(0):
+            alike.setdefault(tensor.dtype, []).append(place)
+        else:
+            found[place] = whole(tensor)
+    for places in alike.values():
+        found |= zip(places, _gathered([tensors[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(tensors))]
+
+
+def _gathered(tensors: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield all of tensors of one dtype, of which each process holds as many rows, or the rest, or nothing."""
+    group = tensors[0].device_mesh.get_group(-1)
+    count = group.size()
+    rows = [-(-len(tensor) // count) for tensor in tensors]
+    sizes = [own * math.prod(tensor.shape[1:]) for own, tensor in zip(rows, tensors, strict=True)]
+    mine = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+    for part, tensor in zip(torch.split(mine, sizes), tensors, strict=True):
+        local = held(tensor)
+        part[: local.numel()].copy_(local.flatten())
+    every = mine.new_empty(count * len(mine))
+    distributed.all_gather_into_tensor(every, mine, group)
+    for columns, tensor in zip(torch.split(every.view(count, -1), sizes, dim=1), tensors, strict=True):
+        yield columns.reshape(-1, *tensor.shape[1:])[: len(tensor)]
 
 
 def held(tensor: Any) -> Tensor:
@@ -80,7 +122,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 @contextmanager
-def all_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+def made_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let modules have whole parameters, which are copies; all processes must do so.
 
     Args:

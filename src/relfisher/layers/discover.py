@@ -28,7 +28,7 @@ from relfisher.layers.norm import (
     PReLULayer,
 )
 from relfisher.layers.recurrent import CellLayer, RecurrentLayer
-from relfisher.shards import all_whole, class_of, reshard
+from relfisher.shards import class_of, made_whole, reshard
 
 __all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
 
@@ -199,7 +199,7 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         TypeError: if a module is compiled by torch.jit.
     """
     reshard(model)
-    with all_whole(_computing(model)):
+    with made_whole(_computing(model)):
         return _discovered(model, extra)
 
 

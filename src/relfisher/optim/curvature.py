@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,8 @@ from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
 from relfisher.optim.ranks import Ranks
-from relfisher.optim.record import Record
-from relfisher.shards import all_whole
+from relfisher.optim.record import Record, gathered
+from relfisher.shards import made_whole
 from relfisher.structures import Inversion, State, Statistics, Structure
 
 __all__ = ["Curvature"]
@@ -245,8 +246,12 @@ class Curvature:
         # In the same order in all processes: that in which roles became known.
         readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
         following = (self.observer.roles[layer].following for layer, each in readings.items() if each.waits)
-        with all_whole({layer.module: None for layer in following if layer is not None}):
+        with made_whole(layer.module for layer in following if layer is not None):
             return self.ranks.statistics(self.observer.take(), readings)
+
+    def whole_gradients(self) -> AbstractContextManager[None]:
+        """Return a context in which layers with a metric have whole gradients; see `gathered`."""
+        return gathered(self.records.values() if self.ranks.in_parts else ())
 
     def check(self, record: Record, saved: Mapping[str, Any]) -> None:
         """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.

@@ -4,7 +4,7 @@ Each process sees a part of the batch, and holds the whole model, as with `Distr
 parameters, as with `fully_shard`. Gradients are averaged before the optimizer steps. The metric needs the same: the
 statistics of all samples, and their number. Collectives follow a schedule that every process knows: one of a single
 number per step, one more while the role of a layer is unknown, and two where statistics are due; and, for parameters in
-parts, one for each gradient, and for each whole weight that statistics need.
+parts, one for all gradients, and one for each whole weight that statistics need.
 """
 
 from __future__ import annotations

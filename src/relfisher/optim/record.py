@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from relfisher.layers import Layer
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
-from relfisher.shards import all_whole, held, is_part, parted, whole
+from relfisher.shards import all_whole, held, is_part, made_whole, parted, whole
 from relfisher.structures import Structure
 
-__all__ = ["LayerView", "Record"]
+__all__ = ["LayerView", "Record", "gathered"]
 
 
 class LayerView(NamedTuple):
@@ -48,6 +49,7 @@ class Record:
         trainable_before: the parts that were trained at the last update; None before the first update.
         told_without_metric: whether there was a warning that it has a gradient but was not seen.
         metric_in_use: the metric tensor of the state that was last found to fit the structure.
+        gathered: whole gradients of the parameters of which each process holds a part, while they are needed.
     """
 
     def __init__(self, layer: Layer, rule: Rule, not_owned: frozenset[str]) -> None:
@@ -59,6 +61,7 @@ class Record:
         self.trainable_before: list[bool] | None = None
         self.told_without_metric = False
         self.metric_in_use: Tensor | None = None
+        self.gathered: list[Tensor | None] = []
 
     @property
     def name(self) -> str:
@@ -113,7 +116,7 @@ class Record:
 
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, with 0 for parts not owned; None if no part has a gradient."""
-        gradients = [parameter.grad for parameter in self.layer.parameters]
+        gradients = self.gathered or [parameter.grad for parameter in self.layer.parameters]
         if self.not_owned:
             pairs = zip(self.layer.names, gradients, strict=True)
             gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
@@ -169,7 +172,7 @@ class Record:
     def _whole_values(self) -> AbstractContextManager[None]:
         """Return a context in which a weight that is computed from parameters can be."""
         computed = self._is_in_parts and any(part.chart is not None for part in self.layer.parts)
-        return all_whole(self.layer.module.modules()) if computed else nullcontext()
+        return made_whole(self.layer.module.modules()) if computed else nullcontext()
 
     def _moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
@@ -178,6 +181,28 @@ class Record:
             parameter if parameter.grad is not None and name not in self.not_owned else None
             for name, parameter in pairs
         ]
+
+
+@contextmanager
+def gathered(records: Iterable[Record]) -> Iterator[None]:
+    """Let the records of layers with a metric have whole gradients, which processes send each other together.
+
+    Args:
+        records: those of layers whose parameters are in parts.
+
+    Yields:
+        Nothing.
+    """
+    kept = [record for record in records if record.structure is not None]
+    given = [[parameter.grad for parameter in record.layer.parameters] for record in kept]
+    found = iter(all_whole([each for own in given for each in own if each is not None]))
+    for record, own in zip(kept, given, strict=True):
+        record.gathered = [None if each is None else next(found) for each in own]
+    try:
+        yield
+    finally:
+        for record in kept:
+            record.gathered = []
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -48,10 +48,13 @@ def moving_layers(
         # A scheduler that starts low announces its highest learning rate.
         highest = group.get("max_lr") or group.get("initial_lr") or 0.0
         group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
+    with curvature.whole_gradients():
+        records = {layer: curvature.records[layer] for layer in place}
+        gradients = {layer: record.gradient() for layer, record in records.items() if record.structure is not None}
     found = []
     for layer, index in place.items():
-        record, group = curvature.records[layer], groups[index]
-        structure, gradient = record.structure, record.gradient()
+        record, group = records[layer], groups[index]
+        structure, gradient = record.structure, gradients.get(layer)
         if structure is None or gradient is None:
             continue
         state = curvature.state(record, structure)
