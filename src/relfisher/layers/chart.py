@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["Chart", "Computed", "Leaf", "Recorded", "chart_of", "has_weight_hook"]
+__all__ = ["Chart", "Computed", "Leaf", "Recorded", "chart_of"]
 
 # Conjugate gradients end after so many steps, or at this share of the first slope. By this, directions of theta that
 # change W by less than about a thousandth of others are left alone, such as the scale of a standardized weight.
@@ -321,11 +321,6 @@ def chart_of(module: nn.Module, attribute: str) -> Chart | None:
     if _hook(module, SpectralNorm, attribute) is not None:
         return _SpectralNormed(attribute, (f"{attribute}_orig",), weight.shape)
     return None
-
-
-def has_weight_hook(module: nn.Module) -> bool:
-    """Return whether a hook computes a weight of a module before its passes, as `torch.nn.utils.weight_norm` does."""
-    return any(isinstance(hook, WeightNorm | SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 def _hook(module: nn.Module, kind: type[Any], attribute: str) -> Any:

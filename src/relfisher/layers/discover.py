@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
 from relfisher.layers.base import Kinds, Layer
-from relfisher.layers.chart import chart_of, has_weight_hook
+from relfisher.layers.chart import chart_of
 from relfisher.layers.conv import ConvLayer, ConvOperation, TransposedConvLayer, TransposedConvOperation
 from relfisher.layers.embedding import EmbeddingBagLayer, EmbeddingLayer, EmbeddingOperation
 from relfisher.layers.linear import BilinearLayer, LinearLayer, LinearOperation, TransposedLinearLayer
@@ -30,7 +32,7 @@ from relfisher.layers.norm import (
 from relfisher.layers.recurrent import CellLayer, RecurrentLayer
 from relfisher.shards import class_of, made_whole, reshard
 
-__all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
+__all__ = ["Discovery", "check_kinds", "discover", "keepers", "layers_of", "plain_name", "register_layer"]
 
 _KINDS: list[type[Layer]] = [
     LinearLayer,
@@ -199,14 +201,25 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         TypeError: if a module is compiled by torch.jit.
     """
     reshard(model)
-    with made_whole(_computing(model)):
+    computing = [module for module in model.modules() if _computes_weights(module)]
+    with made_whole(part for module in computing for part in keepers(module)):
         return _discovered(model, extra)
 
 
-def _computing(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that compute a weight before they run, with those inside of them."""
-    found = [module for module in model.modules() if parametrize.is_parametrized(module) or has_weight_hook(module)]
-    return list(dict.fromkeys(part for module in found for part in module.modules()))
+def _computes_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights that are computed before its passes: parametrized ones, or by a hook."""
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
+
+
+def keepers(module: nn.Module) -> list[nn.Module]:
+    """Return a module and those inside of it that keep what its own weights are, or are computed from."""
+    inside = [
+        child
+        for name, child in module.named_children()
+        if name == "parametrizations" or isinstance(child, nn.ParameterList | nn.ParameterDict)
+    ]
+    return [module, *(part for child in inside for part in child.modules())]
 
 
 def _discovered(model: nn.Module, extra: Extra) -> Discovery:

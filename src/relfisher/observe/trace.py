@@ -83,7 +83,7 @@ class Trace(TorchFunctionMode):
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         for module in self._gathering:
-            self._handles += self._following(module)
+            self._handles += self._hooked(module)
         for module in self._activations:
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
@@ -106,7 +106,7 @@ class Trace(TorchFunctionMode):
         for layer in self._layers[module]:
             self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
 
-    def _following(self, module: nn.Module) -> list[RemovableHandle]:
+    def _hooked(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook a module that gathers its parameters, before and after its own hook, which replaces tensors by others.
 
         The parameters are other ones during a pass, and so are the inputs that have gradients.

@@ -322,6 +322,7 @@ class Curvature:
             if role.refused is not None:
                 record.structure = None
                 self.observer.readings.pop(layer, None)
+                self.observer.uninitialized.discard(layer)
                 state = self.states[record.key]
                 for key in state.keys() - self.ownership.keys_beside(layer):
                     del state[key]

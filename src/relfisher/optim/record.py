@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer
+from relfisher.layers import Layer, keepers
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
@@ -172,7 +172,7 @@ class Record:
     def _whole_values(self) -> AbstractContextManager[None]:
         """Return a context in which a weight that is computed from parameters can be."""
         computed = self._is_in_parts and any(part.chart is not None for part in self.layer.parts)
-        return made_whole(self.layer.module.modules()) if computed else nullcontext()
+        return made_whole(keepers(self.layer.module)) if computed else nullcontext()
 
     def _moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
