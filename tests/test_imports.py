@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "relfisher"
 
 # A module imports from its own level or from levels above it in this list.
 LEVELS = (
-    {"shapes", "validation", "files", "memory", "evaluation", "registry", "distributions"},
+    {"shapes", "validation", "files", "memory", "evaluation", "registry", "shards", "distributions"},
     {"information", "moments"},
     {"responses"},
     {"metric"},

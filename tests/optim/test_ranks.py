@@ -6,128 +6,51 @@ import math
 import os
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import ddp
+import fsdp
 import pytest
 import torch
 from processes import run_together
+from scenarios import (
+    METRIC,
+    SCENARIOS,
+    STEPS,
+    WRAPPED,
+    Bare,
+    Experts,
+    batches,
+    distance,
+    made,
+    perceptron,
+    table,
+    vectors,
+)
 from torch import nn
 from torch.distributed import get_rank
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from relfisher import RNGD, MetricOptions, Preconditioner
+from relfisher import RNGD, Preconditioner
 
-STEPS = 20
-METRIC = MetricOptions(stats_samples=None, stats_interval=3, refresh_interval=5)
-
-
-class Language(nn.Module):
-    """An LSTM with a head that is tied to its embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(6, 5)
-        self.lstm = nn.LSTM(5, 5, batch_first=True)
-        self.head = nn.Linear(5, 6, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.lstm(self.embedding(x))[0]).flatten(0, 1)
+NAMES = [name for name, each in SCENARIOS.items() if each.is_wrapped]
+GOING_ON = ("spectral", "trust region", "language", "adapted", "experts")
 
 
-class Experts(nn.Module):
-    """Two experts, of which the sign of the first input of a batch chooses one."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.experts[int(x[0, 0] > 0)](self.first(x).relu()))
-
-
-class Matrix(nn.Module):
-    """A product with a bare matrix, whose form is not known before it runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(5, 5) / 2)
-
-    def forward(self, x):
-        return x @ self.matrix
-
-
-class Bare(nn.Module):
-    """Experts that are bare matrices, and a response with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.slopes = nn.Linear(4, 5), nn.PReLU()
-        self.experts = nn.ModuleList(Matrix() for _ in range(2))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.experts[int(x[0, 0] > 0)](self.slopes(self.first(x))).tanh())
-
-
-def convolutional():
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
-
-
-def perceptron():
-    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 3))
-
-
-def sloped():
-    return nn.Sequential(nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3))
-
-
-def images(generator, count):
-    return torch.randn(count, 1, 4, 4, generator=generator).double(), torch.randint(4, (count,), generator=generator)
-
-
-def vectors(generator, count):
-    return torch.randn(count, 4, generator=generator).double(), torch.randint(3, (count,), generator=generator)
-
-
-def sentences(generator, count):
-    words = torch.randint(6, (count, 4), generator=generator)
-    return words[:, :-1], words[:, 1:].flatten()
-
-
-# The model, its data, the number of batches that a step accumulates, and the options of the optimizer.
-SCENARIOS = {
-    "spectral": (convolutional, images, 1, {}),
-    "normalized": (convolutional, images, 1, {"step_rule": "normalized"}),
-    "trust region": (convolutional, images, 1, {"step_rule": "trust-region"}),
-    "accumulation": (perceptron, vectors, 3, {}),
-    "language": (Language, sentences, 1, {}),
-    "experts": (Experts, vectors, 1, {"fit": "interpolate"}),
-    "slopes": (sloped, vectors, 1, {"fit": "interpolate", "step_rule": "trust-region"}),
-}
-
-
-def batches(name, step, part):
-    """Return the batches of one process in one step; their sizes differ between processes."""
-    _, data, count, _ = SCENARIOS[name]
-    generator = torch.Generator().manual_seed(1000 * step + part)
-    return [data(generator, 4 + 2 * part) for _ in range(count)]
+def test_the_docs_say_what_is_tested():
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row in set(table())] == list(table())
 
 
 def trained(name, parts, *, together=False, start=0, saved=None):
     """Train on the batches of some processes, and return the model and its optimizer."""
-    make, _, _, options = SCENARIOS[name]
-    torch.manual_seed(0)
-    model = make().double()
+    model = made(name)
     net = DistributedDataParallel(model, find_unused_parameters=name == "experts") if together else model
     # Some frameworks make the optimizer before they wrap the model.
-    optimizer = RNGD(model if name == "spectral" else net, metric=METRIC, **options)
+    optimizer = RNGD(model if name == "spectral" else net, metric=METRIC, **SCENARIOS[name].options)
     if saved is not None:
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
@@ -147,27 +70,25 @@ def all_trained():
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in SCENARIOS:
+        for name in NAMES:
             model, optimizer = trained(name, [get_rank()], together=True)
             found[name] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     return found
 
 
-def distance(one, other):
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WRAPPED)
 @pytest.mark.filterwarnings("ignore")
 def test_several_processes_step_as_one_with_all_samples_and_their_states_load_into_one(world):
     found = run_together(world, all_trained)
-    for name in SCENARIOS:
+    for name in NAMES:
         parts = range(world)
         model, optimizer = trained(name, parts)
         for rank, each in enumerate(found):
             weights, _ = each[name]
             assert distance(weights, found[0][name][0]) == 0, f"{name}: ranks 0 and {rank} differ"
             assert distance(weights, model.state_dict()) < 1e-9, f"{name}: rank {rank} differs from one process"
+        if name not in GOING_ON:
+            continue
         alone = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         after = [trained(name, parts, start=STEPS, saved=each)[0].state_dict() for each in (alone, found[0][name])]
         assert distance(*after) < 1e-9, f"{name}: the state of {world} processes goes on differently in one"
@@ -239,6 +160,20 @@ def difficult():
     )
 
     torch.manual_seed(0)
+    model = Experts()
+    model.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.PReLU()) for _ in range(2))
+    net = DistributedDataParallel(model.double(), find_unused_parameters=True)
+    optimizer = RNGD(net, metric=METRIC, fit="interpolate")
+    for step in range(12):
+        before_a_step(net, optimizer, 10 * step + rank)
+        optimizer.step()
+    roles = {layer.name: layer.role for layer in optimizer.layers}
+    found["slopes"] = [
+        roles[f"experts.{place}.0"].response.function.weight is each[1].weight
+        for place, each in enumerate(model.experts)
+    ]
+
+    torch.manual_seed(0)
     net = DistributedDataParallel(perceptron().double())
     optimizer = RNGD(net, metric=METRIC)
     for step in range(6):
@@ -277,9 +212,11 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
             before_a_step(model, optimizer, 10 * step + rank)
             optimizer.step()
         assert distance(weights, model.state_dict()) < 1e-12
-        assert "not all have the statistics of 0, the statistics of 2, the statistics of 3" in each["state"]
+        for name in ("0", "2", "3"):
+            assert f"the metric of {name}" in each["state"]
         assert "inside of DistributedDataParallel.join, RNGD cannot step" in each["join"]
         assert each["bare"][1]
+        assert each["slopes"] == [True, True]
     for name in ("bare", "zeros"):
         one, other = (each[name][0] if name == "bare" else each[name] for each in found)
         assert distance(one, other) == 0, name
@@ -287,31 +224,7 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
         assert torch.equal(one, other)
 
 
-def sharded():
-    """Return the errors for models of which each process holds a part."""
-    mesh, errors = init_device_mesh("cpu", (1,)), []
-    before, after, flat = (perceptron() for _ in range(3))
-    fully_shard(before, mesh=mesh)
-    optimizer = RNGD(after)
-    fully_shard(after, mesh=mesh)
-    after(torch.ones(2, 4)).sum().backward()
-    wrapped = FullyShardedDataParallel(flat, device_id=torch.device("cpu"))
-    for fails in (lambda: RNGD(before), optimizer.step, lambda: RNGD(wrapped), lambda: Preconditioner(before)):
-        try:
-            fails()
-        except ValueError as error:
-            errors.append(str(error))
-    return errors
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_models_of_which_each_process_holds_a_part_are_refused():
-    (errors,) = run_together(1, sharded)
-    assert len(errors) == 4
-    assert all("whole weights in each process" in error for error in errors)
-
-
-def interrupted(checkpoint):
+def interrupted(example, checkpoint):
     """Train until process 1 is lost, and return the error of the others."""
     steps = itertools.count(1)
 
@@ -321,20 +234,21 @@ def interrupted(checkpoint):
 
     register_optimizer_step_pre_hook(lose)
     try:
-        ddp.train(checkpoint)
+        example.train(checkpoint)
     except RuntimeError as error:
         return str(error)
     return None
 
 
+@pytest.mark.parametrize("example", [ddp, fsdp], ids=lambda module: module.__name__)
 @pytest.mark.filterwarnings("ignore")
-def test_a_lost_process_is_an_error_for_the_others_and_the_run_goes_on_with_more_of_them(tmp_path):
+def test_a_lost_process_is_an_error_for_the_others_and_the_run_goes_on_with_more_of_them(tmp_path, example):
     lost, whole = tmp_path / "lost.pt", tmp_path / "whole.pt"
-    error, gone = run_together(2, interrupted, lost)
+    error, gone = run_together(2, interrupted, example, lost)
     assert gone is None
     assert error
     assert torch.load(lost)["steps"] == 20
-    resumed = run_together(3, ddp.train, lost)
-    straight = run_together(2, ddp.train, whole)
+    resumed = run_together(3, example.train, lost)
+    straight = run_together(2, example.train, whole)
     assert len({*resumed, *straight}) == 1
     assert distance(torch.load(lost)["model"], torch.load(whole)["model"]) < 0.01

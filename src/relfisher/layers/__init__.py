@@ -2,7 +2,7 @@
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.chart import Chart, Computed, Leaf, Recorded
-from relfisher.layers.discover import Discovery, check_kinds, discover, layers_of, plain_name, register_layer
+from relfisher.layers.discover import Discovery, check_kinds, discover, keepers, layers_of, plain_name, register_layer
 from relfisher.layers.linear import LinearLayer, LinearOperation, column, own_parameters, whole
 from relfisher.layers.samples import Rows, Sampling
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_kinds",
     "column",
     "discover",
+    "keepers",
     "layers_of",
     "own_parameters",
     "plain_name",

@@ -313,7 +313,8 @@ class Layer(ABC):
         columns: list[Any] = []
         for (part, now), (_, own) in zip(self.by_part(self.parameters), self.by_part(gradients), strict=True):
             if all(each is None for each in own):
-                columns.append(now[0].new_zeros(now[0].shape if part.chart is None else part.chart.shape))
+                shape = now[0].shape if part.chart is None else part.chart.shape
+                columns.append(torch.zeros(shape, dtype=now[0].dtype, device=now[0].device))
             else:
                 columns.append(own[0] if part.chart is None else part.chart.gradient(self.module, now, own))
         return self.join(columns)

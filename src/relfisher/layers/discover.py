@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from relfisher.layers.attention import InputProjectionLayer, OutputProjectionLayer
 from relfisher.layers.base import Kinds, Layer
@@ -28,8 +30,9 @@ from relfisher.layers.norm import (
     PReLULayer,
 )
 from relfisher.layers.recurrent import CellLayer, RecurrentLayer
+from relfisher.shards import class_of, made_whole, reshard
 
-__all__ = ["Discovery", "check_kinds", "discover", "layers_of", "plain_name", "register_layer"]
+__all__ = ["Discovery", "check_kinds", "discover", "keepers", "layers_of", "plain_name", "register_layer"]
 
 _KINDS: list[type[Layer]] = [
     LinearLayer,
@@ -122,7 +125,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         name = "" if name == "module" else name.removeprefix("module.")
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def layers_of(name: str, module: nn.Module, extra: Extra = ()) -> list[Layer]:
@@ -172,7 +175,7 @@ def _changed(module: nn.Module, base: type[nn.Module]) -> str | None:
     wrapped = "_original_forward" in vars(module) or "_hf_hook" in vars(module)
     for method in _METHODS:
         if hasattr(base, method) and getattr(type(module), method) is not getattr(base, method):
-            return f"{type(module).__name__} has a {method} of its own"
+            return f"{class_of(module).__name__} has a {method} of its own"
         if method in vars(module) and not wrapped:
             return f"its {method} was replaced"
     return None
@@ -197,6 +200,29 @@ def discover(model: nn.Module, extra: Extra = ()) -> Discovery:
         ValueError: if a lazy module has not been initialized yet.
         TypeError: if a module is compiled by torch.jit.
     """
+    reshard(model)
+    computing = [module for module in model.modules() if _computes_weights(module)]
+    with made_whole(part for module in computing for part in keepers(module)):
+        return _discovered(model, extra)
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights that are computed before its passes: parametrized ones, or by a hook."""
+    hooks = module._forward_pre_hooks.values()
+    return parametrize.is_parametrized(module) or any(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
+
+
+def keepers(module: nn.Module) -> list[nn.Module]:
+    """Return a module and those inside of it that keep what its own weights are, or are computed from."""
+    inside = [
+        child
+        for name, child in module.named_children()
+        if name == "parametrizations" or isinstance(child, nn.ParameterList | nn.ParameterDict)
+    ]
+    return [module, *(part for child in inside for part in child.modules())]
+
+
+def _discovered(model: nn.Module, extra: Extra) -> Discovery:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
@@ -239,7 +265,7 @@ def _operations_of(name: str, module: nn.Module) -> list[Layer]:
 
     So are those of parametrized modules, which torch makes.
     """
-    if type(module).__module__.startswith("torch."):
+    if class_of(module).__module__.startswith("torch."):
         return []
     kind = next((kind for bases, kind in _OPERATIONS.items() if isinstance(module, bases)), LinearOperation)
     return [layer for layer in kind.found_in(name, module) if _holds(module, layer)]

@@ -22,10 +22,18 @@ __all__ = ["Batch", "Reading", "Reserved", "Sampler", "Streamed"]
 
 
 class Reading(NamedTuple):
-    """The ingredients of a layer's statistics: its structure and the response of its units."""
+    """The ingredients of a layer's statistics.
+
+    Attributes:
+        structure: its structure.
+        response: the response of its units.
+        waits: whether the statistics can be computed only in the step, since they need the whole weight of a layer of
+            which each process holds a part.
+    """
 
     structure: Structure
     response: UnitResponse
+    waits: bool = False
 
     def statistics(self, layer: Layer, rows: Rows) -> Statistics:
         """Return the statistics of samples of a layer."""
@@ -121,7 +129,7 @@ class Streamed(Sampler):
         """Hold the statistics, or a copy of the rows if there are few."""
         if not due or rows.z.shape[-2] == 0:
             return Batch(self.layer, sampling, None, due=due)
-        if reading is None or _is_light(rows):
+        if reading is None or reading.waits or _is_light(rows):
             return Batch(self.layer, sampling, self.layer.copied(rows), due=due)
         return Batch(self.layer, sampling, reading.statistics(self.layer, rows), due=due)
 

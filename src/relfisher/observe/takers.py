@@ -22,7 +22,7 @@ from relfisher.observe.activations import (
 from relfisher.observe.chains import Chain, Start, continued
 from relfisher.responses import ActivationGaussian, LinearGaussian, UnitResponse
 
-__all__ = ["Shown", "Takers", "tensors_in"]
+__all__ = ["Shown", "Takers", "all_tensors", "tensors_in"]
 
 # Attribute reads, functions that leave the graph, and those that take a shape alone do not consume a pre-activation.
 _LOOKS = frozenset([
@@ -144,6 +144,17 @@ class Takers:
             self._shown[id(final)] = replace(shown, tensor=final, layout=id(final))
         elif id(final) not in self._shown:
             call.consumers.append(Consumer("a forward hook", None))
+
+    def pass_on(self, old: Tensor, new: Tensor) -> None:
+        """Continue with an input that hooks put in the place of another: the same values, or different ones."""
+        taken = self.before([old])
+        if old.shape == new.shape and torch.equal(old.detach().to(new.dtype), new.detach()):
+            self.after(Tensor.clone, (old,), {}, new, taken)
+            return
+        for shown in taken.shown.values():
+            shown.end(Consumer("a forward hook", None))
+        for call, _ in taken.units:
+            self._followers.setdefault(call.layer, []).append(None)
 
     def set_aside(self) -> None:
         """Take nothing until `take_back`: what happens inside of an activation of users does not count."""
@@ -295,3 +306,12 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def all_tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the values, however deep they are in lists, tuples and dictionaries."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from all_tensors(value)

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from relfisher.layers import Call, Layer
 from relfisher.observe.activations import Responses, canonical_name, looks_up, response_of_module
 from relfisher.observe.hooks import Hook
-from relfisher.observe.takers import Shown, Takers, tensors_in
+from relfisher.observe.takers import Shown, Takers, all_tensors, tensors_in
 from relfisher.responses import UnitResponse
+from relfisher.shards import sharding
 
 __all__ = ["Trace"]
 
@@ -60,6 +61,7 @@ class Trace(TorchFunctionMode):
             self._layers.setdefault(layer.module, []).append(layer)
         for module in self._layers:
             self._find_weights(module)
+        self._gathering = [] if root is None else sharding(root)
         self._activations: dict[nn.Module, UnitResponse] = {}
         for module in root.modules() if root is not None else ():
             response = response_of_module(module, responses or {})
@@ -80,6 +82,8 @@ class Trace(TorchFunctionMode):
         for module in self._layers:
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
+        for module in self._gathering:
+            self._handles += self._hooked(module)
         for module in self._activations:
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
@@ -101,6 +105,36 @@ class Trace(TorchFunctionMode):
         """Register the current tensors of a module as its layers' parameters."""
         for layer in self._layers[module]:
             self._weights.update({id(parameter): (layer, parameter) for parameter in layer.parameters})
+
+    def _hooked(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hook a module that gathers its parameters, before and after its own hook, which replaces tensors by others.
+
+        The parameters are other ones during a pass, and so are the inputs that have gradients.
+
+        Returns:
+            The handles of the hooks.
+        """
+        given: list[list[Tensor]] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.append(list(all_tensors([args, kwargs])))
+            self.takers.set_aside()
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for each in self._layers.keys() & set(module.modules()):
+                self._find_weights(each)
+            self.takers.take_back()
+            with torch._C.DisableTorchFunction():
+                for old, new in zip(given.pop(), all_tensors([args, kwargs]), strict=False):
+                    if new is not old:
+                        self._note_raw([old], new)
+                        self.takers.pass_on(old, new)
+
+        first, last = Hook(before, own_thread=True), Hook(after, own_thread=True)
+        return [
+            module.register_forward_pre_hook(first, with_kwargs=True, prepend=True),
+            module.register_forward_pre_hook(last, with_kwargs=True),
+        ]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a module that has layers is called."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.observe.hooks import Hook
+from relfisher.shards import held, reshard, sharding
 from relfisher.structures import Kept
 
 __all__ = ["Averaging", "averaged", "iterate", "to_iterate"]
@@ -60,13 +61,15 @@ class Averaging:
     def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._counts = False
+        # What a pass gathers of the weights would be behind, so that the weights move first.
+        self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         hooked = [] if model is None else [model, *model.children()]
-        self._handles = [module.register_forward_pre_hook(Hook(self._enter)) for module in hooked]
+        self._handles = [module.register_forward_pre_hook(Hook(self._enter), prepend=True) for module in hooked]
 
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the lead of z over x for a parameter of this shape."""
-        return {"lead": Kept(shape)}
+        return {"lead": Kept(shape, parted=True)}
 
     @staticmethod
     def complete(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -139,6 +142,9 @@ class Averaging:
     @torch.no_grad()
     def _move(self, change: Callable[[list[Tensor], list[Tensor]], None], *, at_iterate: bool) -> None:
         """Change the weights by their leads, which are 0 before the first step, where they are not moved yet."""
+        gathering = None if self._gathering is None else self._gathering()
+        if gathering is not None and any(group["at_iterate"] != at_iterate for group in self._groups()):
+            reshard(gathering)
         for group, params, leads in self._averages(at_iterate=not at_iterate):
             if group["averaged"]:
                 change(params, leads)
@@ -146,7 +152,10 @@ class Averaging:
             group["at_iterate"] = at_iterate
 
     def _averages(self, *, at_iterate: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
-        """Return each group with an average that is at the iterate, or is not, with its parameters and their leads."""
+        """Return each group with an average that is at the iterate, or is not, with its parameters and their leads.
+
+        Of parameters in parts, it is the part that this process holds.
+        """
         optimizer, found = self._optimizer(), []
         for group in self._groups():
             if optimizer is not None and group["at_iterate"] == at_iterate:
@@ -154,7 +163,7 @@ class Averaging:
                 for parameter, state in states:
                     state["lead"] = state["lead"].to(parameter)
                 if states:
-                    found.append((group, [p for p, _ in states], [state["lead"] for _, state in states]))
+                    found.append((group, [held(p) for p, _ in states], [held(state["lead"]) for _, state in states]))
         return found
 
     def _groups(self) -> list[dict[str, Any]]:

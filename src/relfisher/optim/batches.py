@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from relfisher.layers import Layer
-from relfisher.optim.record import Record, dense
+from relfisher.optim.record import Record
 from relfisher.shapes import Float
+from relfisher.shards import held, parted
 from relfisher.structures import State
 
 __all__ = ["Batch", "Batches"]
@@ -84,9 +85,9 @@ class Batch:
         matrix = (torch.zeros if partly else torch.empty)(shape, dtype=dtype, device=device)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for columns, parameters in self._parts(matrix, moving):
+        for columns, given in self._parts(matrix, [record.gradients() for record in self.records]):
             targets += columns
-            sources += [view(dense(parameter.grad)) for view, parameter in parameters]
+            sources += [view(gradient) for view, gradient in given]
         return matrix, targets, sources
 
     def changes(self, moving: Sequence[Moving], step: Float[Tensor, "l *g out d"]) -> tuple[list[Tensor], list[Tensor]]:
@@ -96,25 +97,28 @@ class Batch:
             moving: see `gradient`.
             step: the changes of the layers' matrices.
         """
-        layer = self.records[0].layer
-        if _is_computed(layer):
-            pairs = zip(layer.seen(moving[0]), layer.steps(step[0], moving[0]), strict=True)
-            found = [(target, change) for target, change in pairs if target is not None and change is not None]
-            return [target for target, _ in found], [change for _, change in found]
+        record = self.records[0]
         targets: list[Tensor] = []
         changes: list[Tensor] = []
+        if _is_computed(record.layer):
+            for target, change in record.changes(step[0]):
+                targets.append(target)
+                changes.append(change)
+            return targets, changes
+        in_parts = record.is_in_parts
         for columns, parameters in self._parts(step, moving):
-            targets += [view(parameter) for view, parameter in parameters]
-            changes += columns
+            for own, (view, parameter) in zip(columns, parameters, strict=True):
+                targets.append(held(parameter) if in_parts else view(parameter))
+                changes.append(_held(own, view, parameter) if in_parts else own)
         return targets, changes
 
     def _parts(
-        self, matrix: Float[Tensor, "l *g out d"], moving: Sequence[Moving]
+        self, matrix: Float[Tensor, "l *g out d"], given: Sequence[Moving]
     ) -> Iterator[tuple[Sequence[Tensor], list[tuple[View, Tensor]]]]:
-        """Return the columns of each part that moves, one tensor per layer, with the layers' views and parameters."""
+        """Return the columns of each part that moves, one tensor per layer, and the views and values of the layers."""
         columns = matrix.split_with_sizes(self.records[0].layer.widths, dim=-1)
         views = zip(*self._views, strict=True)
-        for own, seen, parameters in zip(columns, views, zip(*moving, strict=True), strict=True):
+        for own, seen, parameters in zip(columns, views, zip(*given, strict=True), strict=True):
             if parameters[0] is not None:
                 pairs = zip(seen, parameters, strict=True)
                 found = [(view, parameter) for (view, _), parameter in pairs if parameter is not None]
@@ -199,6 +203,13 @@ def _has_view(columns: Tensor, shape: tuple[int, ...]) -> bool:
     except RuntimeError:  # a dimension would span several rows
         return False
     return True
+
+
+def _held(columns: Tensor, view: View, parameter: Tensor) -> Tensor:
+    """Return what this process holds of a change, given as columns, of a parameter that is in parts."""
+    change = columns.new_zeros(parameter.shape)
+    view(change).copy_(columns)
+    return held(parted(change, parameter))
 
 
 def _whole(tensor: Tensor) -> Tensor:

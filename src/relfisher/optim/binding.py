@@ -11,6 +11,7 @@ from relfisher.layers import Layer, discover, own_parameters
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
+from relfisher.optim.partition import mesh_of
 from relfisher.optim.uncovered import tell, uncovered
 
 __all__ = ["Binding"]
@@ -32,6 +33,7 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, options: MetricOptions, max_share: float) -> None:
+        mesh_of(model)  # flat parameters are no layers'
         found = discover(model, options.layers)
         self.known = found.layers
         self.refused = found.refused

@@ -13,6 +13,8 @@ from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import check_progress
+from relfisher.optim.health import all_finite
+from relfisher.shards import held, is_part, parted, whole
 from relfisher.structures import Kept
 
 __all__ = ["loading", "moved"]
@@ -35,6 +37,7 @@ def loading(optimizer: torch.optim.Optimizer, curvature: Curvature, state_dict: 
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"state_dict must be that of an RNGD optimizer, got {state_dict!r:.200}")
+    curvature.ranks.settle()
     found: dict[str, Any] = {}
     kept = declared(optimizer.param_groups, curvature)
 
@@ -131,10 +134,12 @@ def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> d
         kept: the declared tensors of the parameter.
     """
     hosted = {key for key, each in kept.items() if each.on_host}
-    return {
+    found = {
         key: value.to("cpu" if key in hosted else like.device, copy=True) if isinstance(value, Tensor) else value
         for key, value in saved.items()
     }
+    in_parts = [key for key, each in kept.items() if each.parted and key in found]
+    return found | {key: parted(found[key], like) if is_part(like) else whole(found[key]) for key in in_parts}
 
 
 def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
@@ -179,7 +184,7 @@ def _check_states(states: object) -> None:
         if not isinstance(state, Mapping):
             raise ValueError(f"the saved state of parameter {place} must be tensors by name, got {state!r:.200}")
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if isinstance(value, Tensor) and value.is_floating_point() and not all_finite([held(value)]):
                 raise ValueError(f"the saved {key} of parameter {place} must be finite, got NaN or infinite values")
 
 

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,9 @@ from relfisher.optim.assignment import FALLBACK, Rule, assign
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
-from relfisher.optim.ranks import Ranks, check_whole
-from relfisher.optim.record import Record
+from relfisher.optim.ranks import Ranks
+from relfisher.optim.record import Record, gathered
+from relfisher.shards import made_whole
 from relfisher.structures import Inversion, State, Statistics, Structure
 
 __all__ = ["Curvature"]
@@ -68,7 +70,6 @@ class Curvature:
                 f"model must have its parameters in memory, but {empty} is on the meta device: make the optimizer "
                 "after to_empty() and the initialization, which put other parameters into the model"
             )
-        check_whole(model)
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
@@ -178,6 +179,7 @@ class Curvature:
             ValueError: if there is no such layer, or it has no statistics yet.
         """
         names = {layer.name: record for layer, record in self.records.items()}
+        self.ranks.settle()
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
             raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
@@ -196,7 +198,7 @@ class Curvature:
         Raises:
             ValueError: if processes have different layers or states.
         """
-        if not self.ranks.join(self._parts):
+        if not self.ranks.join(lambda: self.ownership.listed(self.records.values(), self.states)):
             return problem
         (fine,) = self.ranks.least([int(problem is None)])
         return None if fine else problem or "another process cannot take it"
@@ -217,10 +219,7 @@ class Curvature:
             roles = self.ranks.roles(roles, unknown, self.records)
         if roles:
             self._settle(roles)
-        pending: Mapping[Layer, Rows | Statistics] = self.observer.take()
-        if self.ranks.together:  # in the same order in all processes: that in which roles became known
-            readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
-            pending = self.ranks.statistics(pending, readings)
+        pending = self._pending()
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure
             due = self._schedule.refresh_due(iteration, place, len(self.records))
@@ -241,6 +240,20 @@ class Curvature:
             if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
                 self._health.failed(iteration, layer.name)
         return {layer: role.refused for layer, role in roles.items() if role.refused is not None}
+
+    def _pending(self) -> Mapping[Layer, Rows | Statistics]:
+        """Return the samples since the last step, of all processes."""
+        if not self.ranks.together:
+            return self.observer.take()
+        # In the same order in all processes: that in which roles became known.
+        readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
+        following = (self.observer.roles[layer].following for layer, each in readings.items() if each.waits)
+        with made_whole(layer.module for layer in following if layer is not None):
+            return self.ranks.statistics(self.observer.take(), readings)
+
+    def whole_gradients(self) -> AbstractContextManager[None]:
+        """Return a context in which layers with a metric have whole gradients; see `gathered`."""
+        return gathered(self.records.values() if self.ranks.in_parts else ())
 
     def check(self, record: Record, saved: Mapping[str, Any]) -> None:
         """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.
@@ -303,11 +316,6 @@ class Curvature:
             message = f"no part in the first step had {idle}: without a gradient, in no forward pass"
             warnings.warn(message, HealthWarning, stacklevel=6)
 
-    def _parts(self) -> list[str]:
-        """Return the names of the layers, and which of them have statistics."""
-        started = [each for each in self.records.values() if self.ownership.holds_statistics(self.states[each.key])]
-        return [layer.name for layer in self.records] + [f"the statistics of {record.name}" for record in started]
-
     def _settle(self, roles: Mapping[Layer, Role]) -> None:
         """Assign structures to layers with new roles, and remove the states of refused layers."""
         for layer, role in roles.items():
@@ -316,6 +324,7 @@ class Curvature:
             if role.refused is not None:
                 record.structure = None
                 self.observer.readings.pop(layer, None)
+                self.observer.uninitialized.discard(layer)
                 state = self.states[record.key]
                 for key in state.keys() - self.ownership.keys_beside(layer):
                     del state[key]
@@ -323,7 +332,8 @@ class Curvature:
         for layer, structure in self._assigned(kept).items():
             record, role = self.records[layer], kept[layer]
             record.structure = structure
-            self.observer.readings[layer] = Reading(structure, role.response)
+            waits = self.ranks.in_parts and role.following is not None
+            self.observer.readings[layer] = Reading(structure, role.response, waits)
             self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
 
     def _assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:

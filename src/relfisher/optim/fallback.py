@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from relfisher.optim.record import dense
+from relfisher.shards import held, zeros
 from relfisher.structures import Kept
 
 __all__ = ["Fallback"]
@@ -22,13 +23,28 @@ class Fallback:
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the two moments of a parameter of this shape, and its step count."""
         step = Kept((), on_host=True, dtype=torch.float32)
-        return {"step": step, "exp_avg": Kept(shape), "exp_avg_sq": Kept(shape)}
+        return {"step": step, "exp_avg": Kept(shape, parted=True), "exp_avg_sq": Kept(shape, parted=True)}
 
     @classmethod
     def create(cls, parameter: Tensor) -> dict[str, Tensor]:
         """Return the initial state of a parameter."""
         kept, dtype = cls.declares(tuple(parameter.shape)), _precise(parameter)
-        return {key: each.zeros(dtype, parameter.device) for key, each in kept.items()}
+        return {
+            key: zeros(parameter, dtype) if each.parted else each.zeros(dtype, parameter.device)
+            for key, each in kept.items()
+        }
+
+    @classmethod
+    def complete(
+        cls, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]], covered: Collection[Tensor]
+    ) -> None:
+        """Create the missing states of a group's parameters, apart from those that layers with a metric have.
+
+        Each has a state, maybe an empty one: torch expects it where processes hold parts.
+        """
+        for parameter in group["params"]:
+            if not states[parameter] and parameter.requires_grad and parameter not in covered:
+                states[parameter].update(cls.create(parameter))
 
     @classmethod
     def step(
@@ -53,15 +69,17 @@ class Fallback:
             elif (moment.device, moment.dtype) != (parameter.device, dtype):
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = state[key].to(parameter.device, dtype)
+        own = [held(parameter) for parameter in parameters]
+        moments = [held(state["exp_avg_sq"]) for state in states]
         # In half precision the second moment would underflow, and eps vanish.
-        precise = [parameter.to(_precise(parameter)) for parameter in parameters]
-        gradients = [dense(parameter.grad).to(_precise(parameter)) for parameter in parameters]
+        precise = [parameter.to(_precise(parameter)) for parameter in own]
+        gradients = [held(dense(parameter.grad)).to(_precise(parameter)) for parameter in parameters]
         beta1, beta2 = group["fallback_betas"]
         adamw(
             precise,
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [held(state["exp_avg"]) for state in states],
+            moments,
             [],
             [state["step"] for state in states],
             amsgrad=False,
@@ -72,8 +90,7 @@ class Fallback:
             eps=group["fallback_eps"],
             maximize=False,
         )
-        for parameter, moved, state in zip(parameters, precise, states, strict=True):
-            moment = state["exp_avg_sq"]
+        for parameter, moved, moment in zip(own, precise, moments, strict=True):
             moment.clamp_(max=torch.finfo(moment.dtype).max)  # infinity would never decay
             if moved is not parameter:
                 parameter.copy_(moved)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from relfisher.optim.groups import named
+from relfisher.shards import class_of
 
 __all__ = ["OwnerWarning", "model_of", "modules_in_memory"]
 
@@ -47,7 +48,7 @@ def model_of(entries: Sequence[Any]) -> nn.Module:
             "needs to see the layers run; write RNGD(model)"
         )
     chosen = list(_chosen(owned, wanted))
-    names = " and ".join(type(module).__name__ for module in chosen)
+    names = " and ".join(class_of(module).__name__ for module in chosen)
     message = f"RNGD observes {names}, which it found by the parameters; write RNGD(model) to say it"
     warnings.warn(message, OwnerWarning, stacklevel=3)
     return chosen[0] if len(chosen) == 1 else nn.ModuleList(chosen)
@@ -72,6 +73,6 @@ def _chosen(owned: dict[nn.Module, set[int]], wanted: set[int]) -> Iterator[nn.M
                 yield found[0]
                 break
         else:
-            names = " and ".join(sorted(type(module).__name__ for module in innermost))
+            names = " and ".join(sorted(class_of(module).__name__ for module in innermost))
             raise ValueError(f"params are in several modules alike, {names}: write RNGD(model) with the one that runs")
         wanted = wanted - owned[best]

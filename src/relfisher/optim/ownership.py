@@ -127,6 +127,15 @@ class Ownership:
         """Return the keys in a parameter's state that belong to the parameter, not to its layer."""
         return {key for owner in self._beside for key in owner.declares(layer.shape)}
 
+    def listed(self, records: Iterable[Record], states: Mapping[Tensor, Mapping[str, Any]]) -> list[str]:
+        """Return the names of the parameters that layers train, and of what is kept of those with statistics."""
+        own, kept = [], []
+        for record in records:
+            state = states[record.key]
+            own += record.owned_names
+            kept += [f"the {key} of {record.name}" for key in state if self.holds_statistics(state)]
+        return own + sorted(kept)
+
     def holds_statistics(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a moving average was updated."""
         return "updates" in state and float(state["updates"]) > 0

@@ -17,6 +17,7 @@ from relfisher.optim.checkpoint import moved
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.health import Health
 from relfisher.optim.options import Damping, Inversions, MetricOptions
+from relfisher.optim.partition import mesh_of
 from relfisher.optim.renamed import reject
 from relfisher.optim.watching import Watching
 from relfisher.validation import check_bool, check_instance, check_integer
@@ -61,6 +62,7 @@ class Preconditioner(Watching):
         check_instance("metric", metric, MetricOptions)
         check_bool("grafted", grafted)
         check_responses(responses)
+        mesh_of(model)  # flat parameters are no layers'
         layers = discover(model, metric.layers).layers
         metric.check(layers)
         self._inversions = Inversions(damping, metric.power)

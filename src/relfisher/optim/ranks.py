@@ -1,9 +1,10 @@
 """Several processes that train one model together: what they find out, decide and sum in common.
 
-Each process of `DistributedDataParallel` holds the whole model and sees a part of the batch. Gradients are averaged
-before the optimizer steps. The metric needs the same: the statistics of all samples, and their number. Collectives
-follow a schedule that every process knows: one of a single number per step, one more while the role of a layer is
-unknown, and two where statistics are due.
+Each process sees a part of the batch, and holds the whole model, as with `DistributedDataParallel`, or parts of its
+parameters, as with `fully_shard`. Gradients are averaged before the optimizer steps. The metric needs the same: the
+statistics of all samples, and their number. Collectives follow a schedule that every process knows: one of a single
+number per step, one more while the role of a layer is unknown, and two where statistics are due; and, for parameters in
+parts, one for all gradients, and one for each whole weight that statistics need.
 """
 
 from __future__ import annotations
@@ -20,29 +21,35 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relfisher.layers import Layer, Rows
-from relfisher.observe import Reading, Role
+from relfisher.observe import Reading, Role, messages
 from relfisher.optim.health import HealthWarning
 from relfisher.optim.owners import modules_in_memory
+from relfisher.optim.partition import mesh_of
 from relfisher.responses import UnitResponse
+from relfisher.shards import reshard
 from relfisher.structures import Statistics
 
-__all__ = ["Ranks", "check_whole"]
+__all__ = ["Ranks"]
 
 _T = TypeVar("_T")
 
 
 class Ranks:
-    """The processes that train a model together: those of the `DistributedDataParallel` that the model is in.
+    """The processes that train a model together: those of `DistributedDataParallel`, or those that hold parts of it.
 
     Args:
         model: the model.
 
     Attributes:
-        together: whether several processes train the model; None before the first step.
+        together: whether several processes train the model, or hold parts of it; None before the first step.
+
+    Raises:
+        ValueError: if processes hold parts of the parameters in another way than after `fully_shard`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+        self._mesh = mesh_of(model)
         self._parallel: weakref.ref[DistributedDataParallel] | None = None
         self._held: dict[Layer, Role] = {}  # roles that wait for other processes
         self.together: bool | None = None
@@ -60,15 +67,20 @@ class Ranks:
         """Return whether several processes train the model.
 
         Args:
-            parts: returns what must be the same in all of them: the layers, and which of them have statistics.
+            parts: returns what must be the same in all of them: what layers train, and which have statistics.
 
         Raises:
             ValueError: if it is not, if processes hold parts of the weights, or if the step is inside of
                 `DistributedDataParallel.join`.
         """
         model = self._model()
+        self.settle()
         if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
-            check_whole(model)
+            if mesh_of(model) != self._mesh:
+                raise ValueError(
+                    "the model was sharded after the optimizer was made, which has other parameters: call fully_shard "
+                    "first, and then RNGD(model)"
+                )
             self.together = self._found(model, parts)
         parallel = None if self._parallel is None else self._parallel()
         if self.together and getattr(getattr(parallel, "_join_config", None), "enable", False):
@@ -76,6 +88,17 @@ class Ranks:
                 "inside of DistributedDataParallel.join, RNGD cannot step: give all processes equally many steps"
             )
         return bool(self.together)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each process holds a part of the parameters."""
+        return self._mesh is not None
+
+    def settle(self) -> None:
+        """Let the model have the parts that are optimized, also if a pass has left its parameters whole."""
+        model = self._model()
+        if self.in_parts and model is not None:
+            reshard(model)
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """Return the least of each number over all processes."""
@@ -96,7 +119,7 @@ class Ranks:
             unknown: the layers whose roles were not returned so far.
             layers: all layers.
         """
-        self._held |= {layer: role for layer, role in new.items() if layer in unknown}
+        self._held |= {layer: self._kept(layer, role) for layer, role in new.items() if layer in unknown}
         if not unknown or not any(self.least([-int(layer in self._held) for layer in unknown])):
             return {}
         by_name = {layer.name: layer for layer in layers}
@@ -137,9 +160,19 @@ class Ranks:
         numbers = zip(readings, found, counts.tolist(), strict=True)
         return {layer: each._replace(samples=count) for layer, each, count in numbers if count}
 
+    def _kept(self, layer: Layer, role: Role) -> Role:
+        """Return a role, refused if its response has parameters that are whole only during a pass."""
+        if not self.in_parts or role.refused is not None or not _has_tensors(role.response):
+            return role
+        refused = {layer: f"its response, {role.response}, has parameters in parts, which are whole only in a pass"}
+        messages.tell_refused(refused, messages.UncoveredWarning)
+        return replace(role, refused=refused[layer])
+
     @property
     def _group(self) -> distributed.ProcessGroup | None:
-        """The group of the model's `DistributedDataParallel`."""
+        """The group of the model's `DistributedDataParallel`, or of those that hold its parts."""
+        if self._mesh is not None:
+            return self._mesh.get_group() if self._mesh.ndim == 1 else None
         parallel = None if self._parallel is None else self._parallel()
         return None if parallel is None else parallel.process_group
 
@@ -155,9 +188,9 @@ class Ranks:
         return others
 
     def _found(self, model: nn.Module, parts: Callable[[], list[str]]) -> bool:
-        """Return whether several processes train the model."""
-        parallel = _parallel(model)
-        if parallel is None:
+        """Return whether several processes train the model, or hold parts of it."""
+        parallel = None if self.in_parts else _parallel(model)
+        if parallel is None and not self.in_parts:
             if (count := distributed.get_world_size()) > 1:
                 message = (
                     f"the model is in no DistributedDataParallel, so that each of {count} processes trains a model of "
@@ -165,14 +198,17 @@ class Ranks:
                 )
                 warnings.warn(message, HealthWarning, stacklevel=5)
             return False
-        self._parallel = weakref.ref(parallel)
+        self._parallel = None if parallel is None else weakref.ref(parallel)
         if distributed.get_world_size(self._group) == 1:
-            return False
+            return self.in_parts
         own = parts()
         for other in self._gathered(own):
             if other != own:
-                odd = ", ".join(sorted(set(own) ^ set(other)))
-                raise ValueError(f"all processes must start with the same layers and state, but not all have {odd}")
+                odd = ", ".join(sorted(set(own) ^ set(other))) or "the same order"
+                raise ValueError(
+                    f"all processes must start with the same layers and state, but not all have {odd}; instead of "
+                    "ZeroRedundancyOptimizer, which gives them different layers, use fully_shard"
+                )
         return True
 
 
@@ -196,20 +232,6 @@ def _summed(layer: Layer, batch: Rows | Statistics | None, reading: Reading) -> 
     return reading.statistics(layer, batch) if isinstance(batch, Rows) else batch
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if processes hold parts of the model's weights: the metric needs all of a layer."""
-    kinds = ("DTensor", "FlatParameter")  # of fully_shard and tensor parallelism, of FullyShardedDataParallel
-    parts = (name for name, each in model.named_parameters() if type(each).__name__ in kinds)
-    found = next(parts, None)
-    if found is None and any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
-        found = "its FullyShardedDataParallel"
-    if found is not None:
-        raise ValueError(
-            "model must have whole weights in each process, as with DistributedDataParallel; fully_shard, "
-            f"FullyShardedDataParallel and tensor parallelism leave parts of them: {found}"
-        )
-
-
 class _Told(NamedTuple):
     """A role as other processes read it: with the name of the layer that follows, without a response that has state."""
 
@@ -228,10 +250,18 @@ def _told(layer: Layer, role: Role) -> _Told:
 
 def _is_plain(response: UnitResponse) -> bool:
     """Return whether a copy of a response is as good as itself."""
-    if any(isinstance(each, Tensor | nn.Module) for each in vars(response).values()):
+    if _has_tensors(response):
         return False
     try:
         pickle.dumps(response)
     except (AttributeError, TypeError, pickle.PicklingError):
         return False
     return True
+
+
+def _has_tensors(value: object) -> bool:
+    """Return whether a response, or what it is made of, has tensors or modules."""
+    if isinstance(value, Tensor | nn.Module):
+        return True
+    parts = value if isinstance(value, tuple) else vars(value).values() if hasattr(value, "__dict__") else ()
+    return any(_has_tensors(part) for part in parts)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer
+from relfisher.layers import Layer, keepers
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule
 from relfisher.shapes import Float
+from relfisher.shards import all_whole, held, is_part, made_whole, parted, whole
 from relfisher.structures import Structure
 
-__all__ = ["LayerView", "Record", "dense"]
+__all__ = ["LayerView", "Record", "dense", "gathered"]
 
 
 class LayerView(NamedTuple):
@@ -46,6 +49,7 @@ class Record:
         trainable_before: the parts that were trained at the last update; None before the first update.
         told_without_metric: whether there was a warning that it has a gradient but was not seen.
         metric_in_use: the metric tensor of the state that was last found to fit the structure.
+        gathered: whole gradients of the parameters of which each process holds a part, while they are needed.
     """
 
     def __init__(self, layer: Layer, rule: Rule, not_owned: frozenset[str]) -> None:
@@ -57,6 +61,7 @@ class Record:
         self.trainable_before: list[bool] | None = None
         self.told_without_metric = False
         self.metric_in_use: Tensor | None = None
+        self.gathered: list[Tensor | None] = []
 
     @property
     def name(self) -> str:
@@ -75,6 +80,12 @@ class Record:
             return self.layer.parameters
         pairs = zip(self.layer.names, self.layer.parameters, strict=True)
         return [parameter for name, parameter in pairs if name not in self.not_owned]
+
+    @property
+    def owned_names(self) -> list[str]:
+        """The names in the model of the parameters that this optimizer trains."""
+        pairs = zip(self.layer.names, self.layer.parameter_names, strict=True)
+        return [full for name, full in pairs if name not in self.not_owned]
 
     @property
     def key(self) -> Tensor:
@@ -103,26 +114,62 @@ class Record:
         stuck = torch.tensor([not each for each in trainable], device=device)
         return stuck.repeat_interleave(torch.tensor(self.layer.widths, device=device))
 
+    def gradients(self) -> list[Tensor | None]:
+        """Return the whole loss gradients of the parameters; None for those that are not owned or have none."""
+        given = self.gathered or [parameter.grad for parameter in self.layer.parameters]
+        if self.not_owned:
+            pairs = zip(self.layer.names, given, strict=True)
+            given = [None if name in self.not_owned else gradient for name, gradient in pairs]
+        return [None if each is None else dense(whole(each)) for each in given]
+
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, with 0 for parts not owned; None if no part has a gradient."""
-        gradients = [parameter.grad for parameter in self.layer.parameters]
-        if self.not_owned:
-            pairs = zip(self.layer.names, gradients, strict=True)
-            gradients = [None if name in self.not_owned else gradient for name, gradient in pairs]
-        if all(gradient is None for gradient in gradients):
+        found = self.gradients()
+        if all(gradient is None for gradient in found):
             return None
-        return self.layer.gradient([None if each is None else dense(each) for each in gradients])
+        with self._whole_values():
+            return self.layer.gradient(found)
+
+    def changes(self, step: Float[Tensor, "*g out d"]) -> list[tuple[Tensor, Tensor]]:
+        """Return what this process holds of the owned parts that have a gradient, each with its change by a step."""
+        moving = self.moving()
+        if not self.is_in_parts:
+            pairs = zip(self.layer.seen(moving), self.layer.steps(step, moving), strict=True)
+            return [(target, change) for target, change in pairs if target is not None and change is not None]
+        whole_ones = [None if each is None else step.new_zeros(each.shape) for each in moving]
+        with self._whole_values():
+            steps = self.layer.steps(step, whole_ones)
+        for target, change in zip(self.layer.seen(whole_ones), steps, strict=True):
+            if target is not None:
+                target.add_(change)
+        pairs = zip(moving, whole_ones, strict=True)
+        return [(held(parameter), held(parted(own, parameter))) for parameter, own in pairs if own is not None]
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Replace the gradients of the owned parts that have one by a matrix."""
-        found: list[Tensor | None] = []
-        for parameter in self.moving():
+        moving = self.moving()
+        for parameter in moving:
             if parameter is not None:
                 parameter.grad = dense(parameter.grad)
-            found.append(None if parameter is None else parameter.grad)
-        for target, change in zip(self.layer.seen(found), self.layer.steps(gradient, found), strict=True):
+        found = [None if parameter is None else whole(parameter.grad) for parameter in moving]
+        with self._whole_values():
+            changes = self.layer.steps(gradient, found)
+        for target, change in zip(self.layer.seen(found), changes, strict=True):
             if target is not None:
                 target.copy_(change)
+        for parameter, each in zip(moving, found, strict=True):
+            if each is not None and each is not parameter.grad:
+                held(parameter.grad).copy_(held(parted(each, parameter)))
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether each process holds a part of the parameters."""
+        return is_part(self.layer.weight)
+
+    def _whole_values(self) -> AbstractContextManager[None]:
+        """Return a context in which a weight that is computed from parameters can be."""
+        computed = self.is_in_parts and any(part.chart is not None for part in self.layer.parts)
+        return made_whole(keepers(self.layer.module)) if computed else nullcontext()
 
     def moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
@@ -137,3 +184,25 @@ def dense(gradient: Tensor | None) -> Tensor:
     """Return the gradient of a parameter that has one, not sparse."""
     assert gradient is not None
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@contextmanager
+def gathered(records: Iterable[Record]) -> Iterator[None]:
+    """Let the records of layers with a metric have whole gradients, which processes send each other together.
+
+    Args:
+        records: those of layers whose parameters are in parts.
+
+    Yields:
+        Nothing.
+    """
+    kept = [record for record in records if record.structure is not None]
+    given = [[parameter.grad for parameter in record.layer.parameters] for record in kept]
+    found = iter(all_whole([each for own in given for each in own if each is not None]))
+    for record, own in zip(kept, given, strict=True):
+        record.gathered = [None if each is None else next(found) for each in own]
+    try:
+        yield
+    finally:
+        for record in kept:
+            record.gathered = []

@@ -227,10 +227,8 @@ class RNGD(Watching, torch.optim.Optimizer):
             if self.param_groups[place]["momentum"]:
                 self._curvature.complete(layer, [Momentum])
         covered = self._binding.covered()
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            if parameter.requires_grad and parameter not in covered and not self.state[parameter]:
-                self.state[parameter].update(Fallback.create(parameter))
         for group in self.param_groups:
+            Fallback.complete(group, self.state, covered)
             Averaging.complete(group, self.state)
         self._binding.tell(self._curvature.model(), self.param_groups)
 

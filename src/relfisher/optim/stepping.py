@@ -18,6 +18,7 @@ from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, Step, StepRule
+from relfisher.shards import held
 
 __all__ = ["Moving", "moving_layers", "obstacle", "take", "take_fallback"]
 
@@ -75,25 +76,26 @@ def moving_layers(
         return (structure.alike, index, flat, _is_head(record), layer.fan_in), keys
 
     found, targets, sources = [], [], []
-    for batch, parameters in batches.moving(seen, kind):
-        record, structure = batch.records[0], batch.records[0].structure
-        assert structure is not None  # others have no batch
-        group = groups[place[record.layer]]
-        states = [curvature.state(each, structure) for each in batch.records]
-        if group["momentum"]:
-            for state in states:
-                Momentum.complete(state, record.layer.shape)
-        latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
-        targets += parts
-        sources += own
-        lr = rate(group)
-        annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
-        flat = inversions.is_flat(record.layer, record.role)
-        state, share = batch.state(states), group["momentum"]
-        move = Move(
-            batch.layers, structure, state, latest, latest, latest, share, lr, annealing, flat, _is_head(record)
-        )
-        found.append(Moving(batch, group, parameters, move))
+    with curvature.whole_gradients():
+        for batch, parameters in batches.moving(seen, kind):
+            record, structure = batch.records[0], batch.records[0].structure
+            assert structure is not None  # others have no batch
+            group = groups[place[record.layer]]
+            states = [curvature.state(each, structure) for each in batch.records]
+            if group["momentum"]:
+                for state in states:
+                    Momentum.complete(state, record.layer.shape)
+            latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
+            targets += parts
+            sources += own
+            lr = rate(group)
+            annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
+            flat = inversions.is_flat(record.layer, record.role)
+            state, share = batch.state(states), group["momentum"]
+            move = Move(
+                batch.layers, structure, state, latest, latest, latest, share, lr, annealing, flat, _is_head(record)
+            )
+            found.append(Moving(batch, group, parameters, move))
     if targets:
         torch._foreach_copy_(targets, sources)
     return [each._replace(move=Momentum.added(each.move, nesterov=rule.nesterov)) for each in found]
@@ -110,7 +112,7 @@ def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> b
         if group["weight_decay"] and group["kind"] == METRIC:
             kept = {id(p) for each in moving if each.move.is_head and not group["decays_heads"] for p in each.moved}
             moved = {id(p) for each in moving for p in each.moved} - kept
-            shrinking = [p for p in group["params"] if id(p) in moved]
+            shrinking = [held(p) for p in group["params"] if id(p) in moved]
             if shrinking:
                 torch._foreach_mul_(shrinking, 1 - rate(group) * group["weight_decay"])
     targets, changes = [], []
@@ -152,7 +154,7 @@ def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> s
     records = curvature.records.values() if checked else ()
     known = {id(p) for record in records if record.structure for p in record.layer.parameters}
     given = (p for group in groups for p in group["params"] if id(p) not in known)
-    return None if all_finite([p.grad for p in given if p.grad is not None]) else "a gradient is not finite"
+    return None if all_finite([held(p.grad) for p in given if p.grad is not None]) else "a gradient is not finite"
 
 
 def take_fallback(

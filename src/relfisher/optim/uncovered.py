@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from relfisher.observe import UncoveredWarning
 from relfisher.optim.groups import ADAMW, names_of
+from relfisher.shards import class_of
 
 __all__ = ["Uncovered", "tell", "uncovered"]
 
@@ -95,7 +96,7 @@ def tell(found: Uncovered, told: Collection[Tensor]) -> list[Tensor]:
 def _classes(model: nn.Module) -> dict[int, str]:
     """Return the class of the module of each parameter, by identity."""
     owned = ((module, p) for module in model.modules() for p in module.parameters(recurse=False))
-    return {id(parameter): type(module).__name__ for module, parameter in owned}
+    return {id(parameter): class_of(module).__name__ for module, parameter in owned}
 
 
 def _listed(kinds: Mapping[str, Sequence[str]]) -> str:

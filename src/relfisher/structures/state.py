@@ -21,11 +21,13 @@ class Kept(NamedTuple):
         shape: its shape.
         on_host: True for a few numbers that the host reads at each step and that stay in its memory.
         dtype: None for the dtype of the layer's metric.
+        parted: True if it has an entry for each of a parameter; a process that holds a part of these holds as much.
     """
 
     shape: tuple[int, ...]
     on_host: bool = False
     dtype: torch.dtype | None = None
+    parted: bool = False
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the initial tensor, filled with zeros."""
