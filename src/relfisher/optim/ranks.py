@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -263,5 +264,6 @@ def _has_tensors(value: object) -> bool:
     """Return whether a response, or what it is made of, has tensors or modules."""
     if isinstance(value, Tensor | nn.Module):
         return True
-    parts = value if isinstance(value, tuple) else vars(value).values() if hasattr(value, "__dict__") else ()
-    return any(_has_tensors(part) for part in parts)
+    if isinstance(value, type | ModuleType) or not hasattr(value, "__dict__"):
+        return isinstance(value, tuple) and any(map(_has_tensors, value))
+    return any(map(_has_tensors, vars(value).values()))
