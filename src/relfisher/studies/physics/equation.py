@@ -19,14 +19,14 @@ Box = tuple[tuple[float, float], ...]
 #: The points inside and those on the boundary, each [points, coordinates].
 Points = tuple[Tensor, Tensor]
 
-FREQUENCY = 10.0
+FREQUENCY = 3.0
 
 
 class Sine(nn.Module):
-    """The unit sin(10 z) of SIREN (Sitzmann et al. 2020), which has 30 in place of 10 for images."""
+    """The unit sin(3 z), as in SIREN (Sitzmann et al. 2020), which has 30 in place of 3 for images."""
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return sin(10 z)."""
+        """Return sin(3 z)."""
         return torch.sin(FREQUENCY * z)
 
 

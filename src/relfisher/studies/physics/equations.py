@@ -76,6 +76,7 @@ class Helmholtz(Equation):
     title = "Helmholtz' equation"
     box = ((-1.0, 1.0), (-1.0, 1.0))
     unit = "sine"
+    fresh = True
 
     def solution(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return (1 - x^2) (1 - y^2) times the output."""
@@ -143,13 +144,11 @@ class Burgers(Equation):
 
 
 class AllenCahn(Equation):
-    """u_t = 1e-4 u_xx + 5 u - 5 u^3, which forms steep fronts (Raissi et al. 2019); start and ends are built in."""
+    """u_t = 1e-3 u_xx + 5 u - 5 u^3, which forms steep fronts (Lu et al. 2021); start and ends are built in."""
 
     title = "the Allen-Cahn equation"
     box = ((-1.0, 1.0), (0.0, 1.0))
     axes = ("x", "t")
-    hidden = (32, 32, 32, 32)
-    inside = 1000
     fresh = True
 
     def solution(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -159,10 +158,10 @@ class AllenCahn(Equation):
         return start + time * (1 - place.square()) * super().solution(model, x)
 
     def residual(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Return u_t - 1e-4 u_xx - 5 u + 5 u^3."""
+        """Return u_t - 1e-3 u_xx - 5 u + 5 u^3."""
         u = self.solution(model, x)[:, 0]
         slopes, bends = second(u, x, (0,))
-        return slopes[:, 1] - 1e-4 * bends[:, 0] - 5 * u + 5 * u**3
+        return slopes[:, 1] - 1e-3 * bends[:, 0] - 5 * u + 5 * u**3
 
     def answer(self, x: Tensor) -> Tensor:
         """Return the reference solution."""
@@ -183,8 +182,9 @@ class Advection(_Evolution):
     speed = 30.0
 
     def seen(self, x: Tensor) -> Tensor:
-        """Return cos(x), sin(x) and the time in [-1, 1]."""
-        return torch.stack([torch.cos(x[:, 0]), torch.sin(x[:, 0]), 2 * x[:, 1] - 1], -1)
+        """Return cos(x), sin(x) and the time in units of a quarter of a period."""
+        time = self.speed * x[:, 1] / (PI / 2)
+        return torch.stack([torch.cos(x[:, 0]), torch.sin(x[:, 0]), time], -1)
 
     def on_edge(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw points at the start, since the solution is periodic."""

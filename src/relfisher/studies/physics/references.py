@@ -13,7 +13,7 @@ from scipy.interpolate import CubicSpline
 __all__ = ["allen_cahn", "burgers"]
 
 HERMITE_NODES = 200
-MODES = 1023
+MODES = 511
 
 Array = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ def burgers(x: Array, t: Array, viscosity: float) -> Array:
 
 
 def allen_cahn(x: Array, t: Array) -> Array:
-    """Return the solution of u_t = 1e-4 u_xx + 5 u - 5 u^3 with u(x, 0) = x^2 cos(pi x), u = -1 at x = -1 and x = 1.
+    """Return the solution of u_t = 1e-3 u_xx + 5 u - 5 u^3 with u(x, 0) = x^2 cos(pi x), u = -1 at x = -1 and x = 1.
 
     u + 1 is a sum of sines, whose amplitudes follow an ordinary differential equation.
 
@@ -69,7 +69,7 @@ def _allen_cahn_at(time: float) -> CubicSpline:
 @lru_cache(maxsize=1)
 def _allen_cahn_path():  # type: ignore[no-untyped-def]  # SciPy has no types
     places = np.linspace(-1, 1, MODES + 2)[1:-1]
-    decay = 1e-4 * (np.pi * np.arange(1, MODES + 1) / 2) ** 2
+    decay = 1e-3 * (np.pi * np.arange(1, MODES + 1) / 2) ** 2
 
     def rate(_: float, raised: Array) -> Array:
         diffusion = -idst(decay * dst(raised, type=1), type=1)
