@@ -13,7 +13,7 @@ from relfisher.optim.rules.base import Move, Step, StepRule, on_host
 from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_rate
 
-__all__ = ["Normalized", "NormalizedRule"]
+__all__ = ["Normalized", "NormalizedRule", "coherence"]
 
 # The first gradients are not typical of the run: their sizes weigh less during this many steps.
 _YOUNG = 500
@@ -110,11 +110,27 @@ class NormalizedRule(StepRule):
 
 def _coherence(move: Move, velocity: float, latest: float) -> float:
     """Return the bounded coherence of a layer's gradients, given the norms of its momentum and its latest gradient."""
-    kept, share = move.state["uncorrelated"], move.momentum
-    uncorrelated = math.hypot(share * kept.item(), latest)
+    kept = move.state["uncorrelated"]
+    ratio, uncorrelated = coherence(velocity, latest, kept.item(), move.momentum)
     kept.fill_(uncorrelated)
+    return ratio
+
+
+def coherence(velocity: float, latest: float, uncorrelated: float, share: float) -> tuple[float, float]:
+    """Return the bounded coherence of gradients, and what the norm of their momentum would be without any.
+
+    Args:
+        velocity: the norm of the momentum.
+        latest: the norm of the latest gradient.
+        uncorrelated: the second result of the step before; 0 before the first.
+        share: the share of the momentum that is kept.
+
+    Returns:
+        Both, as in `NormalizedRule`.
+    """
+    uncorrelated = math.hypot(share * uncorrelated, latest)
     ratio = velocity / uncorrelated if uncorrelated else 1.0
-    return min(max(1.0, ratio), math.sqrt((1 + share) / (1 - share)))
+    return min(max(1.0, ratio), math.sqrt((1 + share) / (1 - share))), uncorrelated
 
 
 class Normalized(NormalizedRule):

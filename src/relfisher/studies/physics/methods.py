@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from relfisher import RNGD, MetricOptions
+from relfisher.optim.residual import ResidualRNGD
 from relfisher.studies.contestants import Muon
-from relfisher.studies.peers import UNTUNED, Peer, installed
+from relfisher.studies.peers import Peer, installed
 from relfisher.studies.physics.gauss_newton import GaussNewton
+from relfisher.studies.physics.task import Closure
 from relfisher.studies.training import Pace
 
-__all__ = ["LIMIT", "METHODS", "OURS", "Method"]
+__all__ = ["LIMIT", "METHODS", "OURS", "RESIDUAL", "UNTUNED", "Method"]
 
 LIMIT = "Gauss-Newton"
+RESIDUAL = "ResidualRNGD"
+UNTUNED = "ResidualRNGD-defaults"
 
 
 def cosine(optimizer: torch.optim.Optimizer, done: float) -> None:
@@ -101,6 +105,19 @@ def _soap(model: nn.Module, lr: float = 5e-3, interval: float = 10) -> torch.opt
     return soap(model.parameters(), lr=lr, weight_decay=0.0, precondition_frequency=int(interval))
 
 
+class _OfResiduals(ResidualRNGD):
+    """RNGD in the metric of the residuals of a closure."""
+
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # as all optimizers of the race
+        """Take a step, and return the loss before it."""
+        return super().step(lambda: _unscaled(closure.residuals()))
+
+
+def _unscaled(residuals: Tensor) -> Tensor:
+    """Return residuals whose mean square is the sum of the squares of the given ones."""
+    return residuals * math.sqrt(residuals.numel())
+
+
 def _rngd(model: nn.Module, lr: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
     metric = MetricOptions(structure="neuron")
     return RNGD(model, lr, fit="interpolate", step_rule="normalized", averaging=0.0, metric=metric, **options)
@@ -114,6 +131,7 @@ METHODS: dict[str, Method] = {
     "Muon": Method(_Both, {"lr": (3e-3, 1e-2, 3e-2), "rest_lr": (1e-3, 5e-3)}),
     LIMIT: Method(GaussNewton, {"lr": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}, pace=constant),
     "RNGD": Method(_rngd, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-4, 1e-2)}),
-    UNTUNED: Method(_rngd, {"lr": (1e-2,)}),
+    RESIDUAL: Method(_OfResiduals, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-6, 1e-4)}),
+    UNTUNED: Method(_OfResiduals, {"lr": (3e-2,)}),
 }
-OURS = ("RNGD", UNTUNED)
+OURS = (RESIDUAL, UNTUNED, "RNGD")

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from relfisher.studies.figures import STYLE, Look, frame, label_ends
-from relfisher.studies.peers import UNTUNED, Configuration
+from relfisher.studies.peers import Configuration
 from relfisher.studies.physics.equations import EQUATIONS
-from relfisher.studies.physics.methods import LIMIT, METHODS, OURS
+from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, RESIDUAL, UNTUNED
 from relfisher.studies.physics.race import ErrorOutcome, Solved
 from relfisher.studies.physics.task import Solving
 from relfisher.studies.report import ABSENT, Report, markdown, shown
@@ -28,8 +28,9 @@ LOOKS = {
     "L-BFGS": Look("#4d4d4d", ":"),
     "SOAP": Look("#7b3294"),
     "Muon": Look("#0072b2"),
-    LIMIT: Look("#e69f00", "--"),
-    "RNGD": Look("#d1345b", width=2.6),
+    LIMIT: Look("#009e73", "--"),
+    "RNGD": Look("#e69f00"),
+    RESIDUAL: Look("#d1345b", width=2.6),
     UNTUNED: Look("#d1345b", "--"),
 }
 
@@ -210,7 +211,7 @@ def _curves_figure(outcome: ErrorOutcome) -> Figure:
 
 
 def _map_figure(outcome: ErrorOutcome) -> Figure:
-    """Draw the true solution, and the errors of the best peer and of RNGD, over the first two coordinates.
+    """Draw the true solution, and the errors of the best peer and of ours, over the first two coordinates.
 
     Other coordinates are at the middle of the grid. The seed is the first.
 
@@ -230,7 +231,10 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
         return plane
 
     truth = answer.numpy()
-    shown_methods = [*([peer[0]] if peer else []), *(each for each in OURS[:1] if outcome.compared(each))]
+    shown_methods = [
+        *([peer[0]] if peer else []),
+        *(each for each in (RESIDUAL,) if each in outcome.study.methods and outcome.compared(each)),
+    ]
     errors = {method: sheet(np.abs(outcome.compared(method)[0].solution - truth)) for method in shown_methods}
     with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(12, 4.6), dpi=150)
@@ -248,6 +252,6 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
             axes.set_title(f"error of {method}", fontsize=11)
         for axes in panels:
             axes.set(xlabel=equation.axes[0], ylabel=equation.axes[1])
-        caption = "The first seed of the best peer and of RNGD at the end; absolute errors on one scale."
+        caption = "The first seed of the best peer and of ours at the end; absolute errors on one scale."
         frame(figure, _title(outcome), caption, left=0.06, right=0.97)
     return figure
