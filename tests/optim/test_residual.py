@@ -176,3 +176,58 @@ def test_a_closure_must_return_residuals():
     optimizer = ResidualRNGD(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="residuals"):
         optimizer.step(list)
+
+
+def test_without_a_rate_the_step_is_the_best_in_its_plane():
+    """For residuals that are linear in the parameters, no other step in the plane has a lower loss."""
+    model = nn.Linear(3, 1).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(9, size, dtype=torch.float64, generator=generator) for size in (3, 1))
+    optimizer = ResidualRNGD(model, None, damping=10.0)
+
+    def residuals():
+        return model(x) - y
+
+    def loss(place):
+        return float((x @ place[:3] + place[3] - y[:, 0]).square().mean())
+
+    def place():
+        return torch.cat([model.weight[0], model.bias]).detach()
+
+    optimizer.param_groups[0]["plane_damping"] = 0.0
+    start = place()
+    optimizer.step(residuals)
+    first = place() - start
+    optimizer.param_groups[0]["plane_damping"] = 0.0
+    before = place()
+    optimizer.step(residuals)
+    second = place() - before
+    assert loss(before) < loss(start)
+    for along in (first, second):
+        for scale in (-1e-3, 1e-3):
+            assert loss(place()) < loss(place() + scale * along)
+
+
+def test_without_a_rate_the_loss_never_rises():
+    torch.manual_seed(0)
+    model, x = network(1, 8, 8, 1), points()
+    optimizer = ResidualRNGD(model, None)
+    losses = [float(optimizer.step(lambda: poisson(model, x))) for _ in range(60)]
+    assert all(after <= before for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_a_step_that_raises_the_loss_is_taken_back():
+    model, x = network(1, 4, 1), points()
+    optimizer = ResidualRNGD(model, None)
+    before = [parameter.clone() for parameter in model.parameters()]
+    calls = []
+
+    def residuals():
+        calls.append(1)
+        return [part * (10.0 if len(calls) == 3 else 1.0) for part in poisson(model, x)]
+
+    optimizer.step(residuals)  # an update of the metric, the loss, and the loss after the step
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer.param_groups[0]["plane_damping"] > 1e-3

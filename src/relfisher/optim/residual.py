@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from relfisher.optim.groups import rate
+from relfisher.optim.plane import along, chosen, damped
 from relfisher.optim.rules.normalized import coherence
 from relfisher.validation import check_instance, check_integer, check_interval, check_rate
 
@@ -29,6 +30,7 @@ __all__ = ["ResidualRNGD", "Residuals"]
 Residuals = Callable[[], Tensor | Sequence[Tensor]]
 
 RELATIVE_RMS = 0.2
+PLANE_DAMPING = 1e-3
 WARMUP = (0, 1, 2, 4, 8, 16)
 
 
@@ -58,9 +60,13 @@ class ResidualRNGD(torch.optim.Optimizer):
     `total_steps` or a scheduler. `step` takes the residuals and computes all gradients by itself. Linear layers have a
     metric in the eigenvectors of their factors; each other parameter has the diagonal of its metric.
 
+    Where all steps have the same points, no learning rate is needed: with `lr=None`, the step is the best one in the
+    plane of the direction and the last step, by the derivatives of the residuals along both, and is taken back if the
+    loss does not fall. See `relfisher.optim.plane`.
+
     Args:
         model: the network.
-        lr: the learning rate.
+        lr: the learning rate; None for the best length, which is for steps with the same points.
         total_steps: the length of the run, over which lr falls to 0 by a cosine; None for a constant lr.
         momentum: the share of the momentum that is kept per step, in [0, 1).
         damping: the multiple of the metric's mean eigenvalue that is added to it. Without noise it can be tiny.
@@ -76,7 +82,7 @@ class ResidualRNGD(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.03,
+        lr: float | None = 0.03,
         *,
         total_steps: int | None = None,
         momentum: float = 0.9,
@@ -86,7 +92,8 @@ class ResidualRNGD(torch.optim.Optimizer):
         samples: int = 256,
     ) -> None:
         check_instance("model", model, nn.Module)
-        check_rate("lr", lr)
+        if lr is not None:
+            check_rate("lr", lr)
         if total_steps is not None:
             check_integer("total_steps", total_steps)
         for name, share in (("momentum", momentum), ("decay", decay)):
@@ -97,7 +104,8 @@ class ResidualRNGD(torch.optim.Optimizer):
         self._layers = [each for each in model.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad]
         self._interval, self._decay, self._samples = interval, decay, samples
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        options = {"lr": lr, "total_steps": total_steps, "momentum": momentum, "damping": damping, "iteration": 0}
+        options = {"lr": 1.0 if lr is None else lr, "total_steps": total_steps, "momentum": momentum}
+        options |= {"damping": damping, "iteration": 0, "best_length": lr is None, "plane_damping": PLANE_DAMPING}
         super().__init__(trained, options)
         covered = {id(parameter) for layer in self._layers for parameter in _trained(layer)}
         others: list[list[Tensor]] = [[parameter] for parameter in trained if id(parameter) not in covered]
@@ -119,11 +127,15 @@ class ResidualRNGD(torch.optim.Optimizer):
         with torch.enable_grad():
             if iteration % self._interval == 0 or iteration in WARMUP:
                 self._update(closure, iteration)
-            loss = _flat(closure()).square().sum()
+            residuals = _flat(closure())
+            loss = residuals.square().sum()
+            group["iteration"] += 1
             parameters = [parameter for block in self._blocks for parameter in block]
+            if group["best_length"]:
+                self._move_in_plane(closure, residuals, float(loss.detach()), parameters)
+                return loss.detach()
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        group["iteration"] += 1
-        if bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+        if _all_finite(gradients):
             self._move(dict(zip(map(id, parameters), gradients, strict=True)))
         return loss.detach()
 
@@ -148,6 +160,39 @@ class ResidualRNGD(torch.optim.Optimizer):
                 scale = RELATIVE_RMS * lr * longer * math.sqrt(direction.numel()) / length
                 for parameter, part in zip(block, _parted(direction, block), strict=True):
                     parameter.add_(part, alpha=-scale)
+
+    def _move_in_plane(self, closure: Residuals, residuals: Tensor, loss: float, parameters: list[Tensor]) -> None:
+        """Move all blocks by the best step in the plane of their directions and the last step."""
+        (group,) = self.param_groups
+        latest, weights, graph = along(residuals, parameters)
+        if not _all_finite(latest):
+            return
+        gradients = dict(zip(map(id, parameters), latest, strict=True))
+        direction: list[Tensor] = []
+        for block in self._blocks:
+            joined = _joined([gradients[id(parameter)] for parameter in block])
+            direction += _parted(_preconditioned(joined, self.state[block[0]], group["damping"]), block)
+        directions = [direction]
+        if all("last" in self.state[parameter] for parameter in parameters):
+            directions.append([self.state[parameter]["last"] for parameter in parameters])
+        shares, promised = chosen(residuals, weights, graph, directions, group["plane_damping"])
+        with torch.no_grad():
+            steps = [
+                sum(share * part for share, part in zip(shares, parts, strict=True))
+                for parts in zip(*directions, strict=True)
+            ]
+            before = [parameter.clone() for parameter in parameters]
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.add_(step)
+        after = float(_flat(closure()).detach().square().sum())
+        group["plane_damping"] = damped(group["plane_damping"], loss - after, promised)
+        falls = after < loss
+        for parameter, step, start in zip(parameters, steps, before, strict=True):
+            self.state[parameter].pop("last", None)
+            if falls:
+                self.state[parameter]["last"] = step
+            else:
+                parameter.data.copy_(start)
 
     def _update(self, closure: Residuals, iteration: int) -> None:
         """Update the metrics by the derivatives of all residuals, with random signs where a row has several."""
@@ -193,6 +238,10 @@ def _preconditioned(field: Tensor, state: dict[str, Any], damping: float) -> Ten
     left: Tensor = state["outputs_basis"]
     right: Tensor = state["inputs_basis"]
     return left @ ((left.mT @ field @ right) / damped) @ right.mT
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def _flat(residuals: Tensor | Sequence[Tensor]) -> Tensor:

@@ -18,10 +18,11 @@ from relfisher.studies.physics.gauss_newton import GaussNewton
 from relfisher.studies.physics.task import Closure
 from relfisher.studies.training import Pace
 
-__all__ = ["LIMIT", "METHODS", "OURS", "RESIDUAL", "UNTUNED", "Method"]
+__all__ = ["LIMIT", "METHODS", "OURS", "PLANE", "RESIDUAL", "UNTUNED", "Method"]
 
 LIMIT = "Gauss-Newton"
 RESIDUAL = "ResidualRNGD"
+PLANE = "ResidualRNGD-plane"
 UNTUNED = "ResidualRNGD-defaults"
 
 
@@ -113,6 +114,12 @@ class _OfResiduals(ResidualRNGD):
         return super().step(lambda: _unscaled(closure.residuals()))
 
 
+def _in_plane(model: nn.Module, lr: float = 1.0, damping: float = 1e-6) -> torch.optim.Optimizer:
+    """Create residual RNGD whose steps have the best length in a plane, which leaves no learning rate to choose."""
+    assert lr == 1.0
+    return _OfResiduals(model, None, damping=damping)
+
+
 def _unscaled(residuals: Tensor) -> Tensor:
     """Return residuals whose mean square is the sum of the squares of the given ones."""
     return residuals * math.sqrt(residuals.numel())
@@ -132,6 +139,7 @@ METHODS: dict[str, Method] = {
     LIMIT: Method(GaussNewton, {"lr": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}, pace=constant),
     "RNGD": Method(_rngd, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-4, 1e-2)}),
     RESIDUAL: Method(_OfResiduals, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-6, 1e-4)}),
+    PLANE: Method(_in_plane, {"lr": (1.0,), "damping": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)}, pace=constant),
     UNTUNED: Method(_OfResiduals, {"lr": (3e-2,)}),
 }
-OURS = (RESIDUAL, UNTUNED, "RNGD")
+OURS = (RESIDUAL, PLANE, UNTUNED, "RNGD")

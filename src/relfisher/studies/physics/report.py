@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relfisher.studies.figures import STYLE, Look, frame, label_ends
 from relfisher.studies.peers import Configuration
 from relfisher.studies.physics.equations import EQUATIONS
-from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, RESIDUAL, UNTUNED
+from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, PLANE, RESIDUAL, UNTUNED
 from relfisher.studies.physics.race import ErrorOutcome, Solved
 from relfisher.studies.physics.task import Solving
 from relfisher.studies.report import ABSENT, Report, markdown, shown
@@ -31,6 +31,7 @@ LOOKS = {
     LIMIT: Look("#009e73", "--"),
     "RNGD": Look("#e69f00"),
     RESIDUAL: Look("#d1345b", width=2.6),
+    PLANE: Look("#8c1d40", width=2.6),
     UNTUNED: Look("#d1345b", "--"),
 }
 
@@ -59,12 +60,12 @@ def rows(outcome: ErrorOutcome) -> list[list[str]]:
 
 def best_peer(outcome: ErrorOutcome) -> tuple[str, float] | None:
     """Return the peer with the lowest median error, other than dense Gauss-Newton, and that error."""
-    peers = [method for method in outcome.study.methods if method not in (*OURS, LIMIT)]
-    found = {method: median for method in peers if (median := _median(outcome, method)) is not None}
-    if not found:
-        return None
-    best = min(found, key=lambda method: found[method])
-    return best, found[best]
+    return _best(outcome, [method for method in outcome.study.methods if method not in (*OURS, LIMIT)])
+
+
+def _best(outcome: ErrorOutcome, methods: Sequence[str]) -> tuple[str, float] | None:
+    found = {method: median for method in methods if (median := _median(outcome, method)) is not None}
+    return min(found.items(), key=lambda each: each[1]) if found else None
 
 
 def report(outcome: ErrorOutcome, notes: Mapping[str, str]) -> Report:
@@ -231,13 +232,11 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
         return plane
 
     truth = answer.numpy()
-    shown_methods = [
-        *([peer[0]] if peer else []),
-        *(each for each in (RESIDUAL,) if each in outcome.study.methods and outcome.compared(each)),
-    ]
+    ours = _best(outcome, [method for method in OURS if method in outcome.study.methods])
+    shown_methods = [each[0] for each in (peer, ours) if each is not None]
     errors = {method: sheet(np.abs(outcome.compared(method)[0].solution - truth)) for method in shown_methods}
     with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(12, 4.6), dpi=150)
+        figure = Figure(figsize=(12, 4.8), dpi=150)
         panels = figure.subplots(1, 3, gridspec_kw={"wspace": 0.35})
         extent = (*equation.box[0], *equation.box[1])
         drawn = panels[0].imshow(sheet(truth), origin="lower", extent=extent, aspect="auto", cmap="RdBu_r")
@@ -254,4 +253,5 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
             axes.set(xlabel=equation.axes[0], ylabel=equation.axes[1])
         caption = "The first seed of the best peer and of ours at the end; absolute errors on one scale."
         frame(figure, _title(outcome), caption, left=0.06, right=0.97)
+        figure.subplots_adjust(top=0.84)
     return figure
