@@ -172,6 +172,22 @@ def test_errors_name_the_option(option, value):
         ResidualRNGD(nn.Linear(1, 1), **{option: value})
 
 
+def test_without_a_rate_there_is_no_schedule():
+    with pytest.raises(ValueError, match="total_steps"):
+        ResidualRNGD(nn.Linear(1, 1), None, total_steps=10)
+
+
+def test_layers_with_the_same_weight_move_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[2].weight = model[0].weight
+    x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = model[0].weight.detach().clone()
+    optimizer = ResidualRNGD(model, 0.05)
+    optimizer.step(lambda: model(x) - 1)
+    moved = torch.cat([model[0].weight.detach() - before, torch.zeros(3, 1, dtype=torch.float64)], 1)
+    assert float(moved.norm()) <= 0.05 * 0.2 * math.sqrt(12) + 1e-12
+
+
 def test_a_closure_must_return_residuals():
     optimizer = ResidualRNGD(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="residuals"):

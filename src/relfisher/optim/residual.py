@@ -64,6 +64,8 @@ class ResidualRNGD(torch.optim.Optimizer):
     plane of the direction and the last step, by the derivatives of the residuals along both, and is taken back if the
     loss does not fall. See `relfisher.optim.plane`.
 
+    It trains one model in one process, with one group of parameters.
+
     Args:
         model: the network.
         lr: the learning rate; None for the best length, which is for steps with the same points.
@@ -96,12 +98,16 @@ class ResidualRNGD(torch.optim.Optimizer):
             check_rate("lr", lr)
         if total_steps is not None:
             check_integer("total_steps", total_steps)
+            if lr is None:
+                raise ValueError("total_steps is the length of a schedule, which lr=None does not have; leave it out")
         for name, share in (("momentum", momentum), ("decay", decay)):
             check_interval(name, share, 0, 1)
         check_interval("damping", damping, 0, math.inf)
         for name, number in (("interval", interval), ("samples", samples)):
             check_integer(name, number)
-        self._layers = [each for each in model.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad]
+        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad]
+        # Of layers with the same weight, the first has the metric.
+        self._layers = list({id(layer.weight): layer for layer in reversed(linear_layers)}.values())[::-1]
         self._interval, self._decay, self._samples = interval, decay, samples
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         options = {"lr": 1.0 if lr is None else lr, "total_steps": total_steps, "momentum": momentum}
