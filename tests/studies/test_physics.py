@@ -13,9 +13,9 @@ from torch import nn
 
 from relfisher.studies.engine import carry_out
 from relfisher.studies.peers import available
-from relfisher.studies.physics.equations import EQUATIONS
 from relfisher.studies.physics.gauss_newton import jacobian
 from relfisher.studies.physics.methods import LIMIT, METHODS, RESIDUAL, UNTUNED
+from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.race import Solved, carry_out_run, plan
 from relfisher.studies.physics.references import allen_cahn, burgers
 from relfisher.studies.physics.report import best_peer, header, report, rows
@@ -24,27 +24,23 @@ from relfisher.studies.report import Invocation, write
 from relfisher.studies.store import Store
 
 WITHOUT_FORMULA = ("pde-burgers", "pde-allen-cahn")
-POISSON = EQUATIONS["pde-poisson"]
+POISSON = PROBLEMS["pde-poisson"]
 NOTHING = nn.Identity()
 
 
-def drawn(equation, count=20):
-    return equation.within(count, torch.Generator().manual_seed(0)).double()
-
-
-@pytest.mark.parametrize("name", sorted(set(EQUATIONS) - set(WITHOUT_FORMULA)))
+@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - set(WITHOUT_FORMULA) - {"pde-coefficient"}))
 def test_the_true_solution_has_no_residual(name, monkeypatch):
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     monkeypatch.setattr(type(equation), "solution", lambda self, _, x: self.answer(x))
-    x = drawn(equation).requires_grad_()
+    x = equation.within(20, torch.Generator().manual_seed(0)).double().requires_grad_()
     torch.testing.assert_close(equation.residual(NOTHING, x), torch.zeros_like(equation.residual(NOTHING, x)))
     conditions = equation.conditions(NOTHING, equation.on_edge(20, torch.Generator().manual_seed(0)).double())
     assert conditions is None or float(conditions.abs().max()) == 0
 
 
-@pytest.mark.parametrize("name", sorted(EQUATIONS))
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
 def test_the_loss_is_that_of_its_residuals_and_depends_on_the_network(name):
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     model = equation.build(0)
     points = next(equation.points(torch.Generator().manual_seed(0)))
     loss = equation.loss(model, points)
@@ -60,7 +56,7 @@ def test_the_loss_is_that_of_its_residuals_and_depends_on_the_network(name):
 
 @pytest.mark.parametrize("name", ["pde-helmholtz", "pde-burgers", "pde-allen-cahn"])
 def test_conditions_that_are_built_in_hold_for_any_network(name):
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     x = equation.on_edge(40, torch.Generator().manual_seed(0))
     if len(equation.axes) and equation.axes[1] == "t":
         x = x[x[:, 1] != 1]
@@ -70,12 +66,12 @@ def test_conditions_that_are_built_in_hold_for_any_network(name):
 
 @pytest.mark.parametrize("name", ["pde-heat", "pde-advection", "pde-taylor-green"])
 def test_no_condition_is_set_at_the_end_of_time(name):
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     assert bool((equation.on_edge(60, torch.Generator().manual_seed(0))[:, -1] < equation.box[-1][1]).all())
 
 
 def test_points_are_drawn_anew_where_the_equation_says_so():
-    for equation in EQUATIONS.values():
+    for equation in PROBLEMS.values():
         steps = equation.points(torch.Generator().manual_seed(0))
         first, second = next(steps)[0], next(steps)[0]
         assert torch.equal(first, second) != equation.fresh
@@ -115,7 +111,7 @@ def test_the_reference_of_the_allen_cahn_equation_is_that_of_finite_differences(
 
 @pytest.mark.parametrize("name", ["pde-poisson", "pde-taylor-green"])
 def test_the_jacobian_of_the_limit_is_that_of_each_residual(name, monkeypatch):
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     monkeypatch.setattr(type(equation), "hidden", (4, 3))
     monkeypatch.setattr(type(equation), "double", True)
     monkeypatch.setattr(type(equation), "inside", 5)
@@ -229,3 +225,29 @@ def test_the_table_compares_the_medians_with_the_best_peer(tmp_path):
 def test_a_run_is_repeated_with_every_seed_for_the_whole_time():
     best = replace(STUDY.candidates("Adam")[2], seed=0)
     assert [(run.seed, run.seconds) for run in STUDY.repeats(best)] == [(0, 4.0), (1, 4.0), (2, 4.0)]
+
+
+def test_the_error_of_an_inverse_problem_is_that_of_its_coefficient(monkeypatch):
+    equation = PROBLEMS["pde-coefficient"]
+    task, model = Solving(equation), equation.build(0)
+    assert task.validate(model) == pytest.approx(1 / 0.05 - 1)
+    with torch.no_grad():
+        model.log_coefficient.fill_(math.log(0.05))
+    assert task.validate(model) == pytest.approx(0.0)
+    monkeypatch.setattr(type(equation), "solution", lambda self, _, x: self.answer(x))
+    x = equation.within(20, torch.Generator().manual_seed(0)).requires_grad_()
+    torch.testing.assert_close(equation.residual(model, x), torch.zeros(20, 2, dtype=torch.float64))
+    notes, known = available((LIMIT, RESIDUAL), METHODS, lambda seed, _: equation.build(seed))
+    assert set(notes) == {LIMIT}
+    assert known == (RESIDUAL,)
+
+
+def test_a_distance_grows_like_one():
+    equation = PROBLEMS["field-distance"]
+    x = equation.within(500, torch.Generator().manual_seed(0)).double()
+    step = 1e-4 * torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = (equation.answer(x + step) - equation.answer(x)).abs()[:, 0]
+    assert bool((change <= step.norm(dim=1) + 1e-12).all())
+    on_the_arc = torch.tensor([[-0.6, 0.0], [0.0, 0.6], [-0.45, 0.0], [0.6, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([-0.15, -0.15, 0.0, 2 * 0.6 * math.sin(math.pi / 12) - 0.15], dtype=torch.float64)
+    torch.testing.assert_close(equation.answer(on_the_arc)[:, 0], expected)

@@ -145,14 +145,14 @@ def _by_error(
     import torch
 
     from relfisher.studies.peers import available
-    from relfisher.studies.physics.equations import EQUATIONS
     from relfisher.studies.physics.methods import METHODS
+    from relfisher.studies.physics.problems import PROBLEMS
     from relfisher.studies.physics.race import BUDGET, Solved, carry_out_run, plan
     from relfisher.studies.physics.report import report
 
-    (name,) = selected(name, EQUATIONS, "name")
+    (name,) = selected(name, PROBLEMS, "name")
     wanted = selected(methods, METHODS)
-    notes, taking_part = available(wanted, METHODS, lambda seed, _: EQUATIONS[name].build(seed))
+    notes, taking_part = available(wanted, METHODS, lambda seed, _: PROBLEMS[name].build(seed))
     _tell_absent(notes)
     check_writable(out)
     seconds = budget or BUDGET

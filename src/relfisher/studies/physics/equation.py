@@ -58,7 +58,8 @@ class Equation(ABC):
     """A differential equation on a box, and the network that solves it.
 
     The loss is the mean square of the residual inside plus `weight` times that of the conditions on the boundary. The
-    points are drawn once or, with `fresh`, for each step.
+    points are drawn once or, with `fresh`, for each step. The error is measured on a grid of `sides` points along each
+    coordinate.
     """
 
     title: ClassVar[str]
@@ -73,6 +74,7 @@ class Equation(ABC):
     edge: ClassVar[int] = 100
     weight: ClassVar[float] = 1.0
     fresh: ClassVar[bool] = False
+    sides: ClassVar[int] = 101
 
     @abstractmethod
     def residual(self, model: nn.Module, x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Poisson5(_Dirichlet):
 
     title = "Poisson's equation in 5 dimensions"
     box = ((0.0, 1.0),) * 5
+    sides = 7
     weight = 100.0
     fresh = True
 
@@ -208,6 +209,7 @@ class TaylorGreen(_Evolution):
 
     title = "Taylor-Green vortices"
     box = ((0.0, PI), (0.0, PI), (0.0, 1.0))
+    sides = 17
     outputs = 3
     unit = "silu"
     edge = 200
@@ -236,6 +238,41 @@ class TaylorGreen(_Evolution):
         return torch.stack([-torch.cos(a) * torch.sin(b) * decay, torch.sin(a) * torch.cos(b) * decay, pressure], -1)
 
 
+class Coefficient(_Evolution):
+    """u_t = k u_xx with an unknown coefficient k: u is known at all points, and k is trained with the network."""
+
+    title = "the coefficient of a heat equation"
+    box = ((0.0, 1.0), (0.0, 1.0))
+    axes = ("x", "t")
+    double = True
+    weight = 10.0
+    true = 0.05
+
+    def build(self, seed: int) -> nn.Module:
+        """Return the network, with the logarithm of the coefficient as a parameter, which starts at 0."""
+        model = super().build(seed)
+        model.register_parameter("log_coefficient", nn.Parameter(torch.zeros((), dtype=self.dtype)))
+        return model
+
+    def residual(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return u_t - k u_xx and the distance to the measured u, [points, 2]."""
+        found = self.solution(model, x)
+        slopes, bends = second(found[:, 0], x, (0,))
+        coefficient = model.get_parameter("log_coefficient").exp()
+        return torch.stack([slopes[:, 1] - coefficient * bends[:, 0], (found - self.answer(x.detach()))[:, 0]], -1)
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Return the sum of two waves, sin(pi x) and sin(3 pi x) / 2, each with its decay."""
+        place, time = x.double().T
+        waves = [torch.exp(-self.true * (n * PI) ** 2 * time) * torch.sin(n * PI * place) for n in (1, 3)]
+        return (waves[0] + waves[1] / 2)[:, None]
+
+    @torch.no_grad()
+    def error(self, model: nn.Module, x: Tensor, answer: Tensor) -> float:
+        """Return the relative error of the coefficient."""
+        return abs(float(model.get_parameter("log_coefficient").exp()) / self.true - 1)
+
+
 def _product_of_sines(x: Tensor, a: float, b: float) -> Tensor:
     return torch.sin(a * x[:, 0]) * torch.sin(b * x[:, 1])
 
@@ -249,4 +286,5 @@ EQUATIONS: dict[str, Equation] = {
     "pde-allen-cahn": AllenCahn(),
     "pde-advection": Advection(),
     "pde-taylor-green": TaylorGreen(),
+    "pde-coefficient": Coefficient(),
 }

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from relfisher.studies.peers import UnavailableError
 from relfisher.studies.physics.task import Closure
 
 __all__ = ["GaussNewton", "jacobian"]
@@ -25,10 +26,16 @@ class GaussNewton(torch.optim.Optimizer):
     Args:
         model: the network, whose parameters all belong to linear layers.
         lr: the first damping, which takes the place of a learning rate here.
+
+    Raises:
+        UnavailableError: if a parameter does not belong to a linear layer.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-4) -> None:
         super().__init__(model.parameters(), {"lr": lr})
+        linear = [part for module in model.modules() if isinstance(module, nn.Linear) for part in module.parameters()]
+        if len(linear) < len(list(model.parameters())):
+            raise UnavailableError("not available: it is written for linear layers alone")
         self._model = model
         self._damping = lr
 

@@ -15,8 +15,8 @@ from relfisher.studies.cells import Options, Result
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
 from relfisher.studies.peers import Configuration
-from relfisher.studies.physics.equations import EQUATIONS
 from relfisher.studies.physics.methods import METHODS
+from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.task import Solving
 from relfisher.studies.runs import Record, Run, Scalar
 from relfisher.studies.training import Length, train
@@ -120,7 +120,7 @@ def plan(name: str, *, methods: tuple[str, ...], seeds: int, tuning: float, budg
     """Return the study of a race by error.
 
     Args:
-        name: a key of `EQUATIONS`.
+        name: a key of `PROBLEMS`.
         methods: keys of `METHODS`.
         seeds: the number of runs of the chosen configuration.
         tuning: the seconds of a tuning run.
@@ -129,7 +129,7 @@ def plan(name: str, *, methods: tuple[str, ...], seeds: int, tuning: float, budg
     Returns:
         The study.
     """
-    equation = EQUATIONS[name]
+    equation = PROBLEMS[name]
     about = (equation.inside, equation.edge, equation.fresh, equation.double)
     return ErrorStudy(name, methods, seeds, tuning, budget, ErrorOptions(name, "drawn from the seed", *about))
 
@@ -145,7 +145,7 @@ def carry_out_run(run: ErrorRun, report: Reporter) -> Solved:
         The loss and training time of every step, the error at each evaluation, and the solution at the end.
     """
     torch.set_num_threads(1)
-    task, method = Solving(EQUATIONS[run.options.data]), METHODS[run.method]
+    task, method = Solving(PROBLEMS[run.options.data]), METHODS[run.method]
     model = task.equation.build(run.seed)
     record = train(
         task,

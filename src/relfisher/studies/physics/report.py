@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from relfisher.studies.figures import STYLE, Look, frame, label_ends
 from relfisher.studies.peers import Configuration
-from relfisher.studies.physics.equations import EQUATIONS
 from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, PLANE, RESIDUAL, UNTUNED
+from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.race import ErrorOutcome, Solved
 from relfisher.studies.physics.task import Solving
 from relfisher.studies.report import ABSENT, Report, markdown, shown
@@ -142,7 +142,7 @@ def _at_half(outcome: ErrorOutcome, record: Solved) -> float:
 
 
 def _title(outcome: ErrorOutcome) -> str:
-    study, equation = outcome.study, EQUATIONS[outcome.study.name]
+    study, equation = outcome.study, PROBLEMS[outcome.study.name]
     widths = "-".join(map(str, equation.widths))
     points = f"{study.options.inside} points{' drawn for each step' if study.options.fresh else ''}"
     return f"{equation.title[0].upper()}{equation.title[1:]}, {widths} {equation.unit}, {points}"
@@ -151,7 +151,7 @@ def _title(outcome: ErrorOutcome) -> str:
 def _notes(outcome: ErrorOutcome) -> str:
     study = outcome.study
     return (
-        f"\nRelative L2 error on a grid of {len(Solving(EQUATIONS[study.name]).answered[0]):,} points after "
+        f"\nRelative L2 error on a grid of {len(Solving(PROBLEMS[study.name]).answered[0]):,} points after "
         f"{study.budget:g} s of one core, the median of {study.seeds} seeds; and the range of the seeds. Every method "
         f"but {UNTUNED} runs {len(study.candidates(study.methods[0]))} configurations for {study.tuning:g} s each with "
         "the first seed; the one with the lowest error then runs with every seed. Learning rates fall to 0 by a cosine "
@@ -222,7 +222,7 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
     Returns:
         The figure.
     """
-    equation, peer = EQUATIONS[outcome.study.name], best_peer(outcome)
+    equation, peer = PROBLEMS[outcome.study.name], best_peer(outcome)
     x, answer = Solving(equation).answered
     side = round(len(x) ** (1 / len(equation.box)))
     middle = (slice(None), slice(None), *[side // 2] * (len(equation.box) - 2))

@@ -14,9 +14,6 @@ from relfisher.studies.physics.equation import Equation, Points, grid
 
 __all__ = ["Closure", "Solving"]
 
-#: The points of the grid for the error along each coordinate, by the number of coordinates.
-SIDES = {2: 101, 3: 17, 5: 7}
-
 
 @dataclass(frozen=True)
 class Closure:
@@ -70,5 +67,5 @@ class Solving:
     @cached_property
     def answered(self) -> tuple[Tensor, Tensor]:
         """The grid and the true solution on it."""
-        x = grid(self.equation.box, SIDES[len(self.equation.box)])
+        x = grid(self.equation.box, self.equation.sides)
         return x, self.equation.answer(x)
