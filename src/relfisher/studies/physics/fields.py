@@ -75,7 +75,8 @@ class Waves(Field):
     def answer(self, x: Tensor) -> Tensor:
         """Return sin(3 pi x y) exp(-x^2 - y^2) + (x - y) / 4."""
         a, b = x.double().T
-        return (torch.sin(3 * math.pi * a * b) * torch.exp(-a.square() - b.square()) + (a - b) / 4)[:, None]
+        values: Tensor = torch.sin(3 * math.pi * a * b) * torch.exp(-a.square() - b.square()) + (a - b) / 4
+        return values[:, None]
 
 
 @lru_cache(maxsize=1)
