@@ -140,7 +140,7 @@ def test_the_limit_lowers_the_loss_by_orders_of_magnitude_in_some_steps():
 
 def test_every_tuned_method_has_as_many_configurations():
     assert {len(method.configurations) for name, method in METHODS.items() if name != UNTUNED} == {6}
-    assert METHODS[UNTUNED].configurations[0].items() <= METHODS[RESIDUAL].configurations[2].items()
+    assert METHODS[UNTUNED].configurations[0].items() <= METHODS[RESIDUAL].configurations[0].items()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -190,7 +190,7 @@ STUDY = plan("pde-poisson", methods=("Adam", LIMIT, RESIDUAL), seeds=3, tuning=1
 def instant(run, tell):
     """Adam ends at 0.1 at best, ResidualRNGD at 0.01, and the limit diverges."""
     end = {"Adam": 0.1, LIMIT: math.nan, RESIDUAL: 0.01}[run.method] * (1 + 0.1 * run.seed)
-    if run.learning_rate not in {1e-3, 1e-2}:
+    if run.learning_rate not in {2e-3, 3e-2}:
         end *= 2
     tell(1.0, end)
     count = int(10 * run.seconds)
@@ -207,7 +207,7 @@ def instant(run, tell):
 
 def test_the_table_compares_the_medians_with_the_best_peer(tmp_path):
     outcome = carry_out(STUDY, instant, Store(tmp_path / "runs", Solved.of), jobs=1, watcher=Log())
-    assert outcome.chosen["Adam"].learning_rate == 1e-3
+    assert outcome.chosen["Adam"].learning_rate == 2e-3
     assert best_peer(outcome) == ("Adam", pytest.approx(0.11))
     table = {row[0]: dict(zip(header(outcome), row, strict=True)) for row in rows(outcome)}
     assert table[RESIDUAL]["error at 4 s"] == "0.011"

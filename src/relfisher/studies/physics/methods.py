@@ -131,14 +131,14 @@ def _rngd(model: nn.Module, lr: float = 1e-2, **options: Any) -> torch.optim.Opt
 
 
 METHODS: dict[str, Method] = {
-    "Adam": Method(_adam, {"lr": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)}),
+    "Adam": Method(_adam, {"lr": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)}),
     "Adam-L-BFGS": Method(ThenLBFGS, {"lr": (2e-3, 5e-3, 1e-2), "share": (0.2, 0.5)}, pace=ThenLBFGS.pace),
     "L-BFGS": Method(_lbfgs, {"lr": (1.0,), "history": (20, 50, 100), "iterations": (20, 100)}, pace=constant),
-    "SOAP": Method(_soap, {"lr": (2e-3, 5e-3, 1e-2), "interval": (2, 10)}),
-    "Muon": Method(_Both, {"lr": (3e-3, 1e-2, 3e-2), "rest_lr": (1e-3, 5e-3)}),
+    "SOAP": Method(_soap, {"lr": (5e-3, 1e-2, 3e-2), "interval": (2, 10)}),
+    "Muon": Method(_Both, {"lr": (1e-2, 3e-2, 1e-1), "rest_lr": (1e-3, 5e-3)}),
     LIMIT: Method(GaussNewton, {"lr": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}, pace=constant),
-    "RNGD": Method(_rngd, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-4, 1e-2)}),
-    RESIDUAL: Method(_OfResiduals, {"lr": (1e-2, 3e-2, 1e-1), "damping": (1e-6, 1e-4)}),
+    "RNGD": Method(_rngd, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-4, 1e-2)}),
+    RESIDUAL: Method(_OfResiduals, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-6, 1e-4)}),
     PLANE: Method(_in_plane, {"lr": (1.0,), "damping": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)}, pace=constant),
     UNTUNED: Method(_OfResiduals, {"lr": (3e-2,)}),
 }
