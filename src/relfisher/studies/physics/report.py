@@ -252,6 +252,6 @@ def _map_figure(outcome: ErrorOutcome) -> Figure:
         for axes in panels:
             axes.set(xlabel=equation.axes[0], ylabel=equation.axes[1])
         caption = "The first seed of the best peer and of ours at the end; absolute errors on one scale."
-        frame(figure, _title(outcome), caption, left=0.06, right=0.97)
+        frame(figure, _title(outcome), caption, left=0.075, right=0.97)
         figure.subplots_adjust(top=0.84)
     return figure
