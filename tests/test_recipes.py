@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from relfisher import RNGD
+from relfisher import RNGD, ResidualRNGD
 
-PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "recipes.md").read_text()
 SNIPPETS = re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+OF_EQUATIONS = re.findall(r"^```python\n(.*?)^```", (DOCS / "physics.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(("kind", "snippet"), SNIPPETS, ids=[kind for kind, _ in SNIPPETS])
@@ -26,6 +28,18 @@ def test_recipes_run_without_a_warning_and_every_layer_has_a_metric(kind, snippe
         assert optimizer.health.skipped_steps == 0
         assert not any("exp_avg" in state for state in optimizer.state.values())
         assert all(layer.structure is not None for layer in optimizer.layers)
+
+
+@pytest.mark.parametrize("snippet", OF_EQUATIONS)
+def test_equations_are_solved_without_a_warning_and_all_parameters_move(snippet):
+    torch.manual_seed(0)
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(snippet, "physics.md", "exec"), found)
+    assert isinstance(found["optimizer"], ResidualRNGD)
+    assert bool(found["loss"].isfinite())
+    assert all(found["optimizer"].state[layer.weight] for layer in found["model"][::2])
 
 
 def test_every_kind_but_the_last_has_a_snippet():

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         AdamWOptions,
         MetricOptions,
         Preconditioner,
+        ResidualRNGD,
         coverage,
         plan,
         register_rule,
@@ -56,6 +57,7 @@ __all__ = [
     "MetricRecord",
     "MetricRecorder",
     "Preconditioner",
+    "ResidualRNGD",
     "StepRule",
     "Structure",
     "TransformedMetric",
@@ -92,7 +94,9 @@ _NAMES = {
         "BatchedMetric JointMetric Metric TransformedMetric layer_metric neuron_metric softmax_metric two_layer_metric"
     ),
     "observe": "module_metric register_activation",
-    "optim": "RNGD AdamWOptions MetricOptions Preconditioner coverage plan register_rule register_structure",
+    "optim": (
+        "RNGD AdamWOptions MetricOptions Preconditioner ResidualRNGD coverage plan register_rule register_structure"
+    ),
     "optim.rules": "StepRule TrustRegion",
     "structures": "Inversion Structure",
 }

@@ -7,6 +7,7 @@ from relfisher.optim.options import AdamWOptions, MetricOptions
 from relfisher.optim.owners import OwnerWarning
 from relfisher.optim.planning import Coverage, Plan, coverage, plan
 from relfisher.optim.preconditioner import Preconditioner
+from relfisher.optim.residual import ResidualRNGD
 from relfisher.optim.rngd import RNGD
 from relfisher.optim.rules.choice import register_rule
 
@@ -20,6 +21,7 @@ __all__ = [
     "OwnerWarning",
     "Plan",
     "Preconditioner",
+    "ResidualRNGD",
     "UncoveredWarning",
     "assign",
     "coverage",

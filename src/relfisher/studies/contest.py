@@ -15,7 +15,7 @@ from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
 from relfisher.studies.peers import Configuration
 from relfisher.studies.runs import Record, Run, Scalar
-from relfisher.studies.training import Length, train
+from relfisher.studies.training import Length, Supervised, train
 from relfisher.studies.workloads import WORKLOADS, Samples, samples
 
 __all__ = [
@@ -194,14 +194,12 @@ def carry_out_run(source: str, run: ContestRun, report: Reporter) -> Record:
         return optimizer
 
     return train(
-        workload,
-        data,
+        Supervised(workload, data, scored=workload.batch_size),
         partial(workload.build, run.seed, peer.normalization),
         make,
         torch.Generator().manual_seed(run.seed),
         Length(evaluations=options.epochs * options.evaluations, iterations=iterations),
         report,
-        scored=workload.batch_size,
     )
 
 

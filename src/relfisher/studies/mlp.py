@@ -15,7 +15,7 @@ from relfisher.studies.executor import Reporter
 from relfisher.studies.networks import paper_network
 from relfisher.studies.peers import PEERS, Peer
 from relfisher.studies.runs import Record, Run, Scalar
-from relfisher.studies.training import Length, train
+from relfisher.studies.training import Length, Supervised, train
 from relfisher.studies.workloads import WORKLOADS, of_images
 
 __all__ = ["METHODS", "MlpOptions", "MlpOutcome", "MlpRun", "MlpStudy", "carry_out_run", "plan"]
@@ -128,12 +128,10 @@ def carry_out_run(source: str, run: MlpRun, report: Reporter) -> Record:
     # This draws the initial weights, then the order of the images.
     generator = torch.Generator().manual_seed(run.seed)
     return train(
-        WORKLOAD,
-        data,
+        Supervised(WORKLOAD, data, scored=len(data.inputs)),
         partial(paper_network, method.normalization, generator),
         partial(method.make, lr=run.learning_rate),
         generator,
         Length(evaluations=epochs, iterations=epochs * (len(data.inputs) // WORKLOAD.batch_size)),
         report,
-        scored=len(data.inputs),
     )

@@ -15,7 +15,7 @@ from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
 from relfisher.studies.peers import PEERS, UNTUNED, Configuration
 from relfisher.studies.runs import Record, Run, Scalar
-from relfisher.studies.training import Length, train
+from relfisher.studies.training import Length, Supervised, train
 from relfisher.studies.workloads import WORKLOADS, samples
 
 __all__ = [
@@ -168,14 +168,12 @@ def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:
     workload, peer = WORKLOADS[run.options.workload], PEERS[run.method]
     data = samples(workload.kind, source)
     return train(
-        workload,
-        data,
+        Supervised(workload, data, scored=len(data.held_inputs)),
         partial(workload.build, run.seed, peer.normalization),
         partial(peer.make, **run.configuration),
         torch.Generator().manual_seed(run.seed),
         Length(evaluations=run.evaluations, seconds=run.seconds),
         report,
-        scored=len(data.held_inputs),
     )
 
 

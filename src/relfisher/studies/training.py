@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,11 +18,31 @@ from relfisher.studies.executor import Reporter
 from relfisher.studies.runs import Record
 from relfisher.studies.workloads import Samples, Workload, batches
 
-__all__ = ["Length", "iterate", "state_bytes", "train"]
+__all__ = ["Length", "Pace", "Supervised", "Task", "iterate", "state_bytes", "train"]
 
 EVALUATED_AT_ONCE = 500
 REPORTS = 100
 SHOWN = 100
+
+#: Adapts an optimizer before a step to the finished fraction of the run, from 0 to 1.
+Pace = Callable[[torch.optim.Optimizer, float], None]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a model trains on, and how good it is."""
+
+    def draws(self, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+        """Yield what each iteration trains on, without end."""
+
+    def iterate(self, optimizer: torch.optim.Optimizer, model: nn.Module, *drawn: Any) -> float:
+        """Perform one training iteration, and return the cost before the step."""
+
+    def validate(self, model: nn.Module) -> float:
+        """Return the validation of a model."""
+
+    def cost(self, model: nn.Module) -> float:
+        """Return the final cost of a model."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +76,50 @@ def iterate(optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor], *argu
     return float(value.detach())
 
 
+@dataclass(frozen=True)
+class Supervised:
+    """A workload with its samples; the final cost is that of the first `scored` training samples."""
+
+    workload: Workload
+    data: Samples
+    scored: int
+
+    def draws(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield mini-batches."""
+        return batches(self.data, self.workload.batch_size, generator)
+
+    def iterate(self, optimizer: torch.optim.Optimizer, model: nn.Module, *drawn: Tensor) -> float:
+        """Perform one training iteration, and return the loss before the step."""
+        return iterate(optimizer, self.workload.loss, model, *drawn)
+
+    def validate(self, model: nn.Module) -> float:
+        """Return the mean validation of the held-out samples."""
+        return _mean(model, self.workload.validate, self.data.held_inputs, self.data.held_targets)
+
+    def cost(self, model: nn.Module) -> float:
+        """Return the mean loss of training samples."""
+        return _mean(model, self.workload.loss, self.data.inputs[: self.scored], self.data.targets[: self.scored])
+
+
 def train(
-    workload: Workload,
-    data: Samples,
+    task: Task,
     build: Callable[[], nn.Module],
     make: Callable[[nn.Module], torch.optim.Optimizer],
     generator: torch.Generator,
     length: Length,
     report: Reporter,
-    *,
-    scored: int,
+    pace: Pace | None = None,
 ) -> Record:
     """Train one model for its length, or until its cost is not finite. Evaluation does not count as training time.
 
     Args:
-        workload: defines the loss, the batch size and the validation metric.
-        data: the samples.
+        task: what it trains on.
         build: returns the model.
         make: returns its optimizer.
-        generator: draws the mini-batches, after the model is built.
+        generator: draws what each iteration trains on, after the model is built.
         length: the length of the run and its number of evaluations.
         report: receives the finished fraction and the mean of the latest costs, a hundred times per run.
-        scored: the number of training samples for the final cost.
+        pace: adapts the optimizer to the finished fraction of the run; its time counts.
 
     Returns:
         The cost and training time of every iteration, and the result of each evaluation.
@@ -91,20 +134,22 @@ def train(
 
     def evaluate() -> None:
         evaluated.append(len(cost))
-        validation.append(_mean(model, workload.validate, data.held_inputs, data.held_targets))
+        validation.append(task.validate(model))
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         model = build()
         optimizer = make(model)
-        drawn = batches(data, workload.batch_size, generator)
+        drawn = task.draws(generator)
         if math.isfinite(length.seconds):
             # This warms torch up, equally for all methods.
             evaluate()
         while done < 1 and not _diverged(cost):
             start = clock()
             try:
-                cost.append(iterate(optimizer, workload.loss, model, *next(drawn)))
+                if pace is not None:
+                    pace(optimizer, done)
+                cost.append(task.iterate(optimizer, model, *next(drawn)))
             except LinAlgError as error:
                 warnings.warn(str(error), RuntimeWarning, stacklevel=2)
                 cost.append(math.nan)
@@ -119,7 +164,7 @@ def train(
         cost=np.array(cost, dtype=np.float32),
         seconds=np.array(seconds),
         validation=np.array(validation),
-        full_cost=_mean(model, workload.loss, data.inputs[:scored], data.targets[:scored]),
+        full_cost=task.cost(model),
         diverged=_diverged(cost),
         threads=torch.get_num_threads(),
         warnings=tuple(sorted({str(warning.message) for warning in caught})),

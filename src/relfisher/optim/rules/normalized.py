@@ -13,7 +13,7 @@ from relfisher.optim.rules.base import Move, Step, StepRule, by_device, norms
 from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_rate
 
-__all__ = ["Normalized", "NormalizedRule"]
+__all__ = ["Normalized", "NormalizedRule", "coherence"]
 
 # The first gradients are not typical of the run: their sizes weigh less during this many steps.
 _YOUNG = 500
@@ -99,14 +99,11 @@ class NormalizedRule(StepRule):
         counts = [len(move.layers) for move in moves]
         numbers = [[move.lr * self.rms(move) * _root(move), move.momentum] for move in moves for _ in move.layers]
         full, share = torch.tensor(numbers, dtype=lengths.dtype, device=lengths.device).unbind(1)
-        uncorrelated = torch.hypot(share * _joint(moves, "uncorrelated"), latest)
-        coherence = velocities / uncorrelated.where(uncorrelated > 0, math.inf)
-        # What is kept, and is not finite, has no effect.
-        coherence = coherence.nan_to_num(1.0).clamp(min=1.0).minimum(((1 + share) / (1 - share)).sqrt())
+        longer, uncorrelated = coherence(velocities, latest, _joint(moves, "uncorrelated"), share)
         stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
         for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
             torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
-        return full * coherence * shortening / lengths.where(lengths > 0, math.inf)
+        return full * longer * shortening / lengths.where(lengths > 0, math.inf)
 
     def _shortening(self, stats: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new statistics of the sizes of steps, and the factors of these steps, which are at most 1."""
@@ -117,6 +114,7 @@ class NormalizedRule(StepRule):
         floor = self.noise_floor * mean.exp()
         moves = sizes > 0
         new = torch.stack([count + 1, total, mean], 1).where(moves.unsqueeze(1), stats)
+        # What is kept, and is not finite, has no effect.
         return new, (sizes / floor).nan_to_num(1.0).clamp(max=1.0).where(moves, 0.0)
 
 
@@ -127,6 +125,23 @@ def _root(move: Move) -> float:
 
 def _joint(moves: Sequence[Move], key: str) -> Tensor:
     return torch.cat([move.state[key] for move in moves])
+
+
+def coherence(velocity: Tensor, latest: Tensor, uncorrelated: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return the bounded coherence of gradients, and what the norm of their momentum would be without any.
+
+    Args:
+        velocity: the norms of the momenta of several layers.
+        latest: the norms of the latest gradients.
+        uncorrelated: the second result of the step before; 0 before the first.
+        share: the share of the momentum that is kept.
+
+    Returns:
+        Both, as in `NormalizedRule`. What is not finite gives a coherence of 1.
+    """
+    uncorrelated = torch.hypot(share * uncorrelated, latest)
+    ratio = (velocity / uncorrelated.where(uncorrelated > 0, math.inf)).nan_to_num(1.0)
+    return ratio.clamp(min=1.0).clamp(max=((1 + share) / (1 - share)) ** 0.5), uncorrelated
 
 
 class Normalized(NormalizedRule):

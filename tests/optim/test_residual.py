@@ -1,0 +1,249 @@
+"""Residual RNGD: its metric against derivatives row by row, its step by hand, and what it solves."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from relfisher import ResidualRNGD
+
+
+def network(*widths):
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())][:-1]
+    return nn.Sequential(*layers).double()
+
+
+def poisson(model, x):
+    """The residuals of -u'' = pi^2 sin(pi x), [points, 1], and those at the ends."""
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    ends = model(torch.tensor([[-1.0], [1.0]], dtype=x.dtype))
+    return [bend + math.pi**2 * torch.sin(math.pi * x), 3 * ends]
+
+
+def points(count=12):
+    return torch.linspace(-1, 1, count, dtype=torch.float64)[:, None].requires_grad_()
+
+
+def derivatives(residuals, layer):
+    """The derivatives [residuals, out, d] of scaled residuals by a layer's weight and bias, one by one."""
+    flat = torch.cat([part.flatten() / math.sqrt(part.numel()) for part in residuals])
+    rows = [
+        torch.autograd.grad(one, [layer.weight, layer.bias], retain_graph=True, materialize_grads=True) for one in flat
+    ]
+    return torch.stack([torch.cat([weight, bias[:, None]], 1) for weight, bias in rows])
+
+
+def test_the_metric_is_that_of_all_residuals_in_the_eigenvectors_of_its_factors():
+    model, x = network(1, 5, 4, 1), points()
+    layer = model[2]
+    rows = derivatives(poisson(model, x), layer)
+    optimizer = ResidualRNGD(model, 1e-12)
+    optimizer.step(lambda: poisson(model, x))
+    state = optimizer.state[layer.weight]
+    torch.testing.assert_close(state["outputs"], sum(row @ row.T for row in rows))
+    torch.testing.assert_close(state["inputs"], sum(row.T @ row for row in rows))
+    turned = state["outputs_basis"].T @ rows @ state["inputs_basis"]
+    torch.testing.assert_close(state["metric"], turned.square().sum(0))
+
+
+def test_the_first_step_is_the_inverse_metric_times_the_gradient_with_the_length_of_the_rate():
+    model, x = network(1, 4, 1), points()
+    layer = model[2]
+    before = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    rows = derivatives(poisson(model, x), layer)
+    flat = torch.cat([part.flatten() / math.sqrt(part.numel()) for part in poisson(model, x)]).detach()
+    gradient = 2 * torch.einsum("n,nij->ij", flat, rows)
+    optimizer = ResidualRNGD(model, 0.05, momentum=0.0, damping=1e-3)
+    loss = optimizer.step(lambda: poisson(model, x))
+    torch.testing.assert_close(loss, flat.square().sum())
+    # One output: the factor of the inputs is the whole metric.
+    metric = torch.einsum("nij,nik->jk", rows, rows)
+    damped = metric + 1e-3 * metric.trace() / len(metric) * torch.eye(len(metric), dtype=torch.float64)
+    step = torch.linalg.solve(damped, gradient[0])[None]
+    expected = before - 0.05 * 0.2 * math.sqrt(step.numel()) * step / step.norm()
+    torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], 1).detach(), expected)
+
+
+def test_some_rows_stand_for_all_on_average():
+    """Each row has a chance of its own; the mean over many draws is the whole metric."""
+    model, x = network(1, 3, 1), points(8)
+    whole = ResidualRNGD(model, 1e-12, decay=0.0)
+    whole.step(lambda: poisson(model, x))
+    expected = whole.state[model[0].weight]["inputs"]
+    total, some = torch.zeros_like(expected), ResidualRNGD(model, 1e-12, interval=1, decay=0.0, samples=4)
+    for _ in range(100):
+        some.step(lambda: poisson(model, x))
+        total += some.state[model[0].weight]["inputs"] / 100
+    # The two rows at the ends are within the number of samples.
+    torch.testing.assert_close(total, expected, rtol=0.0, atol=0.2 * float(expected.abs().max()))
+
+
+def test_several_residuals_of_a_row_add_up_on_average():
+    model = nn.Linear(2, 3).double()
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    optimizer = ResidualRNGD(model, 1e-12, interval=1, decay=0.0)
+    total = torch.zeros(3, 3, dtype=torch.float64)
+    for _ in range(100):
+        optimizer.step(lambda: model(x))
+        total += optimizer.state[model.weight]["outputs"] / 100
+    mean = (x.square().sum() + 6) / 18
+    torch.testing.assert_close(total.diagonal(), mean.expand(3))
+    torch.testing.assert_close(total, mean * torch.eye(3, dtype=torch.float64), rtol=0.0, atol=0.3 * float(mean))
+
+
+def test_an_equation_is_solved_better_than_by_adam():
+    torch.manual_seed(0)
+    ours, x = network(1, 16, 16, 1), points()
+    theirs, steps = copy.deepcopy(ours), 150
+    optimizer, adam = ResidualRNGD(ours, 0.1, total_steps=steps), torch.optim.Adam(theirs.parameters(), 1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for _ in range(steps):
+        optimizer.step(lambda: poisson(ours, x))
+        adam.zero_grad()
+        sum(part.square().mean() for part in poisson(theirs, x)).backward()
+        adam.step()
+        scheduler.step()
+    losses = [float(sum(part.square().mean() for part in poisson(model, x)).detach()) for model in (ours, theirs)]
+    assert losses[0] < 0.1 * losses[1]
+
+
+class Inverse(nn.Module):
+    """A network with a coefficient, a layer without bias, and a layer that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.frozen = nn.Linear(1, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.coefficient = nn.Parameter(torch.zeros(()))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def test_parameters_outside_of_layers_are_trained_and_frozen_ones_are_not():
+    torch.manual_seed(0)
+    model = Inverse()
+    x = torch.linspace(-1, 1, 10)[:, None]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = ResidualRNGD(model, 0.05)
+    losses = [float(optimizer.step(lambda: model(x) + model.coefficient - 3.0 - x)) for _ in range(80)]
+    assert losses[-1] < 0.1 * losses[0]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"coefficient", "first.weight", "second.weight", "second.bias"}
+
+
+def test_a_saved_run_goes_on_alike():
+    torch.manual_seed(0)
+    model, x = network(1, 4, 1), points()
+    optimizer = ResidualRNGD(model, samples=6, interval=3)
+    for _ in range(5):
+        optimizer.step(lambda: poisson(model, x))
+    other = copy.deepcopy(model)
+    resumed = ResidualRNGD(other, samples=6, interval=3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(5):
+        optimizer.step(lambda: poisson(model, x))
+        resumed.step(lambda: poisson(other, x))
+    for one, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():
+    model, x = network(1, 4, 1), points()
+    optimizer = ResidualRNGD(model)
+    optimizer.step(lambda: poisson(model, x))
+    before = [parameter.clone() for parameter in model.parameters()]
+    loss = optimizer.step(lambda: [part * math.inf for part in poisson(model, x)])
+    assert not math.isfinite(float(loss))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", -1.0), ("momentum", 1.0), ("damping", -1.0), ("decay", 1.0), ("interval", 0), ("samples", 0)],
+)
+def test_errors_name_the_option(option, value):
+    with pytest.raises(ValueError, match=option):
+        ResidualRNGD(nn.Linear(1, 1), **{option: value})
+
+
+def test_without_a_rate_there_is_no_schedule():
+    with pytest.raises(ValueError, match="total_steps"):
+        ResidualRNGD(nn.Linear(1, 1), None, total_steps=10)
+
+
+def test_layers_with_the_same_weight_move_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[2].weight = model[0].weight
+    x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = model[0].weight.detach().clone()
+    optimizer = ResidualRNGD(model, 0.05)
+    optimizer.step(lambda: model(x) - 1)
+    moved = torch.cat([model[0].weight.detach() - before, torch.zeros(3, 1, dtype=torch.float64)], 1)
+    assert float(moved.norm()) <= 0.05 * 0.2 * math.sqrt(12) + 1e-12
+
+
+def test_a_closure_must_return_residuals():
+    optimizer = ResidualRNGD(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="residuals"):
+        optimizer.step(list)
+
+
+def test_without_a_rate_the_step_is_the_best_in_its_plane():
+    """For residuals that are linear in the parameters, no other step in the plane has a lower loss."""
+    model = nn.Linear(3, 1).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(9, size, dtype=torch.float64, generator=generator) for size in (3, 1))
+    optimizer = ResidualRNGD(model, None, damping=10.0)
+
+    def residuals():
+        return model(x) - y
+
+    def loss(place):
+        return float((x @ place[:3] + place[3] - y[:, 0]).square().mean())
+
+    def place():
+        return torch.cat([model.weight[0], model.bias]).detach()
+
+    optimizer.param_groups[0]["plane_damping"] = 0.0
+    start = place()
+    optimizer.step(residuals)
+    first = place() - start
+    optimizer.param_groups[0]["plane_damping"] = 0.0
+    before = place()
+    optimizer.step(residuals)
+    second = place() - before
+    assert loss(before) < loss(start)
+    for along in (first, second):
+        for scale in (-1e-3, 1e-3):
+            assert loss(place()) < loss(place() + scale * along)
+
+
+def test_without_a_rate_the_loss_never_rises():
+    torch.manual_seed(0)
+    model, x = network(1, 8, 8, 1), points()
+    optimizer = ResidualRNGD(model, None)
+    losses = [float(optimizer.step(lambda: poisson(model, x))) for _ in range(60)]
+    assert all(after <= before for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_a_step_that_raises_the_loss_is_taken_back():
+    model, x = network(1, 4, 1), points()
+    optimizer = ResidualRNGD(model, None)
+    before = [parameter.clone() for parameter in model.parameters()]
+    calls = []
+
+    def residuals():
+        calls.append(1)
+        return [part * (10.0 if len(calls) == 3 else 1.0) for part in poisson(model, x)]
+
+    optimizer.step(residuals)  # an update of the metric, the loss, and the loss after the step
+    assert len(calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer.param_groups[0]["plane_damping"] > 1e-3
