@@ -47,7 +47,7 @@ def factories(tmp_path, monkeypatch):
 def test_plan_prints_a_row_a_layer(capsys):
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "kronecker"]
+    assert rows[1].split()[:4] == ["0", "4x7", "TanhBernoulli", "diagonal"]
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "shared"]
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:softmax"]) == 0
     rows = capsys.readouterr().out.splitlines()

@@ -69,7 +69,9 @@ def test_several_models_and_losses_in_a_step_keep_their_samples_apart():
     generator, critic = mlp(sizes=(3, 5, 4)), mlp(nn.ReLU, (4, 5, 1))
     one, two = (
         RNGD(generator, metric=MetricOptions(stats_interval=1)),
-        RNGD(critic, metric=MetricOptions(stats_interval=1, bias_correction=True, stagger=True, decay=0.0)),
+        RNGD(
+            critic, fit="plain", metric=MetricOptions(stats_interval=1, bias_correction=True, stagger=True, decay=0.0)
+        ),
     )
     for seed in range(4):
         noise = inputs(seed, 8, 3)

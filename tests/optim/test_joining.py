@@ -113,7 +113,7 @@ def test_a_group_added_later_joins_with_its_metric():
     for seed in range(3, 9):
         found = moves(model, optimizer, inputs(seed))
     assert found["0.weight"].any()
-    assert structures(optimizer)["0"] == "neuron"
+    assert structures(optimizer)["0"] == "diagonal"
     assert not found["2.weight"].any()
 
 

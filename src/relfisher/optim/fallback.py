@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from relfisher.optim.record import dense
-from relfisher.shards import held, zeros
+from relfisher.shards import held, is_part, zeros
 from relfisher.structures import Kept
 
 __all__ = ["Fallback"]
@@ -40,10 +40,12 @@ class Fallback:
     ) -> None:
         """Create the missing states of a group's parameters, apart from those that layers with a metric have.
 
-        Each has a state, maybe an empty one: torch expects it where processes hold parts.
+        Where processes hold parts, each parameter has a state, maybe an empty one, as torch expects.
         """
         for parameter in group["params"]:
-            if not states[parameter] and parameter.requires_grad and parameter not in covered:
+            if is_part(parameter):
+                states[parameter]  # a lookup creates it
+            if parameter.requires_grad and parameter not in covered and not states.get(parameter):
                 states[parameter].update(cls.create(parameter))
 
     @classmethod
