@@ -92,6 +92,16 @@ def test_the_peak_of_a_method_that_cannot_decompose_its_matrices_is_that_before(
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("name", ["Adam", "Muon", "RNGD"])
+def test_a_step_has_as_many_operations_as_it_dispatches(name):
+    """Also one of several optimizers; a wide network has as many as a narrow one."""
+    narrow, wide = (
+        measure(growing(width), {name: PEERS[name]}, "mnist5k", repeats=1, seconds=0.0) for width in (8, 16)
+    )
+    assert narrow[0].operations == wide[0].operations > 1
+    assert narrow[0].reads == wide[0].reads
+
+
 def test_each_repeat_has_an_iteration_even_without_time():
     one = lane("one", 9.0, [])
     take_turns([one], repeats=3, seconds=0.0)

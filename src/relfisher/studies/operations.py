@@ -38,16 +38,17 @@ def fewest(optimizer: torch.optim.Optimizer, run: Callable[[], object], iteratio
         iterations: the number of iterations.
     """
     counts: list[tuple[int, int]] = []
-    opened: Any = None
+    opened: list[Any] = []
 
     def before(*_: object) -> None:
-        nonlocal opened
-        opened = Counted()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        opened.__enter__()
+        opened.append(Counted())  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        opened[-1].__enter__()
 
     def after(*_: object) -> None:
-        opened.__exit__(None, None, None)
-        counts.append((opened.operations, opened.reads))
+        mode = opened.pop()
+        mode.__exit__(None, None, None)
+        if not opened:  # torch calls the hooks of a step of a step's parts, too
+            counts.append((mode.operations, mode.reads))
 
     handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     for _ in range(iterations):
