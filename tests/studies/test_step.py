@@ -92,7 +92,7 @@ def test_the_peak_of_a_method_that_cannot_decompose_its_matrices_is_that_before(
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("name", ["Adam", "Muon", "RNGD"])
+@pytest.mark.parametrize("name", ["Adam", "Muon"])
 def test_a_step_has_as_many_operations_as_it_dispatches(name):
     """Also one of several optimizers; a wide network has as many as a narrow one."""
     narrow, wide = (
