@@ -1,6 +1,7 @@
 """Layers of equal shape are one batch: the same steps, in as many operations as there are shapes."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from relfisher import RNGD, MetricOptions
 from relfisher.optim import batches
+from relfisher.structures import SharedBlock
 from relfisher.studies.operations import Counted
 
 RULES = ("spectral", "normalized", "trust-region")
@@ -169,3 +171,35 @@ def test_a_plain_step_takes_as_many_operations_for_many_layers_as_for_few(rule):
     few, many = plain_step(rule, 2), plain_step(rule, 12)
     assert few == many
     assert many[1] == 1
+
+
+class Multiple(SharedBlock):
+    """A structure derived from another one, whose instances differ in how factors are applied."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def apply(self, field, factors):
+        return self.factor * super().apply(field, factors)
+
+
+@dataclass
+class Unhashable(SharedBlock):
+    """A structure that can be compared, but not hashed."""
+
+    rank: int | None = None
+
+
+@pytest.mark.parametrize("derived", [Multiple, Unhashable])
+def test_derived_structures_are_like_none_but_themselves(derived):
+    weights = []
+    for most in (batches._TOGETHER, 1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(batches, "_TOGETHER", most)
+            model = tower(["linear"] * 3)
+            structures = {f"branches.{place}": derived(place + 1) for place in range(3)}
+            metric = MetricOptions(structure=structures)
+            weights.append(trained(model, RNGD(model, step_rule="trust-region", metric=metric), 0, 3))
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -3,10 +3,12 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from relfisher import ResidualRNGD
 
@@ -247,3 +249,85 @@ def test_a_step_that_raises_the_loss_is_taken_back():
     assert len(calls) == 3
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert optimizer.param_groups[0]["plane_damping"] > 1e-3
+
+
+@pytest.mark.parametrize("lr", [0.05, None])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copied_optimizer_goes_on_alike_with_the_copied_model(lr, copied):
+    torch.manual_seed(0)
+    model, x = network(1, 4, 1), points()
+    optimizer = ResidualRNGD(model, lr)
+    for _ in range(2):
+        optimizer.step(lambda: poisson(model, x))
+    other, its = copied((model, optimizer))
+    for _ in range(3):
+        optimizer.step(lambda: poisson(model, x))
+        its.step(lambda: poisson(other, x))
+    for one, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0)
+
+
+def test_metrics_stay_finite_where_residuals_are_not():
+    model = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    optimizer = ResidualRNGD(model)
+    for factor in (math.nan, 1e25, 1.0):
+        before = model[1].weight.detach().clone()
+        optimizer.step(lambda factor=factor: factor * (model(x) - 1))
+    assert not torch.equal(model[1].weight, before)
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert all(value.isfinite().all() for value in kept)
+
+
+def test_weights_that_are_computed_have_the_metrics_of_what_they_are_computed_from():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 4)), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = ResidualRNGD(model)
+    for _ in range(3):
+        optimizer.step(lambda: model(x) - 1)
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    saved = optimizer.state_dict()["state"]
+    assert all("metric" in saved[place] for place in saved)
+
+
+def test_inputs_may_be_given_by_name():
+    model, x = nn.Linear(2, 1), torch.ones(3, 2)
+    before = model.weight.detach().clone()
+    ResidualRNGD(model).step(lambda: model(input=x) - 1)
+    assert not torch.equal(model.weight, before)
+
+
+def test_frozen_parameters_and_further_groups_are_refused():
+    model = network(1, 4, 1)
+    optimizer = ResidualRNGD(model)
+    with pytest.raises(ValueError, match="one group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    model[2].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2\.bias was frozen"):
+        optimizer.step(lambda: poisson(model, points()))
+
+
+def test_states_of_others_are_refused():
+    model = network(1, 4, 1)
+    optimizer = ResidualRNGD(model)
+    with pytest.raises(ValueError, match="lacks best_length"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    optimizer.step(lambda: poisson(model, points()))
+    with pytest.raises(ValueError, match=r"metric of 0\.weight has the shape \[4, 2\].*needs \[5, 2\]"):
+        ResidualRNGD(network(1, 5, 1)).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda _: None, TypeError, "a tensor or several"),
+        (lambda residuals: residuals > 0, TypeError, r"real residuals.*torch\.bool"),
+        (lambda residuals: residuals * 1j, TypeError, r"real residuals.*torch\.complex64"),
+        (lambda residuals: residuals.detach(), ValueError, "depend on trained parameters"),
+    ],
+)
+def test_errors_say_what_residuals_must_be(change, error, said):
+    model = nn.Linear(2, 1)
+    with pytest.raises(error, match=said):
+        ResidualRNGD(model).step(lambda: change(model(torch.ones(3, 2))))

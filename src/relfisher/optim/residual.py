@@ -11,7 +11,7 @@ the propagation of derivatives; here each row has a copy of the weights, and one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -105,11 +105,12 @@ class ResidualRNGD(torch.optim.Optimizer):
         check_interval("damping", damping, 0, math.inf)
         for name, number in (("interval", interval), ("samples", samples)):
             check_integer(name, number)
-        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad]
+        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and _has_metric(each)]
         # Of layers with the same weight, the first has the metric.
         self._layers = list({id(layer.weight): layer for layer in reversed(linear_layers)}.values())[::-1]
         self._interval, self._decay, self._samples = interval, decay, samples
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._names, trained = list(named), list(named.values())
         options = {"lr": 1.0 if lr is None else lr, "total_steps": total_steps, "momentum": momentum}
         options |= {"damping": damping, "iteration": 0, "best_length": lr is None, "plane_damping": PLANE_DAMPING}
         super().__init__(trained, options)
@@ -127,8 +128,13 @@ class ResidualRNGD(torch.optim.Optimizer):
 
         Returns:
             The loss before the step. If it or a gradient is not finite, nothing moves.
+
+        Raises:
+            TypeError: if the closure returns anything but real residuals.
+            ValueError: if they depend on no parameter, or a parameter was frozen since the optimizer was made.
         """
         (group,) = self.param_groups
+        self._check_trained()
         iteration = group["iteration"]
         with torch.enable_grad():
             if iteration % self._interval == 0 or iteration in WARMUP:
@@ -203,6 +209,52 @@ class ResidualRNGD(torch.optim.Optimizer):
             else:
                 parameter.data.copy_(start)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the only group; raise ValueError if there is one."""
+        if self.param_groups:
+            raise ValueError("ResidualRNGD has one group of parameters, those of its model: it takes no further ones")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load a saved state and continue from there.
+
+        Args:
+            state_dict: the result of `state_dict()`, for the same model.
+
+        Raises:
+            ValueError: if it belongs to another kind of optimizer, or to other parameters.
+        """
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        missing = sorted(self.param_groups[0].keys() - groups[0].keys()) if groups else ["param_groups"]
+        if missing:
+            raise ValueError(f"state_dict must be that of a ResidualRNGD optimizer, but it lacks {', '.join(missing)}")
+        pairs = zip(self.param_groups[0]["params"], groups[0]["params"], strict=False)
+        places = {id(each): place for each, place in pairs}
+        names = dict(zip(map(id, self.param_groups[0]["params"]), self._names, strict=True))
+        for block in self._blocks:
+            saved, shape = state_dict["state"].get(places.get(id(block[0])), {}), _joined(block).shape
+            for key in [key for key in ("metric", "momentum") if key in saved]:
+                if saved[key].shape != shape:
+                    raise ValueError(
+                        f"state_dict is of another model: the {key} of {names[id(block[0])]} has the shape "
+                        f"{list(saved[key].shape)}, but this optimizer needs {list(shape)}"
+                    )
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle needs; the model must be part of the same copy or pickle."""
+        own = {key: getattr(self, key) for key in ("_layers", "_blocks", "_names", "_interval", "_decay", "_samples")}
+        return super().__getstate__() | own
+
+    def _check_trained(self) -> None:
+        """Raise ValueError if a parameter was frozen since the optimizer was made."""
+        for name, parameter in zip(self._names, self.param_groups[0]["params"], strict=True):
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"the parameters must be trained as long as the optimizer lasts, but {name} was frozen: make a new "
+                    "one, which trains the others"
+                )
+
     def _update(self, closure: Residuals, iteration: int) -> None:
         """Update the metrics by the derivatives of all residuals, with random signs where a row has several."""
         generator = torch.Generator().manual_seed(iteration)
@@ -219,14 +271,17 @@ class ResidualRNGD(torch.optim.Optimizer):
             if derivatives:
                 self._update_layer(self.state[layer.weight], torch.cat(derivatives))
         for parameter, derivative in zip(others, found[len(wanted) :], strict=True):
-            self._average(self.state[parameter], "metric", derivative.square())
+            squares = derivative.square()
+            if bool(squares.isfinite().all()):
+                self._average(self.state[parameter], "metric", squares)
 
     def _update_layer(self, state: dict[str, Any], rows: Tensor) -> None:
         """Update the metric of a layer by derivatives [rows, out, d]."""
-        if not bool(rows.isfinite().all()):
+        outputs, inputs = torch.einsum("nib,njb->ij", rows, rows), torch.einsum("nib,nic->bc", rows, rows)
+        if not _all_finite([outputs, inputs]):
             return
-        self._average(state, "outputs", torch.einsum("nib,njb->ij", rows, rows))
-        self._average(state, "inputs", torch.einsum("nib,nic->bc", rows, rows))
+        self._average(state, "outputs", outputs)
+        self._average(state, "inputs", inputs)
         for name in ("outputs", "inputs"):
             state[f"{name}_basis"] = torch.linalg.eigh(state[name].double())[1].to(rows)
         turned = state["outputs_basis"].mT @ rows @ state["inputs_basis"]
@@ -255,10 +310,23 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def _flat(residuals: Tensor | Sequence[Tensor]) -> Tensor:
     """Return all residuals as one vector, scaled so that the loss is the sum of squares."""
-    parts = [residuals] if isinstance(residuals, Tensor) else list(residuals)
+    parts = list(residuals) if isinstance(residuals, Iterable) and not isinstance(residuals, Tensor) else [residuals]
     if not all(isinstance(part, Tensor) and part.numel() for part in parts) or not parts:
         raise TypeError("the closure must return residuals, a tensor or several, none of them empty")
+    strange = next((part.dtype for part in parts if not part.is_floating_point()), None)
+    if strange is not None:
+        raise TypeError(
+            f"the closure must return real residuals, such as view_as_real() of complex ones, got {strange}"
+        )
+    if not any(part.requires_grad for part in parts):
+        raise ValueError("the closure must return residuals that depend on trained parameters, got detached ones")
     return torch.cat([part.flatten() / math.sqrt(part.numel()) for part in parts])
+
+
+def _has_metric(layer: nn.Linear) -> bool:
+    """Return whether the weight of a linear layer is trained, and neither it nor the bias is computed from others."""
+    own = layer._parameters
+    return "weight" in own and "bias" in own and layer.weight.requires_grad
 
 
 def _trained(layer: nn.Linear) -> list[Tensor]:
@@ -285,9 +353,9 @@ def _copies(layers: Sequence[nn.Linear], samples: int, generator: torch.Generato
     """
     made: list[_Copies] = []
 
-    def spread(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def spread(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
         assert isinstance(layer, nn.Linear)
-        rows = inputs[0].flatten(0, -2)
+        rows = (inputs[0] if inputs else named["input"]).flatten(0, -2)
         chosen = torch.randperm(len(rows), generator=generator)[:samples].to(rows.device)
         with_bias = len(_trained(layer)) > 1
         copies = _joined([part.detach() for part in _trained(layer)]).expand(len(chosen), -1, -1).clone()
@@ -305,7 +373,7 @@ def _copies(layers: Sequence[nn.Linear], samples: int, generator: torch.Generato
         others = linear(rows, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
         return others.index_copy(0, chosen, values).view_as(output)
 
-    handles = [layer.register_forward_hook(spread) for layer in layers]
+    handles = [layer.register_forward_hook(spread, with_kwargs=True) for layer in layers]
     try:
         yield made
     finally:

@@ -75,7 +75,11 @@ class Structure(ABC):
 
         By default, a structure is like none but itself.
         """
-        return self
+        return id(self)
+
+    def _alike(self, kind: type[Structure], *options: Hashable) -> Hashable:
+        """Return a class and its options, or what is like none if this is of a class derived from it."""
+        return (kind, *options) if type(self) is kind else id(self)
 
     def factors(self, shape: tuple[int, ...], *, root: bool) -> list[str]:
         """Return the keys of what is applied to a gradient: all that is declared but the metric and its average."""

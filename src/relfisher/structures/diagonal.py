@@ -26,7 +26,7 @@ class Diagonal(Structure):
     @property
     def alike(self) -> Hashable:
         """The class."""
-        return type(self)
+        return self._alike(Diagonal)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d]."""

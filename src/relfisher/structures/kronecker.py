@@ -68,7 +68,7 @@ class KroneckerFactors(Structure):
     @property
     def alike(self) -> Hashable:
         """The class and the rank."""
-        return type(self), self.rank
+        return self._alike(KroneckerFactors, self.rank)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d, d] for the inputs and [*g, out, out] for the outputs."""

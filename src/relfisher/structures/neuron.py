@@ -26,7 +26,7 @@ class NeuronBlocks(Structure):
     @property
     def alike(self) -> Hashable:
         """The class."""
-        return type(self)
+        return self._alike(NeuronBlocks)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, out, d, d]."""

@@ -40,7 +40,7 @@ class SharedBlock(Structure):
     @property
     def alike(self) -> Hashable:
         """The class and the rank."""
-        return type(self), self.rank
+        return self._alike(SharedBlock, self.rank)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return [*g, d, d]."""
