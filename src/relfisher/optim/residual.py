@@ -11,14 +11,13 @@ the propagation of derivatives; here each row has a copy of the weights, and one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from relfisher.optim.copies import as_matrix, as_parts, has_metric, row_copies, trained_parts
 from relfisher.optim.groups import rate
 from relfisher.optim.plane import along, chosen, damped
 from relfisher.optim.rules.normalized import coherence
@@ -42,14 +41,6 @@ class _Moving(NamedTuple):
     direction: Tensor
     velocity: Tensor
     latest: Tensor
-
-
-class _Copies(NamedTuple):
-    """The copies [rows, out, d] of a layer's parameters in one call, and the root of the rows that each stands for."""
-
-    layer: nn.Linear
-    parameters: Tensor
-    weight: float
 
 
 class ResidualRNGD(torch.optim.Optimizer):
@@ -105,7 +96,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         check_interval("damping", damping, 0, math.inf)
         for name, number in (("interval", interval), ("samples", samples)):
             check_integer(name, number)
-        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and _has_metric(each)]
+        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and has_metric(each)]
         # Of layers with the same weight, the first has the metric.
         self._layers = list({id(layer.weight): layer for layer in reversed(linear_layers)}.values())[::-1]
         self._interval, self._decay, self._samples = interval, decay, samples
@@ -114,10 +105,10 @@ class ResidualRNGD(torch.optim.Optimizer):
         options = {"lr": 1.0 if lr is None else lr, "total_steps": total_steps, "momentum": momentum}
         options |= {"damping": damping, "iteration": 0, "best_length": lr is None, "plane_damping": PLANE_DAMPING}
         super().__init__(trained, options)
-        covered = {id(parameter) for layer in self._layers for parameter in _trained(layer)}
+        covered = {id(parameter) for layer in self._layers for parameter in trained_parts(layer)}
         others: list[list[Tensor]] = [[parameter] for parameter in trained if id(parameter) not in covered]
         #: The parameters that move together, the first of which has the state.
-        self._blocks: list[list[Tensor]] = [*map(_trained, self._layers), *others]
+        self._blocks: list[list[Tensor]] = [*map(trained_parts, self._layers), *others]
 
     def step(self, closure: Residuals) -> Tensor:  # type: ignore[override]  # it returns residuals, not the loss
         """Take a step.
@@ -159,7 +150,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         moves = []
         for block in self._blocks:
             state = self.state[block[0]]
-            latest = _joined([gradients[id(parameter)] for parameter in block])
+            latest = as_matrix([gradients[id(parameter)] for parameter in block])
             velocity = latest + share * state["momentum"] if "momentum" in state else latest
             state["momentum"] = velocity
             direction = _preconditioned(latest + share * velocity, state, group["damping"])
@@ -173,7 +164,7 @@ class ResidualRNGD(torch.optim.Optimizer):
             move.state["uncorrelated"] = now
             if math.isfinite(scale):  # the direction is finite and not 0
                 root = math.sqrt(move.direction.numel())
-                for parameter, part in zip(move.block, _parted(move.direction, move.block), strict=True):
+                for parameter, part in zip(move.block, as_parts(move.direction, move.block), strict=True):
                     parameter.add_(part, alpha=-scale * root)
 
     def _move_in_plane(self, closure: Residuals, residuals: Tensor, loss: float, parameters: list[Tensor]) -> None:
@@ -185,8 +176,8 @@ class ResidualRNGD(torch.optim.Optimizer):
         gradients = dict(zip(map(id, parameters), latest, strict=True))
         direction: list[Tensor] = []
         for block in self._blocks:
-            joined = _joined([gradients[id(parameter)] for parameter in block])
-            direction += _parted(_preconditioned(joined, self.state[block[0]], group["damping"]), block)
+            joined = as_matrix([gradients[id(parameter)] for parameter in block])
+            direction += as_parts(_preconditioned(joined, self.state[block[0]], group["damping"]), block)
         directions = [direction]
         if all("last" in self.state[parameter] for parameter in parameters):
             directions.append([self.state[parameter]["last"] for parameter in parameters])
@@ -225,14 +216,15 @@ class ResidualRNGD(torch.optim.Optimizer):
             ValueError: if it belongs to another kind of optimizer, or to other parameters.
         """
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        missing = sorted(self.param_groups[0].keys() - groups[0].keys()) if groups else ["param_groups"]
+        saved_group = groups[0] if groups else {}
+        missing = sorted(self.param_groups[0].keys() - saved_group.keys())
         if missing:
             raise ValueError(f"state_dict must be that of a ResidualRNGD optimizer, but it lacks {', '.join(missing)}")
-        pairs = zip(self.param_groups[0]["params"], groups[0]["params"], strict=False)
+        pairs = zip(self.param_groups[0]["params"], saved_group["params"], strict=False)
         places = {id(each): place for each, place in pairs}
         names = dict(zip(map(id, self.param_groups[0]["params"]), self._names, strict=True))
         for block in self._blocks:
-            saved, shape = state_dict["state"].get(places.get(id(block[0])), {}), _joined(block).shape
+            saved, shape = state_dict["state"].get(places.get(id(block[0])), {}), as_matrix(block).shape
             for key in [key for key in ("metric", "momentum") if key in saved]:
                 if saved[key].shape != shape:
                     raise ValueError(
@@ -258,7 +250,7 @@ class ResidualRNGD(torch.optim.Optimizer):
     def _update(self, closure: Residuals, iteration: int) -> None:
         """Update the metrics by the derivatives of all residuals, with random signs where a row has several."""
         generator = torch.Generator().manual_seed(iteration)
-        with _copies(self._layers, self._samples, generator) as copies:
+        with row_copies(self._layers, self._samples, generator) as copies:
             residuals = _flat(closure())
             signs = torch.randint(2, residuals.shape, generator=generator).to(residuals) * 2 - 1
             others = [block[0] for block in self._blocks[len(self._layers) :]]
@@ -308,7 +300,7 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
-def _flat(residuals: Tensor | Sequence[Tensor]) -> Tensor:
+def _flat(residuals: Any) -> Tensor:
     """Return all residuals as one vector, scaled so that the loss is the sum of squares."""
     parts = list(residuals) if isinstance(residuals, Iterable) and not isinstance(residuals, Tensor) else [residuals]
     if not all(isinstance(part, Tensor) and part.numel() for part in parts) or not parts:
@@ -321,61 +313,3 @@ def _flat(residuals: Tensor | Sequence[Tensor]) -> Tensor:
     if not any(part.requires_grad for part in parts):
         raise ValueError("the closure must return residuals that depend on trained parameters, got detached ones")
     return torch.cat([part.flatten() / math.sqrt(part.numel()) for part in parts])
-
-
-def _has_metric(layer: nn.Linear) -> bool:
-    """Return whether the weight of a linear layer is trained, and neither it nor the bias is computed from others."""
-    own = layer._parameters
-    return "weight" in own and "bias" in own and layer.weight.requires_grad
-
-
-def _trained(layer: nn.Linear) -> list[Tensor]:
-    """Return the trained parameters of a linear layer, the weight first."""
-    return [part for part in (layer.weight, layer.bias) if part is not None and part.requires_grad]
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return a weight [out, in] and its bias, if there is one, as [out, d]; any other parameter as it is."""
-    return torch.cat([parts[0], parts[1][:, None]], 1) if len(parts) > 1 else parts[0]
-
-
-def _parted(matrix: Tensor, block: Sequence[Tensor]) -> list[Tensor]:
-    """Return what `_joined` joined."""
-    return [matrix[:, :-1], matrix[:, -1]] if len(block) > 1 else [matrix]
-
-
-@contextmanager
-def _copies(layers: Sequence[nn.Linear], samples: int, generator: torch.Generator) -> Iterator[list[_Copies]]:
-    """Let some rows of each call of the layers use copies of the layer's parameters.
-
-    Yields:
-        A list that fills with the copies of each call.
-    """
-    made: list[_Copies] = []
-
-    def spread(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-        assert isinstance(layer, nn.Linear)
-        rows = (inputs[0] if inputs else named["input"]).flatten(0, -2)
-        chosen = torch.randperm(len(rows), generator=generator)[:samples].to(rows.device)
-        with_bias = len(_trained(layer)) > 1
-        copies = _joined([part.detach() for part in _trained(layer)]).expand(len(chosen), -1, -1).clone()
-        copies.requires_grad_()
-        made.append(_Copies(layer, copies, math.sqrt(len(rows) / len(chosen))))
-        picked = rows[chosen]
-        if with_bias:
-            picked = torch.cat([picked, picked.new_ones(len(picked), 1)], 1)
-        values = (copies @ picked[:, :, None])[:, :, 0]
-        if not with_bias and layer.bias is not None:
-            values = values + layer.bias.detach()
-        if len(chosen) == len(rows):
-            order = torch.argsort(chosen)
-            return values[order].view_as(output)
-        others = linear(rows, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-        return others.index_copy(0, chosen, values).view_as(output)
-
-    handles = [layer.register_forward_hook(spread, with_kwargs=True) for layer in layers]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -78,24 +78,23 @@ class NormalizedRule(StepRule):
             directions: the directions of each move; a zero direction gives a zero step.
             made_of: the tensors whose norms are the sizes; they grow with the gradient, as directions may not.
         """
+        devices = by_device(moves)
+        measured = [_measured(places, moves, directions, made_of) for places in devices]
+        if not all(bool(torch.isfinite(numbers).all()) for numbers in measured):
+            return None
         steps: dict[int, Step] = {}
-        for places in by_device(moves):
+        for places, numbers in zip(devices, measured, strict=True):
             own = [moves[place] for place in places]
-            sizes = norms([made_of[place] for place in places])
-            lengths = sizes if made_of is directions else norms([directions[place] for place in places])
-            scales = self._scales(own, lengths, sizes)
-            if scales is None:
-                return None
+            scales = self._scales(own, *numbers.unbind())
             counts = [len(move.layers) for move in own]
             for place, scale in zip(places, scales.split_with_sizes(counts), strict=True):
                 steps[place] = Step(directions[place], scale)
         return [steps[place] for place in range(len(moves))]
 
-    def _scales(self, moves: Sequence[Move], lengths: Tensor, sizes: Tensor) -> Tensor | None:
-        """Return the factors of directions of these lengths, for each layer; None if a number is not finite."""
-        velocities, latest = norms([move.velocity for move in moves]), norms([move.latest for move in moves])
-        if not bool(torch.isfinite(torch.stack([lengths, sizes, velocities, latest])).all()):
-            return None
+    def _scales(
+        self, moves: Sequence[Move], lengths: Tensor, sizes: Tensor, velocities: Tensor, latest: Tensor
+    ) -> Tensor:
+        """Return the factors of directions of these lengths, for each layer."""
         counts = [len(move.layers) for move in moves]
         numbers = [[move.lr * self.rms(move) * _root(move), move.momentum] for move in moves for _ in move.layers]
         full, share = torch.tensor(numbers, dtype=lengths.dtype, device=lengths.device).unbind(1)
@@ -116,6 +115,16 @@ class NormalizedRule(StepRule):
         new = torch.stack([count + 1, total, mean], 1).where(moves.unsqueeze(1), stats)
         # What is kept, and is not finite, has no effect.
         return new, (sizes / floor).nan_to_num(1.0).clamp(max=1.0).where(moves, 0.0)
+
+
+def _measured(
+    places: Sequence[int], moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
+) -> Tensor:
+    """Return the norms of directions, of what they are made of, of momenta and of latest gradients, [4, layers]."""
+    lengths = norms([directions[place] for place in places])
+    sizes = lengths if made_of is directions else norms([made_of[place] for place in places])
+    velocities = norms([moves[place].velocity for place in places])
+    return torch.stack([lengths, sizes, velocities, norms([moves[place].latest for place in places])])
 
 
 def _root(move: Move) -> float:
