@@ -40,13 +40,14 @@ class Fallback:
     ) -> None:
         """Create the missing states of a group's parameters, apart from those that layers with a metric have.
 
-        Where processes hold parts, each parameter has a state, maybe an empty one, as torch expects.
+        Each trained parameter has a state, maybe an empty one, as torch's distributed checkpoints expect; and so has
+        each of which processes hold parts.
         """
         for parameter in group["params"]:
-            if is_part(parameter):
-                states[parameter]  # a lookup creates it
-            if parameter.requires_grad and parameter not in covered and not states.get(parameter):
-                states[parameter].update(cls.create(parameter))
+            if parameter.requires_grad or is_part(parameter):
+                state = states[parameter]  # a lookup creates it
+                if parameter.requires_grad and parameter not in covered and not state:
+                    state.update(cls.create(parameter))
 
     @classmethod
     def step(
