@@ -29,7 +29,7 @@ from relfisher.studies.workloads import WORKLOADS
 
 RACE = Race("mlp", ("SGD", "Adam", "SOAP"), target=0.5, budget=9.0, window=5)
 OPTIONS = RaceOptions("noise", "none", "mlp", 50, threads=1)
-STUDY = RaceStudy("test", RACE, RACE.methods, seeds=3, tuning=1.0, budget=9.0, options=OPTIONS)
+STUDY = RaceStudy("test", RACE.methods, seeds=3, tuning=1.0, budget=9.0, race=RACE, options=OPTIONS)
 
 
 def train(run, tell):
@@ -57,7 +57,7 @@ def raced(directory, trainer=train):
 def test_every_method_tunes_as_long():
     for race in RACES.values():
         for method in race.methods:
-            candidates = RaceStudy("test", race, race.methods, 3, 1.0, 9.0, OPTIONS).candidates(method)
+            candidates = RaceStudy("test", race.methods, 3, 1.0, 9.0, race, OPTIONS).candidates(method)
             assert len(set(candidates)) == (1 if method == UNTUNED else CONFIGURATIONS)
             assert {run.seconds for run in candidates} == {1.0}
             assert [run.configuration for run in candidates] == PEERS[method].configurations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,9 +12,9 @@ from relfisher.studies.cells import Options, Result
 from relfisher.studies.contestants import CONTESTANTS
 from relfisher.studies.engine import Outcome, Study
 from relfisher.studies.executor import Reporter
-from relfisher.studies.peers import Configuration
-from relfisher.studies.runs import Record, Run, Scalar
+from relfisher.studies.runs import Record
 from relfisher.studies.training import Length, Supervised, train
+from relfisher.studies.tuned import TunedRun
 from relfisher.studies.workloads import WORKLOADS, Samples, samples
 
 __all__ = [
@@ -76,21 +75,8 @@ class ContestOptions(Options):
     evaluations: int
 
 
-@dataclass(frozen=True)
-class ContestRun(Run):
-    """A run, with the options of its optimizer other than the learning rate."""
-
-    options: ContestOptions
-    others: tuple[tuple[str, float], ...]
-
-    @property
-    def configuration(self) -> Configuration:
-        """The options of its optimizer."""
-        return {"lr": self.learning_rate, **dict(self.others)}
-
-    def settings(self) -> Mapping[str, Scalar]:
-        """Return all options except those that every training run has."""
-        return {**asdict(self.options), **{f"option {name}": value for name, value in self.others}}
+class ContestRun(TunedRun[ContestOptions]):
+    """A run of a race by validation."""
 
 
 @dataclass(frozen=True)

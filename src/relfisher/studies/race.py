@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from relfisher.studies.cells import Options
-from relfisher.studies.engine import Outcome, Study
+from relfisher.studies.engine import Outcome
 from relfisher.studies.executor import Reporter
-from relfisher.studies.peers import PEERS, UNTUNED, Configuration
-from relfisher.studies.runs import Record, Run, Scalar
+from relfisher.studies.peers import PEERS, UNTUNED, Peer
+from relfisher.studies.runs import Record
 from relfisher.studies.training import Length, Supervised, train
+from relfisher.studies.tuned import TimedRun, TimedStudy
 from relfisher.studies.workloads import WORKLOADS, samples
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "running_mean",
 ]
 
-EVALUATIONS = 20
 TUNING_EVALUATIONS = 1
 OURS = ("FOOF", "RNGD", UNTUNED, "RNGD-trust-region", "RNGD-spectral")
 PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
@@ -75,55 +75,25 @@ class RaceOptions(Options):
     threads: int
 
 
-@dataclass(frozen=True)
-class RaceRun(Run):
-    """A run or tuning run, with the options of its optimizer other than the learning rate."""
-
-    options: RaceOptions
-    others: tuple[tuple[str, float], ...]
-    seconds: float
-    evaluations: int
-
-    @property
-    def configuration(self) -> Configuration:
-        """The options of its optimizer."""
-        return {"lr": self.learning_rate, **dict(self.others)}
-
-    def settings(self) -> Mapping[str, Scalar]:
-        """Return all options except those that every training run has."""
-        others = {f"option {name}": value for name, value in self.others}
-        return {**asdict(self.options), **others, "seconds": self.seconds, "evaluations": self.evaluations}
+class RaceRun(TimedRun[RaceOptions]):
+    """A run or tuning run of a race."""
 
 
 @dataclass(frozen=True)
-class RaceStudy(Study[RaceRun]):
-    """A race with its durations: `tuning` and `budget` are the seconds of a tuning run and of a run."""
+class RaceStudy(TimedStudy[RaceRun]):
+    """A race by training loss."""
 
-    name: str
     race: Race
-    methods: tuple[str, ...]
-    seeds: int
-    tuning: float
-    budget: float
     options: RaceOptions
 
     @property
-    def groups(self) -> tuple[str, ...]:
-        """The names of the methods."""
-        return self.methods
+    def peers(self) -> Mapping[str, Peer]:
+        """The methods by name, with their grids."""
+        return PEERS
 
-    def candidates(self, group: str) -> list[RaceRun]:
-        """Return the tuning runs of a method, one per configuration."""
-        return [self._tuning_run(group, **options) for options in PEERS[group].configurations]
-
-    def repeats(self, best: RaceRun) -> list[RaceRun]:
-        """Return the runs of a configuration, one per seed."""
-        whole = replace(best, seconds=self.budget, evaluations=EVALUATIONS)
-        return [replace(whole, seed=seed) for seed in range(self.seeds)]
-
-    def _tuning_run(self, method: str, lr: float, **others: float) -> RaceRun:
-        tuned = tuple(others.items())
-        return RaceRun(f"race-{self.name}", method, lr, 0, self.options, tuned, self.tuning, TUNING_EVALUATIONS)
+    def tuning_run(self, method: str, lr: float, others: tuple[tuple[str, float], ...]) -> RaceRun:
+        """Return the tuning run of a configuration."""
+        return RaceRun(f"race-{self.name}", method, lr, 0, self.options, others, self.tuning, TUNING_EVALUATIONS)
 
 
 RaceOutcome = Outcome[RaceStudy, RaceRun, Record]
@@ -150,7 +120,7 @@ def plan(
     workload = WORKLOADS[race.workload]
     data = samples(workload.kind, source)
     options = RaceOptions(data.name, data.fingerprint, race.workload, workload.batch_size, threads)
-    return RaceStudy(name, race, methods, seeds, tuning, budget, options)
+    return RaceStudy(name, methods, seeds, tuning, budget, race, options)
 
 
 def carry_out_run(source: str, run: RaceRun, report: Reporter) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from relfisher.studies.cells import Options, Result
-from relfisher.studies.engine import Outcome, Study
+from relfisher.studies.engine import Outcome
 from relfisher.studies.executor import Reporter
-from relfisher.studies.peers import Configuration
+from relfisher.studies.peers import Peer
 from relfisher.studies.physics.methods import METHODS
 from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.task import Solving
-from relfisher.studies.runs import Record, Run, Scalar
+from relfisher.studies.runs import Record
 from relfisher.studies.training import Length, train
+from relfisher.studies.tuned import TimedRun, TimedStudy
 
 __all__ = ["ErrorOutcome", "ErrorRun", "ErrorStudy", "Solved", "carry_out_run", "plan"]
 
 BUDGET = 10.0
-EVALUATIONS = 20
 TUNING_EVALUATIONS = 4
 
 
@@ -38,24 +38,8 @@ class ErrorOptions(Options):
     double: bool
 
 
-@dataclass(frozen=True)
-class ErrorRun(Run):
-    """A run or tuning run, with the options of its optimizer other than the learning rate."""
-
-    options: ErrorOptions
-    others: tuple[tuple[str, float], ...]
-    seconds: float
-    evaluations: int
-
-    @property
-    def configuration(self) -> Configuration:
-        """The options of its optimizer."""
-        return {"lr": self.learning_rate, **dict(self.others)}
-
-    def settings(self) -> Mapping[str, Scalar]:
-        """Return all options except those that every training run has."""
-        others = {f"option {name}": value for name, value in self.others}
-        return {**asdict(self.options), **others, "seconds": self.seconds, "evaluations": self.evaluations}
+class ErrorRun(TimedRun[ErrorOptions]):
+    """A run or tuning run of a race by error."""
 
 
 @dataclass(frozen=True)
@@ -80,37 +64,23 @@ class Solved(Record):
 
 
 @dataclass(frozen=True)
-class ErrorStudy(Study[ErrorRun]):
-    """A race by error: `tuning` and `budget` are the seconds of a tuning run and of a run."""
+class ErrorStudy(TimedStudy[ErrorRun]):
+    """A race by error."""
 
-    name: str
-    methods: tuple[str, ...]
-    seeds: int
-    tuning: float
-    budget: float
     options: ErrorOptions
 
     @property
-    def groups(self) -> tuple[str, ...]:
-        """The names of the methods."""
-        return self.methods
+    def peers(self) -> Mapping[str, Peer]:
+        """The methods by name, with their grids."""
+        return METHODS
 
     def score(self, result: Result) -> float:
         """Return the error at the end of a run."""
         return result.score if result.diverged or not isinstance(result, Record) else float(result.validation[-1])
 
-    def candidates(self, group: str) -> list[ErrorRun]:
-        """Return the tuning runs of a method, one per configuration."""
-        return [self._tuning_run(group, **options) for options in METHODS[group].configurations]
-
-    def repeats(self, best: ErrorRun) -> list[ErrorRun]:
-        """Return the runs of a configuration, one per seed."""
-        whole = replace(best, seconds=self.budget, evaluations=EVALUATIONS)
-        return [replace(whole, seed=seed) for seed in range(self.seeds)]
-
-    def _tuning_run(self, method: str, lr: float, **others: float) -> ErrorRun:
-        tuned = tuple(others.items())
-        return ErrorRun(f"error-{self.name}", method, lr, 0, self.options, tuned, self.tuning, TUNING_EVALUATIONS)
+    def tuning_run(self, method: str, lr: float, others: tuple[tuple[str, float], ...]) -> ErrorRun:
+        """Return the tuning run of a configuration."""
+        return ErrorRun(f"error-{self.name}", method, lr, 0, self.options, others, self.tuning, TUNING_EVALUATIONS)
 
 
 ErrorOutcome = Outcome[ErrorStudy, ErrorRun, Solved]
