@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from relfisher.studies.contest import ContestOutcome
 from relfisher.studies.contestants import CONTESTANTS, PARTS, RIVALS
 from relfisher.studies.figures import STYLE, Look, accuracy_range, frame, label_ends
-from relfisher.studies.peers import UNTUNED, Configuration
-from relfisher.studies.report import ABSENT, Report, markdown, shown
+from relfisher.studies.peers import UNTUNED, described
+from relfisher.studies.report import ABSENT, Report, shown, titled
 from relfisher.studies.workloads import WORKLOADS
 
 __all__ = ["Course", "courses", "header", "report", "rows", "target"]
@@ -116,10 +116,9 @@ def report(outcome: ContestOutcome, notes: Mapping[str, str]) -> Report:
         The table, configurations, curves and figure.
     """
     study, names, table = outcome.study, header(outcome), rows(outcome)
-    absent = [[method, note, *[ABSENT] * (len(names) - 2)] for method, note in notes.items()]
     title = _title(outcome)
     return Report(
-        table=f"## {title}\n\n" + markdown(names, table + absent) + _notes(outcome),
+        table=titled(title, names, table, notes, _notes(outcome)),
         about={
             "settings": asdict(study.options),
             "seeds": study.seeds,
@@ -203,7 +202,7 @@ def _row(outcome: ContestOutcome, method: str, course: Course | None, goal: tupl
     hit = None if goal is None else _first(course.mean, goal[1].best, outcome.study.higher_is_better)
     return [
         method,
-        _configuration(chosen.configuration),
+        described(chosen.configuration),
         _text(outcome, course.best),
         _text(outcome, course.spread),
         _text(outcome, float(course.mean[-1])),
@@ -262,14 +261,10 @@ def _tuning(outcome: ContestOutcome) -> list[Sequence[object]]:
     for method in outcome.study.methods:
         for run in outcome.study.candidates(method):
             record, score = outcome.records[run], outcome.study.score(outcome.records[run])
-            text = _configuration(run.configuration)
+            text = described(run.configuration)
             last = record.validation[-1] if len(record.validation) else ""
             lines.append([method, text, abs(score), last, record.diverged, run == outcome.chosen[method]])
     return lines
-
-
-def _configuration(options: Configuration) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in options.items())
 
 
 def _curves(outcome: ContestOutcome) -> list[Sequence[object]]:

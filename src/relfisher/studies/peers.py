@@ -24,6 +24,7 @@ __all__ = [
     "Peer",
     "UnavailableError",
     "available",
+    "described",
     "installed",
     "with_adamw",
 ]
@@ -35,6 +36,13 @@ LARGE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 MIDDLE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 Configuration = Mapping[str, float]
+
+
+def described(options: Configuration) -> str:
+    """Return the options of an optimizer as text."""
+    return ", ".join(f"{name} {value:g}" for name, value in options.items())
+
+
 """The options of an optimizer by name, including the learning rate `lr`."""
 
 

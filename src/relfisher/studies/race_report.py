@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from relfisher.studies.figures import Look, line, panels
-from relfisher.studies.peers import PEERS, UNTUNED, Configuration
+from relfisher.studies.peers import PEERS, UNTUNED, described
 from relfisher.studies.race import RaceOutcome, reached, running_mean
-from relfisher.studies.report import ABSENT, Report, markdown, shown
+from relfisher.studies.report import ABSENT, Report, shown, titled
 from relfisher.studies.runs import Record
 from relfisher.studies.workloads import WORKLOADS
 
@@ -107,9 +107,8 @@ def report(outcome: RaceOutcome, notes: Mapping[str, str]) -> Report:
         The table, tuning, curves and figure.
     """
     study, names, table = outcome.study, header(outcome), rows(outcome)
-    absent = [[method, note, *[ABSENT] * (len(names) - 2)] for method, note in notes.items()]
     return Report(
-        table=f"## {title(outcome)}\n\n" + markdown(names, table + absent) + _notes(outcome),
+        table=titled(title(outcome), names, table, notes, _notes(outcome)),
         about={
             "settings": asdict(study.options),
             "target": study.race.target,
@@ -135,7 +134,7 @@ def _row(outcome: RaceOutcome, method: str) -> list[str]:
     fewest = _fewest(outcome)
     return [
         method,
-        "all diverged" if chosen is None else _text(chosen.configuration),
+        "all diverged" if chosen is None else described(chosen.configuration),
         _mean([float(record.seconds[steps - 1]) for record, steps in hits], ".1f"),
         _mean([float(steps) for _, steps in hits], ".0f"),
         ABSENT if race.target is None else f"{len(hits)} of {outcome.study.seeds}",
@@ -179,10 +178,6 @@ def _validation_at(record: Record, steps: int) -> float:
     return float(record.validation[place])
 
 
-def _text(options: Configuration) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in options.items())
-
-
 def _mean(values: Sequence[float], specification: str) -> str:
     if not values:
         return ABSENT
@@ -195,7 +190,7 @@ def _tuning(outcome: RaceOutcome) -> list[Sequence[object]]:
     for method in outcome.study.methods:
         for run in outcome.study.candidates(method):
             record, chosen = outcome.records[run], run == outcome.chosen[method]
-            text = _text(run.configuration)
+            text = described(run.configuration)
             lines.append([method, text, record.score, len(record.cost), record.diverged, chosen])
     return lines
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from relfisher.files import remove_stale, write_atomically
 from relfisher.studies.figures import encode
 
-__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor", "shown", "write"]
+__all__ = ["ABSENT", "Invocation", "Report", "encoded", "markdown", "processor", "shown", "titled", "write"]
 
 ABSENT = "-"
 PACKAGES = ("relfisher", "torch", "numpy", "matplotlib")
@@ -94,6 +94,20 @@ def markdown(header: Sequence[str], rows: Rows, texts: int = 1) -> str:
     """Return a table as Markdown, with its first columns left-aligned as text."""
     lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def titled(title: str, header: Sequence[str], rows: Rows, absent: Mapping[str, str], notes: str) -> str:
+    """Return the table of a race as Markdown, with a title above and notes below.
+
+    Args:
+        title: the title.
+        header: the names of the columns.
+        rows: a row for each method.
+        absent: the reasons why other methods did not take part.
+        notes: the notes.
+    """
+    others = [[method, reason, *[ABSENT] * (len(header) - 2)] for method, reason in absent.items()]
+    return f"## {title}\n\n" + markdown(header, [*rows, *others]) + notes
 
 
 def shown(title: str, header: Sequence[str], rows: Rows) -> Table:

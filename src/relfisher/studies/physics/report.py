@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from relfisher.studies.figures import STYLE, Look, frame, label_ends
-from relfisher.studies.peers import Configuration
+from relfisher.studies.peers import described
 from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, PLANE, RESIDUAL, UNTUNED
 from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.race import ErrorOutcome, Solved
 from relfisher.studies.physics.task import Solving
-from relfisher.studies.report import ABSENT, Report, markdown, shown
+from relfisher.studies.report import ABSENT, Report, shown, titled
 
 __all__ = ["best_peer", "header", "report", "rows"]
 
@@ -79,9 +79,8 @@ def report(outcome: ErrorOutcome, notes: Mapping[str, str]) -> Report:
         The table, tuning, curves and figures.
     """
     study, names, table = outcome.study, header(outcome), rows(outcome)
-    absent = [[method, note, *[ABSENT] * (len(names) - 2)] for method, note in notes.items()]
     return Report(
-        table=f"## {_title(outcome)}\n\n" + markdown(names, table + absent) + _notes(outcome),
+        table=titled(_title(outcome), names, table, notes, _notes(outcome)),
         about={
             "settings": asdict(study.options),
             "seeds": study.seeds,
@@ -110,7 +109,7 @@ def _row(outcome: ErrorOutcome, method: str) -> list[str]:
     errors = sorted(_errors(outcome, method))
     return [
         method,
-        _text(chosen.configuration),
+        described(chosen.configuration),
         f"{median:.2g}",
         f"{errors[0]:.2g} to {errors[-1]:.2g}",
         ABSENT if peer is None else f"{median / peer[1]:.2g}",
@@ -161,17 +160,13 @@ def _notes(outcome: ErrorOutcome) -> str:
     )
 
 
-def _text(options: Configuration) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in options.items())
-
-
 def _tuning(outcome: ErrorOutcome) -> list[Sequence[object]]:
     lines: list[Sequence[object]] = [["method", "configuration", "error", "steps", "diverged", "chosen"]]
     for method in outcome.study.methods:
         for run in outcome.study.candidates(method):
             record, chosen = outcome.records[run], run == outcome.chosen[method]
             error = outcome.study.score(record)
-            lines.append([method, _text(run.configuration), error, len(record.cost), record.diverged, chosen])
+            lines.append([method, described(run.configuration), error, len(record.cost), record.diverged, chosen])
     return lines
 
 
