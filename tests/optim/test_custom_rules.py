@@ -84,3 +84,13 @@ def test_a_state_of_other_shapes_is_refused():
     state["state"][0]["heavy_sum"] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"the heavy_sum of '0.weight' has the shape \[2, 2\]"):
         RNGD(mlp(), step_rule=Heavy()).load_state_dict(state)
+
+
+def test_its_state_follows_a_change_of_dtype_before_the_first_step():
+    model = mlp()
+    optimizer = RNGD(model, step_rule=Heavy(), momentum=0.5)
+    model.float()
+    step(model, optimizer, inputs().float())
+    state = optimizer.state[model[2].weight]
+    assert state["heavy_sum"].dtype == state["momentum"].dtype == state["metric"].dtype == torch.float32
+    assert state["heavy_sum"].any()

@@ -148,9 +148,11 @@ class Curvature:
         elif not self.ownership.fits(layer, structure, state):
             if self.ownership.holds_statistics(state):
                 raise self.ownership.mismatch(record, [structure], state)
-            for key in state.keys() - self.ownership.beside(layer):
+            optional = self.ownership.present(layer, state)
+            for key in state.keys() - self.ownership.keys_beside(layer):
                 del state[key]
             self._create(record, structure)
+            self.complete(layer, optional)
         elif metric.device != device:
             hosted = {key for key, kept in self.ownership.declares(record).items() if kept.on_host}
             state.update({key: value.to(device) for key, value in state.items() if key not in hosted})

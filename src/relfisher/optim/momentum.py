@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relfisher.optim.rules import Move
-from relfisher.structures import Kept, State
+from relfisher.structures import Kept
 
 __all__ = ["Momentum"]
 
@@ -15,13 +15,6 @@ class Momentum:
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the momentum tensor of a layer of the shape [*g, out, d]."""
         return {"momentum": Kept(shape)}
-
-    @classmethod
-    def complete(cls, state: State, shape: tuple[int, ...]) -> None:
-        """Create the momentum of a layer that has none, and keep it in the dtype and on the device of the metric."""
-        metric = state["metric"]
-        for key, kept in cls.declares(shape).items():
-            state[key] = state[key].to(metric) if key in state else kept.zeros(metric.dtype, metric.device)
 
     @staticmethod
     def added(move: Move, *, nesterov: bool) -> Move:

@@ -127,6 +127,10 @@ class Ownership:
         """Return the keys in a parameter's state that belong to the parameter, not to its layer."""
         return {key for owner in self._beside for key in owner.declares(layer.shape)}
 
+    def present(self, layer: Layer, state: Mapping[str, Tensor]) -> list[Owner]:
+        """Return the owners of tensors that a layer's state has but need not have."""
+        return [owner for owner in self._optional if owner.declares(layer.shape).keys() <= state.keys()]
+
     def listed(self, records: Iterable[Record], states: Mapping[Tensor, Mapping[str, Any]]) -> list[str]:
         """Return the names of the parameters that layers train, and of what is kept of those with statistics."""
         own, kept = [], []

@@ -82,9 +82,9 @@ def moving_layers(
             assert structure is not None  # others have no batch
             group = groups[place[record.layer]]
             states = [curvature.state(each, structure) for each in batch.records]
-            if group["momentum"]:
-                for state in states:
-                    Momentum.complete(state, record.layer.shape)
+            if group["momentum"] and any("momentum" not in state for state in states):
+                for layer in batch.layers:
+                    curvature.complete(layer, [Momentum])
             latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
             targets += parts
             sources += own
