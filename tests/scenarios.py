@@ -73,14 +73,8 @@ class Bare(nn.Module):
         return self.head(self.experts[int(x[0, 0] > 0)](self.slopes(self.first(x))).tanh())
 
 
-class Routed(nn.Module):
+class Routed(Experts):
     """Experts for single samples, of which some processes give none to one of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
-        self.head = nn.Linear(5, 3)
 
     def forward(self, x):
         units, second = self.first(x).relu(), x[:, 0] > 1.0

@@ -40,6 +40,15 @@ def derivatives(residuals, layer):
     return torch.stack([torch.cat([weight, bias[:, None]], 1) for weight, bias in rows])
 
 
+def assert_go_on_alike(pair, twin, x, steps):
+    """Two models with their optimizers stay bitwise equal."""
+    for _ in range(steps):
+        for model, optimizer in (pair, twin):
+            optimizer.step(lambda model=model: poisson(model, x))
+    for one, same in zip(pair[0].parameters(), twin[0].parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0)
+
+
 def test_the_metric_is_that_of_all_residuals_in_the_eigenvectors_of_its_factors():
     model, x = network(1, 5, 4, 1), points()
     layer = model[2]
@@ -148,11 +157,7 @@ def test_a_saved_run_goes_on_alike():
     other = copy.deepcopy(model)
     resumed = ResidualRNGD(other, samples=6, interval=3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for _ in range(5):
-        optimizer.step(lambda: poisson(model, x))
-        resumed.step(lambda: poisson(other, x))
-    for one, same in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0)
+    assert_go_on_alike((model, optimizer), (other, resumed), x, 5)
 
 
 def test_a_loss_that_is_not_finite_moves_nothing():
@@ -259,12 +264,7 @@ def test_a_copied_optimizer_goes_on_alike_with_the_copied_model(lr, copied):
     optimizer = ResidualRNGD(model, lr)
     for _ in range(2):
         optimizer.step(lambda: poisson(model, x))
-    other, its = copied((model, optimizer))
-    for _ in range(3):
-        optimizer.step(lambda: poisson(model, x))
-        its.step(lambda: poisson(other, x))
-    for one, same in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, same, rtol=0.0, atol=0.0)
+    assert_go_on_alike((model, optimizer), copied((model, optimizer)), x, 3)
 
 
 def test_metrics_stay_finite_where_residuals_are_not():
