@@ -34,7 +34,7 @@ def bench_race(
     by: Annotated[
         str,
         typer.Option(help="training: the time to a loss; validation: the best of equal epochs; error: of an equation."),
-    ] = ("training"),
+    ] = "training",
     data: Annotated[str, typer.Option(help="The images: mnist5k, mnist, fashion-mnist, or a directory.")] = "mnist5k",
     methods: Annotated[str | None, typer.Option(help="Comma-separated names; all of the race by default.")] = None,
     seeds: Annotated[int | None, whole("--seeds", "Runs of each method's chosen configuration.")] = None,

@@ -18,7 +18,6 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.optim.record import Record
 from relfisher.shapes import Float
-from relfisher.shards import held, parted
 from relfisher.structures import State
 
 __all__ = ["Batch", "Batches"]
@@ -66,50 +65,39 @@ class Batch:
             self._stacked[key] = stacked, views
         return stacked
 
-    def gradient(
-        self, moving: Sequence[Moving], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "l *g out d"], list[Tensor], list[Tensor]]:
-        """Return a tensor for the gradients, with 0 for parts that do not move, its parts, and what belongs into them.
-
-        Args:
-            moving: the parameters of each layer; None for those that do not move.
-            dtype: the dtype of the gradients.
-        """
+    def gradient(self, dtype: torch.dtype) -> tuple[Float[Tensor, "l *g out d"], list[Tensor], list[Tensor]]:
+        """Return a tensor for the gradients, with 0 for parts without any, its parts, and what belongs into them."""
         layer = self.records[0].layer
         shape, device = (len(self.records), *layer.shape), layer.weight.device
         if _is_computed(layer):
             found = self.records[0].gradient()
             assert found is not None  # something moves
             return found.to(dtype).unsqueeze(0), [], []
-        partly = any(each is None for each in moving[0])
+        gradients = [record.gradients() for record in self.records]
+        partly = any(each is None for each in gradients[0])
         matrix = (torch.zeros if partly else torch.empty)(shape, dtype=dtype, device=device)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for columns, given in self._parts(matrix, [record.gradients() for record in self.records]):
+        for columns, given in self._parts(matrix, gradients):
             targets += columns
             sources += [view(gradient) for view, gradient in given]
         return matrix, targets, sources
 
     def changes(self, moving: Sequence[Moving], step: Float[Tensor, "l *g out d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters, or views of them, and what is added to them for a step.
+        """Return what this process holds of the parameters, or views of it, and its changes.
 
         Args:
-            moving: see `gradient`.
+            moving: the parameters of each layer; None for those that do not move.
             step: the changes of the layers' matrices.
         """
-        record = self.records[0]
+        if _is_computed(self.records[0].layer) or self.records[0].is_in_parts:
+            pairs = [pair for record, own in zip(self.records, step, strict=True) for pair in record.changes(own)]
+            return [target for target, _ in pairs], [change for _, change in pairs]
         targets: list[Tensor] = []
         changes: list[Tensor] = []
-        if _is_computed(record.layer):
-            for target, change in record.changes(step[0]):
-                targets.append(target)
-                changes.append(change)
-            return targets, changes
-        in_parts = record.is_in_parts
         for columns, parameters in self._parts(step, moving):
-            for own, (view, parameter) in zip(columns, parameters, strict=True):
-                targets.append(held(parameter) if in_parts else view(parameter))
-                changes.append(_held(own, view, parameter) if in_parts else own)
+            targets += [view(parameter) for view, parameter in parameters]
+            changes += columns
         return targets, changes
 
     def _parts(
@@ -203,13 +191,6 @@ def _has_view(columns: Tensor, shape: tuple[int, ...]) -> bool:
     except RuntimeError:  # a dimension would span several rows
         return False
     return True
-
-
-def _held(columns: Tensor, view: View, parameter: Tensor) -> Tensor:
-    """Return what this process holds of a change, given as columns, of a parameter that is in parts."""
-    change = columns.new_zeros(parameter.shape)
-    view(change).copy_(columns)
-    return held(parted(change, parameter))
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def moving_layers(
             if group["momentum"] and any("momentum" not in state for state in states):
                 for layer in batch.layers:
                     curvature.complete(layer, [Momentum])
-            latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
+            latest, parts, own = batch.gradient(states[0]["metric"].dtype)
             targets += parts
             sources += own
             lr = rate(group)
