@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.observe.hooks import Hook
+from relfisher.optim.outcome import Outcome
 from relfisher.shards import held, reshard, sharding
 from relfisher.structures import Kept
 
@@ -60,7 +61,6 @@ class Averaging:
 
     def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._counts = False
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         hooked = [] if model is None else [model, *model.children()]
@@ -87,10 +87,14 @@ class Averaging:
         self._move(torch._foreach_sub_, at_iterate=False)
 
     @contextmanager
-    def stepping(self) -> Iterator[Averaging]:
-        """Average the iterate that a step makes. Without a call of `count` inside, the average stays as it is."""
+    def stepping(self) -> Iterator[Callable[[Outcome], None]]:
+        """Average the iterate that a step makes.
+
+        Yields:
+            A function to call with the outcome of the step; without it the average stays as it is.
+        """
         self.to_iterate()
-        self._counts = False
+        taken: list[Outcome] = []
         optimizer = self._optimizer()
         if optimizer is not None:
             for group in self._groups():
@@ -100,15 +104,16 @@ class Averaging:
             torch._foreach_neg_(leads)
             torch._foreach_add_(leads, params)
         try:
-            yield self
+            yield taken.append
         finally:
             for group, params, leads in averages:
-                group["averaged"] += self._counts
-                new = min(1.0, 1 / (group["averaging"] * group["averaged"])) if self._counts else 0.0
                 torch._foreach_neg_(leads)
                 torch._foreach_add_(leads, params)
-                torch._foreach_add_(params, leads, alpha=new - 1)
-                torch._foreach_mul_(leads, 1 - new)
+                for outcome in taken:
+                    group["averaged"] += 1
+                    new = min(1.0, 1 / (group["averaging"] * group["averaged"]))
+                    outcome.multiply(leads, 1 - new)
+                torch._foreach_sub_(params, leads)
             for group in self._groups():
                 group["at_iterate"] = False
 
@@ -122,10 +127,6 @@ class Averaging:
         finally:
             if moved:
                 self.to_iterate()
-
-    def count(self) -> None:
-        """Let the iterate of this step count."""
-        self._counts = True
 
     def close(self) -> None:
         """Put the average into the model, and remove the hooks."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from relfisher.optim.outcome import Outcome
 from relfisher.optim.record import dense
 from relfisher.shards import held, is_part, zeros
 from relfisher.structures import Kept
@@ -22,7 +23,7 @@ class Fallback:
     @staticmethod
     def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the two moments of a parameter of this shape, and its step count."""
-        step = Kept((), on_host=True, dtype=torch.float32)
+        step = Kept((), dtype=torch.float32)
         return {"step": step, "exp_avg": Kept(shape, parted=True), "exp_avg_sq": Kept(shape, parted=True)}
 
     @classmethod
@@ -56,6 +57,7 @@ class Fallback:
         states: Sequence[dict[str, Tensor]],
         lr: float,
         group: Mapping[str, Any],
+        outcome: Outcome,
     ) -> None:
         """Take one step on the parameters, which have gradients.
 
@@ -64,6 +66,7 @@ class Fallback:
             states: one state per parameter, filled at the first step and moved to the parameter's device.
             lr: the learning rate.
             group: the parameter group, which has `fallback_betas`, `fallback_eps` and `weight_decay`.
+            outcome: whether the step is taken.
         """
         for parameter, state in zip(parameters, states, strict=True):
             moment, dtype = state.get("exp_avg"), _precise(parameter)
@@ -72,19 +75,22 @@ class Fallback:
             elif (moment.device, moment.dtype) != (parameter.device, dtype):
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = state[key].to(parameter.device, dtype)
+            state["step"] = state["step"].to(parameter.device)
         own = [held(parameter) for parameter in parameters]
-        moments = [held(state["exp_avg_sq"]) for state in states]
+        moments = [_real(held(state["exp_avg_sq"])) for state in states]
         # In half precision the second moment would underflow, and eps vanish.
-        precise = [parameter.to(_precise(parameter)) for parameter in own]
-        gradients = [held(dense(parameter.grad)).to(_precise(parameter)) for parameter in parameters]
+        precise = [parameter.to(_precise(parameter)).contiguous() for parameter in own]
+        gradients = [held(dense(parameter.grad)).to(_precise(parameter)).contiguous() for parameter in parameters]
         beta1, beta2 = group["fallback_betas"]
         adamw(
-            precise,
-            gradients,
-            [held(state["exp_avg"]) for state in states],
+            [_real(parameter) for parameter in precise],
+            [_real(gradient) for gradient in gradients],
+            [_real(held(state["exp_avg"])) for state in states],
             moments,
             [],
             [state["step"] for state in states],
+            fused=True,  # the form that can leave everything as it is
+            found_inf=(~outcome.on(own[0].device)).float(),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -97,6 +103,11 @@ class Fallback:
             moment.clamp_(max=torch.finfo(moment.dtype).max)  # infinity would never decay
             if moved is not parameter:
                 parameter.copy_(moved)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a view of the real and imaginary parts of a complex one."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _precise(parameter: Tensor) -> torch.dtype:

@@ -6,38 +6,63 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-__all__ = ["Health", "HealthWarning", "all_finite"]
+from relfisher.optim.outcome import Outcome
+
+__all__ = ["Health", "HealthWarning", "finite"]
 
 
 class HealthWarning(UserWarning):
     """Warns of a non-finite value, a singular metric, an unreached layer or metrics that differ between processes."""
 
 
-@dataclass
 class Health:
     """Failure counts since the optimizer was created. Warns at the first failure of a kind, the 10th, the 100th, etc.
 
     Attributes:
-        skipped_steps: skipped steps, because a gradient or the step itself was not finite.
         failed_refreshes: refreshes of a layer whose metric could not be factorized; the last good inverse stays in use.
         dropped_batches: batch metrics of a layer that were not finite and were left out of the average.
     """
 
-    skipped_steps: int = 0
-    failed_refreshes: int = 0
-    dropped_batches: int = 0
-    _times: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    def __init__(self) -> None:
+        self.failed_refreshes = 0
+        self.dropped_batches = 0
+        self._skipped_steps = 0
+        self._followed: tuple[int, Tensor] | None = None
+        self._times: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        """Return all counts."""
+        counts = ("skipped_steps", "failed_refreshes", "dropped_batches")
+        return f"Health({', '.join(f'{name}={getattr(self, name)}' for name in counts)})"
+
+    @property
+    def skipped_steps(self) -> int:
+        """Skipped steps, because a gradient or the step itself was not finite. Waits for the steps taken so far."""
+        self.settle()
+        return self._skipped_steps
 
     def skipped(self, iteration: int, reason: str) -> None:
         """Count a skipped step."""
-        self.skipped_steps += 1
+        self._skipped_steps += 1
         self._say(iteration, f"step skipped: {reason}")
+
+    def follow(self, iteration: int, outcome: Outcome) -> None:
+        """Count a step that is skipped unless it is finite, without waiting for it."""
+        skipped = outcome.skipped()
+        if skipped is not None:
+            before = 0 if self._followed is None else self._followed[1].to(skipped.device)
+            self._followed = iteration, skipped + before
+
+    def settle(self) -> None:
+        """Wait for the steps that are followed, and warn of those that were skipped."""
+        if self._followed is not None:
+            (iteration, count), self._followed = self._followed, None
+            for _ in range(int(count)):
+                self.skipped(iteration, "a gradient or the step itself is not finite")
 
     def failed(self, iteration: int, layer: str) -> None:
         """Count a metric that could not be factorized."""
@@ -59,10 +84,11 @@ class Health:
             )
 
 
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all gradients are finite."""
-    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    if not values or math.isfinite(get_total_norm(values)):
-        return True
-    # The norm of large finite values may overflow.
-    return all(bool(torch.isfinite(gradient).all()) for gradient in values)
+def finite(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return whether all values of some tensors are finite, for each device one boolean [] that it has."""
+    values = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for each in values:
+        if each.numel():
+            by_device.setdefault(each.device, []).append(each)
+    return [torch.stack(torch._foreach_norm(own, math.inf)).isfinite().all() for own in by_device.values()]

@@ -28,7 +28,7 @@ from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
 from relfisher.optim.rules import StepRule
 from relfisher.optim.rules.choice import rule_named
-from relfisher.optim.stepping import moving_layers, obstacle, take, take_fallback
+from relfisher.optim.stepping import moving_layers, obstacle, take
 from relfisher.optim.watching import Watching
 from relfisher.structures import Inversion
 from relfisher.validation import check_instance
@@ -243,7 +243,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         """Move the parameters along their relative natural gradients.
 
         A step with non-finite gradients is skipped: weights, momentum and metric are unchanged, and
-        `health.skipped_steps` counts it. So is a step that is not finite itself, after an update of the metric.
+        `health.skipped_steps` counts it. So is a step that is not finite itself, after an update of the metric. Between
+        updates of the metric the host does not wait for the device, so that the warning comes with the next update.
 
         Args:
             closure: evaluates the model and returns the loss; it is called first, with gradients enabled.
@@ -255,23 +256,23 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        problem = self._curvature.agree(obstacle(self._curvature, self.param_groups, self._rule))
+        problem = self._curvature.agree(obstacle(self._curvature, self.param_groups))
         if problem is not None:
             self._curvature.observer.drop()
             self._averaging.to_average()
             self.health.skipped(self._iteration, problem)
             return loss
+        if self._curvature.observer.waiting:
+            self.health.settle()
         refused = self._curvature.update(self._iteration, self._inversion_of)
         self._binding.refuse(refused, self._curvature.model(), self.param_groups)
         place, batches = self._binding.place, self._batches
         moving = moving_layers(self._curvature, batches, self._inversions, place, self.param_groups, self._rule)
-        with self._averaging.stepping() as average:
-            if take(moving, self.param_groups, self._rule):
-                self._curvature.tell_without_metric(self._iteration)
-                take_fallback(moving, self.param_groups, self.state)
-                average.count()
-            else:
-                self.health.skipped(self._iteration, "the preconditioned step is not finite")
+        with self._averaging.stepping() as count:
+            outcome = take(moving, self.param_groups, self._rule, self.state)
+            count(outcome)
+        self.health.follow(self._iteration, outcome)
+        self._curvature.tell_without_metric(self._iteration)
         iteration = self._iteration + 1
         for group in self.param_groups:
             group["iteration"] = iteration

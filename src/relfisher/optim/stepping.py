@@ -13,14 +13,15 @@ from relfisher.optim.batches import Batch, Batches
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import METRIC, check_options, rate
-from relfisher.optim.health import all_finite
+from relfisher.optim.health import finite
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
+from relfisher.optim.outcome import Outcome
 from relfisher.optim.record import Record
 from relfisher.optim.rules import Move, Step, StepRule
 from relfisher.shards import held
 
-__all__ = ["Moving", "moving_layers", "obstacle", "take", "take_fallback"]
+__all__ = ["Moving", "moving_layers", "obstacle", "take"]
 
 Group = dict[str, Any]
 
@@ -101,30 +102,55 @@ def moving_layers(
     return [each._replace(move=Momentum.added(each.move, nesterov=rule.nesterov)) for each in found]
 
 
-def take(moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule) -> bool:
-    """Move the layers; if a step is not finite, return False and leave everything unchanged."""
+def take(
+    moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule, states: Mapping[Tensor, dict[str, Tensor]]
+) -> Outcome:
+    """Move the layers by the step rule, and all other parameters that have a gradient by AdamW.
+
+    Args:
+        moving: the layers.
+        groups: all groups.
+        rule: the step rule.
+        states: the states of single parameters.
+
+    Returns:
+        Whether the step is taken; if not, everything is as before.
+
+    Raises:
+        ValueError: if the rule does not return a step for each move.
+    """
+    rest = _without_metric(moving, groups)
+    own = [each.move.state[key] for each in moving for key in rule.declares(each.batch.layers[0].shape)]
+    before = [tensor.clone() for tensor in own]
     steps = rule.steps([each.move for each in moving])
-    if steps is None or not (rule.checks_finite or all_finite([step.direction for step in steps])):
-        return False
     if len(steps) != len(moving):
         raise ValueError(f"{type(rule).__name__}.steps must return a step a move, got {len(steps)} for {len(moving)}")
+    flags = [step.is_finite for step in steps if step.is_finite is not None]
+    unchecked = [pair for pair in zip(moving, steps, strict=True) if pair[1].is_finite is None]
+    flags += finite([tensor for each, step in unchecked for tensor in (each.move.gradient, step.direction)])
+    flags += finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
+    outcome = Outcome(flags)
+    for tensor, old in zip(own, before, strict=True):
+        outcome.restore(tensor, old)
     for group in groups:
         if group["weight_decay"] and group["kind"] == METRIC:
             kept = {id(p) for each in moving if each.move.is_head and not group["decays_heads"] for p in each.moved}
             moved = {id(p) for each in moving for p in each.moved} - kept
-            shrinking = [held(p) for p in group["params"] if id(p) in moved]
-            if shrinking:
-                torch._foreach_mul_(shrinking, 1 - rate(group) * group["weight_decay"])
+            outcome.multiply(
+                [held(p) for p in group["params"] if id(p) in moved], 1 - rate(group) * group["weight_decay"]
+            )
     targets, changes = [], []
     for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
         if "momentum" in move.state:
-            move.state["momentum"].copy_(move.velocity)
-        own, its = batch.changes(parameters, _scaled(step))
-        targets += own
-        changes += its
+            outcome.replace(move.state["momentum"], move.velocity)
+        its, own_changes = batch.changes(parameters, outcome.change(_scaled(step)))
+        targets += its
+        changes += own_changes
     if targets:
         torch._foreach_sub_(targets, changes)
-    return True
+    for group, given in rest:
+        Fallback.step(given, [states[p] for p in given], rate(group) * group["fallback_ratio"], group, outcome)
+    return outcome
 
 
 def _scaled(step: Step) -> Tensor:
@@ -139,30 +165,25 @@ def _is_head(record: Record) -> bool:
     return record.role is not None and bool(record.role.is_head)
 
 
-def obstacle(curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> str | None:
+def obstacle(curvature: Curvature, groups: Sequence[Group]) -> str | None:
     """Return why a step cannot be taken, if an option is out of range or a gradient is not finite; otherwise None.
 
-    If no statistics are pending and the step rule checks its results, the layers' gradients need no other check, but
-    for several processes, which must skip together.
+    Gradients are checked here, which the host waits for, if samples are to enter the metric, which must not be those of
+    such a gradient, or if several processes must skip together. Otherwise `take` checks them.
     """
     try:
         for group in groups:
             check_options(group, running=True)
     except ValueError as error:
         return str(error)
-    checked = rule.checks_finite and not curvature.observer.waiting and not curvature.ranks.together
-    records = curvature.records.values() if checked else ()
-    known = {id(p) for record in records if record.structure for p in record.layer.parameters}
-    given = (p for group in groups for p in group["params"] if id(p) not in known)
-    return None if all_finite([held(p.grad) for p in given if p.grad is not None]) else "a gradient is not finite"
+    if not curvature.observer.waiting and not curvature.ranks.together:
+        return None
+    given = [held(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+    return None if all(map(bool, finite(given))) else "a gradient is not finite"
 
 
-def take_fallback(
-    moving: Iterable[Moving], groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]
-) -> None:
-    """Take an AdamW step on all parameters that have a gradient but no metric."""
+def _without_metric(moving: Iterable[Moving], groups: Iterable[Group]) -> list[tuple[Group, list[Tensor]]]:
+    """Return the parameters that have a gradient but no metric, by group."""
     moved = {id(p) for each in moving for layer in each.batch.layers for p in layer.parameters}
-    for group in groups:
-        rest = [p for p in group["params"] if p.grad is not None and id(p) not in moved]
-        if rest:
-            Fallback.step(rest, [states[p] for p in rest], rate(group) * group["fallback_ratio"], group)
+    rest = [(group, [p for p in group["params"] if p.grad is not None and id(p) not in moved]) for group in groups]
+    return [(group, parameters) for group, parameters in rest if parameters]

@@ -53,8 +53,8 @@ class InverseInside(Spectral):
     name = "inverse-inside"
     needs_root = False
 
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, or None if a direction is not finite."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return the steps."""
         fields = [move.preconditioned() for move in moves]
         return self.scaled(moves, [self.polar(field) for field in fields], fields)
 
@@ -64,8 +64,8 @@ class FixedLength(Spectral):
 
     name = "fixed-length"
 
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, or None if a direction is not finite."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return the steps."""
         return super().steps([move._replace(velocity=move.latest, momentum=0.0) for move in moves])
 
 

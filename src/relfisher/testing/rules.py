@@ -116,6 +116,8 @@ def _check_not_finite(model: nn.Module, optimizer: RNGD, rule: StepRule) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HealthWarning)
         optimizer.step()
+        if optimizer.health.skipped_steps != 1:
+            raise AssertionError("a step with a gradient that is not finite must be skipped")
     for (name, parameter), old in zip(model.named_parameters(), weights, strict=True):
         same(f"{name} after a gradient that is not finite", parameter.detach(), old, 0.0)
     for key, value in _kept(optimizer, rule).items():

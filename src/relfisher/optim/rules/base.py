@@ -65,10 +65,13 @@ class Step(NamedTuple):
     Attributes:
         direction: the directions, [layers, *g, out, d].
         scale: one number for all layers, or one for each, [layers].
+        is_finite: whether it can be taken, a boolean on the device, []; None lets the optimizer check that gradient and
+            direction are finite.
     """
 
     direction: Tensor
     scale: float | Tensor
+    is_finite: Tensor | None = None
 
 
 class StepRule(ABC):
@@ -90,20 +93,19 @@ class StepRule(ABC):
     default_fit: ClassVar[str] = "plain"
     #: True for Nesterov momentum: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
-    #: True if `steps` returns None whenever a gradient or direction is not finite; otherwise the optimizer checks both.
-    checks_finite: ClassVar[bool] = False
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the rule's tensors for a layer of the shape [*g, out, d], by key; none by default.
 
         The tensors are zero before the first step. `steps` finds those of all layers of a move in its state, and
-        updates them in place; they are saved, loaded and copied with the optimizer.
+        updates them in place; if the step is not taken, the optimizer restores them. They are saved, loaded and copied
+        with the optimizer.
         """
         return {}
 
     @abstractmethod
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return one step per move, or None to skip the step."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return one step per move. Whatever waits for numbers of the device, such as `float()`, makes it slow."""
 
 
 def by_device(moves: Sequence[Move]) -> list[list[int]]:

@@ -47,7 +47,6 @@ class NormalizedRule(StepRule):
     default_averaging = 0.1
     default_fit = "generalize"
     nesterov = True
-    checks_finite = True
 
     def __init__(self, noise_floor: float = 0.1) -> None:
         check_interval("noise_floor", noise_floor, 0, math.inf)
@@ -68,41 +67,36 @@ class NormalizedRule(StepRule):
             "uncorrelated": Kept((), dtype=torch.float32),
         }
 
-    def scaled(
-        self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
-    ) -> list[Step] | None:
-        """Return steps along directions, or None if any is not finite.
+    def scaled(self, moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]) -> list[Step]:
+        """Return steps along directions.
 
         Args:
             moves: the moves.
             directions: the directions of each move; a zero direction gives a zero step.
             made_of: the tensors whose norms are the sizes; they grow with the gradient, as directions may not.
         """
-        devices = by_device(moves)
-        measured = [_measured(places, moves, directions, made_of) for places in devices]
-        if not all(bool(torch.isfinite(numbers).all()) for numbers in measured):
-            return None
         steps: dict[int, Step] = {}
-        for places, numbers in zip(devices, measured, strict=True):
-            own = [moves[place] for place in places]
-            scales = self._scales(own, *numbers.unbind())
-            counts = [len(move.layers) for move in own]
-            for place, scale in zip(places, scales.split_with_sizes(counts), strict=True):
-                steps[place] = Step(directions[place], scale)
+        for places in by_device(moves):
+            measured = _measured(places, moves, directions, made_of)
+            is_finite = torch.isfinite(measured).all()
+            scales = self._scales([moves[place] for place in places], *measured.unbind())
+            steps |= {
+                place: Step(directions[place], scale, is_finite) for place, scale in zip(places, scales, strict=True)
+            }
         return [steps[place] for place in range(len(moves))]
 
     def _scales(
         self, moves: Sequence[Move], lengths: Tensor, sizes: Tensor, velocities: Tensor, latest: Tensor
-    ) -> Tensor:
-        """Return the factors of directions of these lengths, for each layer."""
+    ) -> Sequence[Tensor]:
+        """Return the factors of directions of these lengths, for the layers of each move."""
         counts = [len(move.layers) for move in moves]
-        numbers = [[move.lr * self.rms(move) * _root(move), move.momentum] for move in moves for _ in move.layers]
-        full, share = torch.tensor(numbers, dtype=lengths.dtype, device=lengths.device).unbind(1)
-        longer, uncorrelated = coherence(velocities, latest, _joint(moves, "uncorrelated"), share)
+        longer, uncorrelated = coherence(velocities, latest, _joint(moves, "uncorrelated"), _share(moves, latest))
         stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
         for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
             torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
-        return full * longer * shortening / lengths.where(lengths > 0, math.inf)
+        scales = longer * shortening / lengths.where(lengths > 0, math.inf)
+        full = [move.lr * self.rms(move) * _root(move) for move in moves]
+        return torch._foreach_mul(scales.split_with_sizes(counts), full)
 
     def _shortening(self, stats: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new statistics of the sizes of steps, and the factors of these steps, which are at most 1."""
@@ -125,6 +119,12 @@ def _measured(
     sizes = lengths if made_of is directions else norms([made_of[place] for place in places])
     velocities = norms([moves[place].velocity for place in places])
     return torch.stack([lengths, sizes, velocities, norms([moves[place].latest for place in places])])
+
+
+def _share(moves: Sequence[Move], like: Tensor) -> float | Tensor:
+    """Return the share of the momentum that is kept: one number, which no device waits for, unless layers differ."""
+    shares = [move.momentum for move in moves for _ in move.layers]
+    return shares[0] if len(set(shares)) == 1 else like.new_tensor(shares)
 
 
 def _root(move: Move) -> float:
@@ -180,7 +180,7 @@ class Normalized(NormalizedRule):
         """Return the same for all layers."""
         return self.relative_rms
 
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, or None if a direction is not finite."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return the steps."""
         directions = [move.preconditioned() for move in moves]
         return self.scaled(moves, directions, directions)

@@ -69,8 +69,8 @@ class Spectral(NormalizedRule):
         """Return the polar factors of a field, or the field itself for units with one row each."""
         return field if field.shape[-2] == 1 else polar_factor(field, self.iterations)
 
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, or None if a direction is not finite."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return the steps."""
         whitened = [move.whitened() for move in moves]
         factors = [self.polar(field) for field in whitened]
         directions = [move.unwhitened(factor) for move, factor in zip(moves, factors, strict=True)]

@@ -32,25 +32,24 @@ class TrustRegion(StepRule):
 
     name = "trust-region"
     default_lr = 0.3
-    checks_finite = True
 
     def __init__(self, bound: float | None = 2e-3) -> None:
         if bound is not None:
             check_positive("bound", bound)
         self.bound = bound
 
-    def steps(self, moves: Sequence[Move]) -> list[Step] | None:
-        """Return the steps, or None if a squared length is not finite or is negative."""
+    def steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return the steps, which are not taken if a squared length is negative or not finite."""
         directions = [move.preconditioned() for move in moves]
         lengths = [_squared_lengths(move, each) for move, each in zip(moves, directions, strict=True)]
+        steps: dict[int, Step] = {}
         for places in by_device(moves):
             joint = torch.cat([lengths[place] for place in places])
-            if not bool(((joint >= 0) & (joint < math.inf)).all()):
-                return None
-        return [
-            Step(direction, move.lr * self._shortening(move, each))
-            for move, direction, each in zip(moves, directions, lengths, strict=True)
-        ]
+            is_finite = ((joint >= 0) & (joint < math.inf)).all()
+            for place in places:
+                scale = moves[place].lr * self._shortening(moves[place], lengths[place])
+                steps[place] = Step(directions[place], scale, is_finite)
+        return [steps[place] for place in range(len(moves))]
 
     def _shortening(self, move: Move, lengths: Tensor) -> Tensor:
         """Return the factors that shorten steps of the given squared lengths."""
