@@ -80,9 +80,9 @@ def add_second_moments(
 
 
 def add_product(
-    moments: Float[Tensor, "*g d d"],
+    moments: Float[Tensor, "*g d columns"],
     left: Float[Tensor, "*g d n"],
-    right: Float[Tensor, "*g n d"],
+    right: Float[Tensor, "*g n columns"],
     *,
     keep: float,
     share: float,

@@ -143,7 +143,7 @@ def test_auto_keeps_to_its_bytes():
         return [layer.chosen.structure for layer in plan(model, x, metric=metric, fit="plain")]
 
     assert chosen(1 << 30) == ["kronecker, rank 64", "kronecker", "shared"]
-    assert chosen(1 << 20) == ["diagonal", "kronecker", "shared"]
+    assert chosen(1 << 18) == ["diagonal", "kronecker", "shared"]
     assert chosen(1 << 14) == ["diagonal", "shared", "shared"]
     for budget in (1 << 13, 1 << 16, 1 << 20, 1 << 26):
         assert all(

@@ -36,8 +36,16 @@ class Health:
 
     def __repr__(self) -> str:
         """Return all counts."""
-        counts = ("skipped_steps", "failed_refreshes", "dropped_batches")
-        return f"Health({', '.join(f'{name}={getattr(self, name)}' for name in counts)})"
+        return f"Health({', '.join(f'{name}={count}' for name, count in self._counts().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all counts are equal."""
+        return isinstance(other, Health) and self._counts() == other._counts()
+
+    __hash__ = None  # type: ignore[assignment]  # counts change
+
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("skipped_steps", "failed_refreshes", "dropped_batches")}
 
     @property
     def skipped_steps(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from relfisher.metric import Metric
+from relfisher.moments import add_second_moments
 from relfisher.shapes import Float
-from relfisher.structures.inverse import Factor, Inversion, LowRank, is_low_rank
+from relfisher.structures.inverse import Factor, Inversion, LowRank
 from relfisher.structures.operator import AppliedMetric
+from relfisher.structures.sketch import add_sketch, is_low_rank, is_sketch, reconstructed, sketch_columns, sketched
 from relfisher.structures.state import Cost, Kept, Samples, State, Statistics
 
 __all__ = ["Structure"]
@@ -29,8 +31,8 @@ class Structure(ABC):
     """A representation of the running metric of one layer.
 
     Attributes:
-        rank: the rank of the inverses of blocks that are at least eight times as wide; they use the leading
-            eigenvectors only. None inverts every block in full.
+        rank: the rank of the inverses of blocks that are at least eight times as wide, which use the leading
+            eigenvectors only; of such blocks only sketches are kept. None keeps and inverts every block in full.
     """
 
     #: The name in `structure=` and in tables.
@@ -102,7 +104,7 @@ class Structure(ABC):
         for name, size in self.shapes(shape).items():
             kept[name] = Kept(size)
             key = factor_key(name, root=root)
-            if is_low_rank(self.rank, size[-1]):
+            if is_sketch(size, self.rank):
                 kept[key], kept[_scale(key)] = Kept((*size[:-1], int(self.rank or 0))), Kept(size[:-2])
             else:
                 kept[key] = Kept(size)
@@ -225,12 +227,13 @@ class Structure(ABC):
             diagonals = self.diagonals(metric)
             if frozen is not None and name == "metric":
                 diagonals = diagonals[..., ~frozen]
-                metric = self.without(metric, frozen)
+                metric = metric if _scale(key) in state else self.without(metric, frozen)
             if not bool(diagonals.any()):
                 return True  # no information yet: the next layer's weights are 0, or no unit was active
             amounts = inversion.amounts(diagonals)
             if _scale(key) in state:
-                low, good = inversion.leading(metric, amounts, state[key], root=root)
+                stuck = frozen if name == "metric" else None
+                low, good = inversion.leading(metric, amounts, root=root, frozen=stuck)
                 found += [(key, low.basis, good), (_scale(key), low.scale, good)]
             else:
                 found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
@@ -270,7 +273,7 @@ class Structure(ABC):
 
     def label(self, shape: tuple[int, ...]) -> str:
         """Return the name, followed by the rank if any inverse of the layer is of low rank."""
-        low = any(is_low_rank(self.rank, size[-1]) for size in self.shapes(shape).values())
+        low = any(is_sketch(size, self.rank) for size in self.shapes(shape).values())
         return f"{self.name}, rank {self.rank}" if low else self.name
 
     def product_cost(self, d: int) -> int:
@@ -279,7 +282,24 @@ class Structure(ABC):
 
     def inversion_cost(self, d: int) -> int:
         """Return the number of operations for inverting a block of width d."""
-        return 6 * d**2 * int(self.rank or 0) if is_low_rank(self.rank, d) else d**3
+        return 20 * d * int(self.rank or 0) ** 2 if is_low_rank(self.rank, d) else d**3
+
+    def sample_cost(self, d: int) -> int:
+        """Return the number of operations for adding a sample to a block of width d."""
+        return 8 * d * int(self.rank or 0) if is_low_rank(self.rank, d) else 2 * d**2
+
+    def block(self, groups: Sequence[int], d: int) -> tuple[int, ...]:
+        """Return the shape of what is kept of a block of width d for each group: [*g, d, d], or that of its sketch."""
+        return (*groups, d, sketch_columns(int(self.rank or 0)) if is_low_rank(self.rank, d) else d)
+
+    def add(self, total: Tensor, inputs: Float[Tensor, "*g n d"], *, keep: float, share: float) -> bool:
+        """Add the sum of products of inputs to what is kept of a block; see `accumulate`."""
+        add = add_sketch if is_sketch(total.shape, self.rank) else add_second_moments
+        return add(total, inputs, keep=keep, share=share)
+
+    def dense(self, kept: Tensor) -> Float[Tensor, "*g d d"]:
+        """Return the block of which this is kept, approximately if it is a sketch."""
+        return reconstructed(kept) if is_sketch(kept.shape, self.rank) else kept
 
     def numbers(self, shape: tuple[int, ...]) -> int:
         """Return the number of scalars on the device for the state of parameters of the shape [*g, out, d]."""
@@ -287,11 +307,15 @@ class Structure(ABC):
 
     def identity(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the identity as a tensor of this size."""
-        return torch.eye(size[-1], dtype=dtype, device=device).expand(size).clone()
+        if is_sketch(size, self.rank):
+            one = sketched(size[-2], int(self.rank or 0), torch.empty(0, dtype=dtype, device=device))
+        else:
+            one = torch.eye(size[-1], dtype=dtype, device=device)
+        return one.expand(size).clone()
 
     def diagonals(self, blocks: Tensor) -> Tensor:
         """Return the diagonals [*q, d] of the blocks."""
-        return blocks.diagonal(dim1=-2, dim2=-1)
+        return blocks[..., -1] if is_sketch(blocks.shape, self.rank) else blocks.diagonal(dim1=-2, dim2=-1)
 
     def without(self, blocks: Tensor, columns: Tensor) -> Tensor:
         """Return the blocks with the given rows and columns replaced by those of the identity."""

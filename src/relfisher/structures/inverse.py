@@ -16,21 +16,10 @@ import torch
 from torch import Tensor
 
 from relfisher.shapes import Float
+from relfisher.structures.sketch import is_low_rank, leading
 from relfisher.validation import check_bool, check_integer, check_interval, check_one_of
 
 __all__ = ["Factor", "Inversion", "LowRank", "check_rank", "times", "transposed_times"]
-
-# Oversampling and passes of the range finder of Halko, Martinsson & Tropp (2011) for slowly decaying eigenvalues.
-# Starting from the eigenvectors of the last refresh saves a pass.
-_SPARE = 8
-_PASSES = 2
-_PASSES_FROM_LAST = 1
-
-# Basis columns with a squared length below this are due to rounding, not data.
-_NOTHING = 1e-6
-
-# A low rank pays off if it is at most this share of a block's width.
-_NARROWEST = 8
 
 
 class LowRank(NamedTuple):
@@ -147,30 +136,35 @@ class Inversion:
 
     def leading(
         self,
-        blocks: Float[Tensor, "*q d d"],
+        sketches: Float[Tensor, "*q d columns"],
         amounts: Float[Tensor, "*q"],
-        last: Float[Tensor, "*q d r"],
         *,
         root: bool,
+        frozen: Tensor | None = None,
     ) -> tuple[LowRank, Tensor]:
         """Return the factors of symmetric blocks along their r leading eigenvectors, and a flag for each block.
 
         All other directions share one eigenvalue, the mean of theirs. If the remaining eigenvalues of G lie between a
         and b, the result equals the inverse of G + damping up to a factor between (a + damping) / (b + damping) and its
-        reciprocal.
+        reciprocal, and up to the error of the eigenvectors.
 
         Args:
-            blocks: the matrices.
+            sketches: the sketches of the matrices.
             amounts: the amount added to the diagonal of each block.
-            last: the basis of an earlier inverse, from which the search starts; zeros if there is none.
             root: True for the symmetric root of the inverse.
+            frozen: True for rows and columns [d] that do not count.
 
         Returns:
             The factors, with undefined values where a block is not good, and one flag per block.
         """
-        d, rank = last.shape[-2:]
-        values, vectors, found = _leading(blocks, last)
-        rest = (blocks.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum(-1)).clamp(min=0) / (d - rank)
+        d, rank = sketches.shape[-2], int(self.rank or 0)
+        diagonals = sketches[..., -1] if frozen is None else sketches[..., -1].masked_fill(frozen, 0.0)
+        try:
+            values, vectors = leading(sketches, rank, frozen)
+        except RuntimeError:  # the eigendecomposition did not converge
+            nothing = LowRank(sketches[..., :rank], torch.ones_like(amounts))
+            return nothing, torch.zeros_like(amounts, dtype=torch.bool)
+        rest = (diagonals.sum(-1) - values.sum(-1)).clamp(min=0) / (d - rank)
         floor = (rest + amounts).unsqueeze(-1)
         shares = floor / torch.maximum(values + amounts.unsqueeze(-1), floor)
         scale = floor.squeeze(-1).reciprocal()
@@ -179,13 +173,7 @@ class Inversion:
         if root:
             shares, scale = shares.sqrt(), scale.sqrt()
         factor = LowRank(vectors * (1 - shares).sqrt().unsqueeze(-2), scale)
-        good = torch.isfinite(factor.scale) & torch.isfinite(factor.basis).all(-1).all(-1)
-        return factor, good if found else torch.zeros_like(good)
-
-
-def is_low_rank(rank: int | None, d: int) -> bool:
-    """Return whether a block of this width is inverted along its `rank` leading eigenvectors."""
-    return rank is not None and d >= _NARROWEST * rank
+        return factor, torch.isfinite(factor.scale) & torch.isfinite(factor.basis).all(-1).all(-1)
 
 
 def check_rank(rank: int | None) -> None:
@@ -220,27 +208,3 @@ def _less(field: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if field.ndim == 3:
         return torch.baddbmm(field, left, right, alpha=-1)
     return field - left @ right
-
-
-def _leading(
-    blocks: Float[Tensor, "*q d d"], last: Float[Tensor, "*q d r"]
-) -> tuple[Float[Tensor, "*q r"], Float[Tensor, "*q d r"], bool]:
-    """Return approximate leading eigenvalues and eigenvectors by subspace iteration, and whether it succeeded."""
-    rank = last.shape[-1]
-    known = last.square().sum(-2, keepdim=True)
-    warm = bool((known > _NOTHING).all())
-    # Always the same numbers, so that a resumed run gives the same results.
-    fresh = torch.randn(
-        last.shape[-2], _SPARE if warm else _SPARE + rank, generator=torch.Generator().manual_seed(0)
-    ).to(last)
-    start = last * known.clamp(min=torch.finfo(last.dtype).tiny).rsqrt()
-    if not warm:
-        start = torch.where(known > _NOTHING, start, fresh[:, _SPARE:])
-    space = torch.cat([start, fresh[:, :_SPARE].expand(*last.shape[:-1], _SPARE)], -1)
-    try:
-        for _ in range(_PASSES_FROM_LAST if warm else _PASSES):
-            space, _ = torch.linalg.qr(blocks @ space)
-        values, turned = torch.linalg.eigh(space.mT @ blocks @ space)
-    except RuntimeError:  # the eigendecomposition did not converge
-        return last[..., 0, :], last, False
-    return values[..., -rank:].clamp(min=0), space @ turned[..., -rank:], True

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from relfisher.information import Information, Isotropic, PulledBack
 from relfisher.metric import Metric
-from relfisher.moments import add_second_moments
 from relfisher.responses import Response, UnitResponse
 from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times, transposed_times
 from relfisher.structures.operator import kronecker_operator
+from relfisher.structures.sketch import is_sketch, sketch
 from relfisher.structures.state import Cost, Samples, State
 from relfisher.validation import check_instance
 
@@ -71,9 +71,9 @@ class KroneckerFactors(Structure):
         return self._alike(KroneckerFactors, self.rank)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return [*g, d, d] for the inputs and [*g, out, out] for the outputs."""
+        """Return [*g, d, d] for the inputs and [*g, out, out] for the outputs, or the shapes of sketches."""
         *groups, out, d = shape
-        return {"metric": (*groups, d, d), "output": (*groups, out, out)}
+        return {"metric": self.block(groups, d), "output": self.block(groups, out)}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
         """Return 2 (d + out) per parameter, d^3 + out^3 and 2 (d^2 + out^2) per group; less with a low rank."""
@@ -81,22 +81,24 @@ class KroneckerFactors(Structure):
         count = math.prod(groups)
         step = out * self.product_cost(d) + d * self.product_cost(out)
         refresh = self.inversion_cost(d) + self.inversion_cost(out)
-        return Cost(count * step, count * refresh, 2 * count * (d**2 + out**2))
+        return Cost(count * step, count * refresh, count * (self.sample_cost(d) + 2 * out**2))
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Add the sums over the inputs and over the information of the outputs."""
         outputs = self._outputs(samples.z, samples.response)
         if not math.isfinite(float(self.diagonals(outputs).sum())):
             return False
-        if not add_second_moments(totals["metric"], samples.x, keep=keep, share=share):
+        if not self.add(totals["metric"], samples.x, keep=keep, share=share):
             return False
+        if is_sketch(totals["output"].shape, self.rank):
+            outputs = sketch(outputs, int(self.rank or 0))
         totals["output"].mul_(keep).add_(outputs, alpha=share)
         return True
 
     def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
         """Return the Kronecker product of the two factors."""
         average = self.average(state)
-        return kronecker_operator(average["output"], average["metric"])
+        return kronecker_operator(self.dense(average["output"]), self.dense(average["metric"]))
 
     def _outputs(self, z: Float[Tensor, "*g n out"], response: UnitResponse) -> Float[Tensor, "*g out out"]:
         outputs = [self._information(group, response).total() for group in z.reshape(-1, *z.shape[-2:])]

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Mapping
 from torch import Tensor
 
 from relfisher.metric import Metric
-from relfisher.moments import add_second_moments
 from relfisher.shapes import Float
 from relfisher.structures.base import Structure
 from relfisher.structures.inverse import Factor, check_rank, times
@@ -43,22 +42,22 @@ class SharedBlock(Structure):
         return self._alike(SharedBlock, self.rank)
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return [*g, d, d]."""
-        return {"metric": (*shape[:-2], shape[-1], shape[-1])}
+        """Return [*g, d, d], or the shape of a sketch."""
+        return {"metric": self.block(shape[:-2], shape[-1])}
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
-        """Return 2 d^2 per unit, d^3 and 2 d^2 per group; 4 d r and 6 d^2 r with an inverse of rank r."""
+        """Return 2 d^2 per unit, d^3 and 2 d^2 per group; 4 d r, 20 d r^2 and 8 d r with an inverse of rank r."""
         *groups, out, d = shape
         count = math.prod(groups)
-        return Cost(count * out * self.product_cost(d), count * self.inversion_cost(d), 2 * count * d**2)
+        return Cost(count * out * self.product_cost(d), count * self.inversion_cost(d), count * self.sample_cost(d))
 
     def accumulate(self, totals: State, samples: Samples, *, keep: float, share: float) -> bool:
         """Add the products of the inputs, regardless of the response."""
-        return add_second_moments(totals["metric"], samples.x, keep=keep, share=share)
+        return self.add(totals["metric"], samples.x, keep=keep, share=share)
 
     def operator(self, state: State, shape: tuple[int, ...]) -> Metric:
         """Return the block, repeated for each unit."""
-        return block_operator(self.average(state)["metric"], shape)
+        return block_operator(self.dense(self.average(state)["metric"]), shape)
 
     def apply(self, field: Float[Tensor, "*g out d"], factors: Mapping[str, Factor]) -> Float[Tensor, "*g out d"]:
         """Multiply all rows by the block."""
