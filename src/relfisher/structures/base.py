@@ -221,6 +221,7 @@ class Structure(ABC):
         root = "root" in state
         inversion = replace(inversion if len(self.tensors) == 1 else inversion.halved(), rank=self.rank)
         found: list[tuple[str, Tensor, Tensor]] = []
+        known: list[Tensor] = []
         for name in self.tensors:
             key = factor_key(name, root=root)
             metric = state[name] / weight
@@ -228,8 +229,7 @@ class Structure(ABC):
             if frozen is not None and name == "metric":
                 diagonals = diagonals[..., ~frozen]
                 metric = metric if _scale(key) in state else self.without(metric, frozen)
-            if not bool(diagonals.any()):
-                return True  # no information yet: the next layer's weights are 0, or no unit was active
+            known.append(diagonals.any())
             amounts = inversion.amounts(diagonals)
             if _scale(key) in state:
                 stuck = frozen if name == "metric" else None
@@ -237,14 +237,15 @@ class Structure(ABC):
                 found += [(key, low.basis, good), (_scale(key), low.scale, good)]
             else:
                 found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
+        # No information yet: the next layer's weights are 0, or no unit was active.
+        is_known = torch.stack(known).all()
         good = found[0][2]
         for _, _, each in found[1:]:
             good = good & each  # factors of the same block are replaced together
-        all_good = bool(good.all())
         for key, factor, _ in found:
-            flags = good[(..., *(None,) * (factor.ndim - good.ndim))]
-            state[key].copy_(factor if all_good else torch.where(flags, factor, state[key]))
-        return all_good
+            flags = (good & is_known)[(..., *(None,) * (factor.ndim - good.ndim))]
+            torch.where(flags, factor, state[key], out=state[key])
+        return bool((good | ~is_known).all())
 
     def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
         """Return (G + damping)^-power times the gradient, as of the last good refresh."""

@@ -119,8 +119,7 @@ class Inversion:
         factor, info = torch.linalg.cholesky_ex(damped)
         good = info == 0
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        if not bool(good.all()):  # invalid factors would raise an error
-            factor = torch.where(good[..., None, None], factor, eye)
+        factor = torch.where(good[..., None, None], factor, eye)  # invalid factors would raise an error
         inverse = torch.linalg.solve_triangular(factor, eye, upper=False) if root else torch.cholesky_inverse(factor)
         return inverse, good & torch.isfinite(inverse).all(-1).all(-1)
 
