@@ -65,5 +65,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, kept in before:
-                if not torch.equal(buffer, kept):
+                if not buffer.is_meta and not torch.equal(buffer, kept):
                     buffer.copy_(kept)

@@ -252,3 +252,14 @@ def test_the_model_is_left_as_it_was():
     assert model.training
     assert not is_hooked(model)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_memory_is_planned_like_one_with():
+    def made():
+        return nn.Sequential(nn.Conv2d(3, 600, 1), nn.BatchNorm2d(600), nn.ReLU(), nn.Flatten(), nn.Linear(2400, 5))
+
+    with torch.device("meta"):
+        model, x = made(), torch.zeros(2, 3, 2, 2)
+    planned = plan(model, x)
+    assert str(planned) == str(plan(made(), torch.randn(2, 3, 2, 2)))
+    assert planned.layers[-1].chosen.structure == "shared, rank 64"

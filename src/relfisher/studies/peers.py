@@ -151,9 +151,9 @@ def _trust_region(model: nn.Module, trust_region: float = 2e-3, **options: Any) 
     return relfisher.RNGD(model, step_rule=relfisher.TrustRegion(trust_region), **options)
 
 
-def _spectral(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
-    """Create RNGD with the spectral rule, with or without an average."""
-    return relfisher.RNGD(model, lr, step_rule="spectral", averaging=averaging)
+def _normalized(model: nn.Module, lr: float | None = None, averaging: float | None = None) -> torch.optim.Optimizer:
+    """Create RNGD with the normalized rule, with or without an average."""
+    return relfisher.RNGD(model, lr, step_rule="normalized", averaging=averaging)
 
 
 def with_adamw(
@@ -227,6 +227,6 @@ PEERS = {
     "RNGD-trust-region": Peer(
         _trust_region, {"lr": (0.3,), "trust_region": (5e-4, 2e-3, 5e-3, 2e-2), "averaging": (0.0, 0.1)}
     ),
-    "RNGD-spectral": Peer(_spectral, {"lr": (3e-3, 1e-2, 2e-2, 4e-2), "averaging": (0.0, 0.1)}),
+    "RNGD-normalized": Peer(_normalized, {"lr": (3e-3, 1e-2, 2e-2, 4e-2), "averaging": (0.0, 0.1)}),
     "RNGD-published": Peer(_published, {"lr": LARGE_RATES}),
 }

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 TUNING_EVALUATIONS = 1
-OURS = ("FOOF", "RNGD", UNTUNED, "RNGD-trust-region", "RNGD-spectral")
+OURS = ("FOOF", "RNGD", UNTUNED, "RNGD-trust-region", "RNGD-normalized")
 PLAIN = ("SGD", "Adam", "AdamW", "Muon", "SOAP", "Shampoo", "K-FAC")
 
 
@@ -58,7 +58,7 @@ RACES = {
     "autoencoder": Race("autoencoder", (*PLAIN, *OURS), target=225.0, budget=180, window=10),
     "cnn": Race("cnn", (*PLAIN, *OURS), target=0.1, budget=240, window=50),
     "transformer": Race(
-        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", UNTUNED, "RNGD-spectral"), target=None, budget=300, window=20
+        "transformer", ("AdamW", "Muon", "SOAP", "RNGD", UNTUNED, "RNGD-normalized"), target=None, budget=300, window=20
     ),
 }
 

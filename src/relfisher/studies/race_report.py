@@ -33,7 +33,7 @@ LOOKS = {
     "RNGD": Look("#d1345b", width=2.6),
     UNTUNED: Look("#d1345b", "--"),
     "RNGD-trust-region": Look("#0b7a75", width=2.6),
-    "RNGD-spectral": Look("#8c1d40", width=2.6),
+    "RNGD-normalized": Look("#8c1d40", width=2.6),
 }
 
 
