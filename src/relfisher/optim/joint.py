@@ -22,6 +22,7 @@ __all__ = ["descend", "next_damping", "step_of_rows"]
 
 LEAST, MOST = 1e-12, 1e6
 HALVINGS = 6
+ENOUGH = 1e-4
 
 
 def step_of_rows(rows: Rows, damping: float, kept: Sequence[Tensor] = ()) -> tuple[list[Tensor], float]:
@@ -36,7 +37,8 @@ def step_of_rows(rows: Rows, damping: float, kept: Sequence[Tensor] = ()) -> tup
         The step of each layer [out, d] and then that of all other parameters [others], and the damping, which is larger
         than the given one if the factorization failed with that. No step if the derivatives are not finite or all 0.
     """
-    gram = rows.gram().double()
+    # Products in single precision have errors of some 1e-6 of the mean.
+    gram = rows.gram(torch.float32 if damping >= ENOUGH else rows.residuals.dtype).double()
     mean = float(gram.diagonal().mean())
     while math.isfinite(mean) and mean > 0 and damping <= MOST:
         damped = gram.clone()

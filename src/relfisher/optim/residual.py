@@ -41,7 +41,7 @@ DAMPING = 1e-6
 MOST_OTHERS = 16
 MISMATCH = 0.02
 SAME = 0.02
-FIXED, MOST_SAMPLES = 4, 2**20
+FIXED, MOST_SAMPLES = 2, 2**20
 WARMUP = (0, 1, 2, 4, 8, 16)
 
 
@@ -81,7 +81,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         interval: with lr, the number of steps between updates of the metric; the first steps have more.
         decay: with lr, the share of the metric that is kept in an update, in [0, 1).
         samples: the largest number of rows of residuals that a metric is computed from. Without a learning rate, it is
-            four times as many where the points are those of the last step, and twice as many after such a step fails.
+            twice as many where the points are those of the last step, and doubled after such a step fails.
 
     Raises:
         ValueError: if an argument is out of range, or nothing is to be trained.
@@ -98,7 +98,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         damping: float | None = None,
         interval: int = 20,
         decay: float = 0.8,
-        samples: int = 512,
+        samples: int = 1024,
     ) -> None:
         check_instance("model", model, nn.Module)
         if lr is not None:
@@ -212,7 +212,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         if not moves or not all_finite([loss, *moves]):
             return loss
         parameters = [parameter for block in self._blocks for parameter in block]
-        split = moves[-1].split([other.numel() for other in others])
+        split = torch.split(moves[-1], [other.numel() for other in others])
         whole = [*moves[:-1], *(part.view_as(other) for part, other in zip(split, others, strict=True))]
         step = [part for move, block in zip(whole, self._blocks, strict=True) for part in as_parts(move, block)]
         taken = descend(parameters, step, lambda: float(_evaluated(closure)), float(loss))
@@ -237,7 +237,7 @@ class ResidualRNGD(torch.optim.Optimizer):
     def _check_rows(self, closure: Residuals, rows: Rows) -> None:
         """Raise ValueError unless the derivatives of all rows add up to the gradient."""
         parameters = [parameter for block in self._blocks for parameter in block]
-        total = sum(part.square().sum() for part in scaled_parts(_parts(closure())))
+        total = torch.stack([part.square().sum() for part in scaled_parts(_parts(closure()))]).sum()
         gradients = iter(torch.autograd.grad(total, parameters, materialize_grads=True))
         expected = torch.cat([as_matrix([next(gradients) for _ in block]).flatten() for block in self._blocks])
         layers, others = rows.combined(2 * rows.residuals)

@@ -23,11 +23,12 @@ class Rows:
     layers: list[RowDerivatives]
     others: Float[Tensor, "n e"]
 
-    def gram(self) -> Float[Tensor, "n n"]:
-        """Return the inner products J J' of all rows."""
-        total = self.others @ self.others.mT
+    def gram(self, dtype: torch.dtype) -> Float[Tensor, "n n"]:
+        """Return the inner products J J' of all rows, computed in a precision."""
+        others = self.others.to(dtype)
+        total = others @ others.mT
         for layer in self.layers:
-            total = total + layer.gram()
+            total = total + layer.to(dtype).gram()
         return total
 
     def combined(self, shares: Float[Tensor, " n"]) -> tuple[list[Tensor], Tensor]:

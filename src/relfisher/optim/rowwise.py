@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ __all__ = ["RowDerivatives", "Tape", "as_matrix", "as_parts", "has_metric", "tap
 PASS = 128
 
 
-def has_metric(layer: nn.Module) -> bool:
+def has_metric(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether a module is a linear layer whose weight is trained and computed from nothing else."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return False
@@ -70,6 +71,10 @@ class RowDerivatives:
                 one = (self.left[:, i] @ self.left[:, j].mT) * (self.right[:, i] @ self.right[:, j].mT)
                 total = total + (one if i == j else one + one.mT)
         return total
+
+    def to(self, dtype: torch.dtype) -> RowDerivatives:
+        """Return the derivatives in a precision."""
+        return RowDerivatives(self.left.to(dtype), self.right.to(dtype))
 
     def picked(self, chosen: Tensor, factor: float) -> RowDerivatives:
         """Return some rows, times a factor."""
@@ -151,24 +156,28 @@ def taped(layers: Sequence[nn.Linear], model: nn.Module) -> Iterator[Tape]:
         each for each in model.modules() if isinstance(each, nn.Linear) and id(each._parameters.get("weight")) in parts
     ]
     tape = Tape(layers, next(model.parameters()))
-
-    def forward_of(layer: nn.Linear) -> Any:
-        def forward(input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear has
-            covered = any(layer.bias is part for part in parts[id(layer.weight)])
-            product: Tensor = _Product.apply(input, layer.weight.detach(), tape.anchor, tape, False, covered)
-            if layer.bias is None:
-                return product
-            return product + (layer.bias.detach() if covered else layer.bias)
-
-        return forward
-
     for layer in same:
-        layer.forward = forward_of(layer)  # type: ignore[method-assign]  # of this object alone
+        covered = any(layer.bias is part for part in parts[id(layer.weight)])
+        layer.forward = partial(_forward, layer, tape, covered)  # type: ignore[method-assign]  # of this object alone
     try:
         yield tape
     finally:
         for layer in same:
-            del layer.forward
+            vars(layer).pop("forward")
+
+
+def _forward(layer: nn.Linear, tape: Tape, covered: bool, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear's
+    """Return what a layer says of rows, with its bias on the tape or not."""
+    product = _product(input, layer.weight.detach(), tape, False, covered)
+    bias = layer._parameters["bias"]
+    if bias is None:
+        return product
+    return product + (bias.detach() if covered else bias)
+
+
+def _product(x: Tensor, weight: Tensor, tape: Tape, transposed: bool, biased: bool) -> Tensor:
+    made: Tensor = _Product.apply(x, weight, tape.anchor, tape, transposed, biased)  # type: ignore[no-untyped-call]  # torch
+    return made
 
 
 class _Product(torch.autograd.Function):
@@ -180,16 +189,15 @@ class _Product(torch.autograd.Function):
         return x @ (weight if transposed else weight.mT)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:  # type: ignore[override]  # as torch calls it
-        x, weight, anchor, ctx.tape, ctx.transposed, ctx.biased = inputs
-        ctx.save_for_backward(x, weight, anchor)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+        x, weight, ctx.tape, ctx.transposed, ctx.biased = inputs[0], inputs[1], *inputs[3:]
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # one output
-        x, weight, anchor = ctx.saved_tensors
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
         if not ctx.tape.records:
-            back = _Product.apply(slopes, weight, anchor, ctx.tape, not ctx.transposed, False)
-            return back, None, None, None, None, None
+            return _product(slopes, weight, ctx.tape, not ctx.transposed, False), None, None, None, None, None
         ctx.tape.record(weight, *((x, slopes) if ctx.transposed else (slopes, x)), ctx.biased)
         wanted = ctx.needs_input_grad[0]
         back = slopes @ (weight.mT if ctx.transposed else weight) if wanted else None

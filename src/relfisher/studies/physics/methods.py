@@ -119,7 +119,7 @@ def _with_rate(model: nn.Module, lr: float = 1e-2, damping: float = 1e-6) -> tor
     return _OfResiduals(model, lr, damping=damping)
 
 
-def _joint(model: nn.Module, lr: float = 1e-2, samples: float = 512) -> torch.optim.Optimizer:
+def _joint(model: nn.Module, lr: float = 1e-2, samples: float = 1024) -> torch.optim.Optimizer:
     """Create residual RNGD without a learning rate; what stands for one here is its first damping."""
     return _OfResiduals(model, damping=lr, samples=int(samples))
 
@@ -137,7 +137,7 @@ METHODS: dict[str, Method] = {
     "Muon": Method(_Both, {"lr": (1e-2, 3e-2, 1e-1), "rest_lr": (1e-3, 5e-3)}),
     LIMIT: Method(GaussNewton, {"lr": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}, pace=constant),
     "RNGD": Method(_rngd, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-4, 1e-2)}),
-    RESIDUAL: Method(_joint, {"lr": (1e-2, 1e-1, 1e-3), "samples": (512, 1024)}, pace=constant),
+    RESIDUAL: Method(_joint, {"lr": (1e-2, 1e-1, 1e-3), "samples": (1024, 512)}, pace=constant),
     RATE: Method(_with_rate, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-6, 1e-4)}),
     UNTUNED: Method(_joint, {"lr": (1e-2,)}, pace=constant),
 }
