@@ -9,12 +9,12 @@ import json
 import statistics
 from pathlib import Path
 
-from relfisher.studies.physics.methods import LIMIT, OURS, PLANE, RESIDUAL, UNTUNED
+from relfisher.studies.physics.methods import LIMIT, OURS, RATE, RESIDUAL, UNTUNED
 from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.report import ABSENT, markdown
 
 RESULTS = Path(__file__).parents[1] / "results"
-HEADER = ["problem", "points", "best peer", "its error", RESIDUAL, "ahead", UNTUNED, PLANE, "RNGD", LIMIT]
+HEADER = ["problem", "points", "best peer", "its error", RESIDUAL, "ahead", UNTUNED, RATE, "RNGD", LIMIT]
 
 
 def row(name: str) -> list[str]:

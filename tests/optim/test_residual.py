@@ -11,6 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from relfisher import ResidualRNGD
+from relfisher.optim import residual, rowwise
+from relfisher.optim.joint import step_of_rows
+from relfisher.optim.rows import drawn_rows, scaled_parts
+from relfisher.optim.rowwise import RowDerivatives, as_matrix, taped
 
 
 def network(*widths):
@@ -148,21 +152,23 @@ def test_parameters_outside_of_layers_are_trained_and_frozen_ones_are_not():
     assert moved == {"coefficient", "first.weight", "second.weight", "second.bias"}
 
 
-def test_a_saved_run_goes_on_alike():
+@pytest.mark.parametrize("lr", [0.05, None])
+def test_a_saved_run_goes_on_alike(lr):
     torch.manual_seed(0)
     model, x = network(1, 4, 1), points()
-    optimizer = ResidualRNGD(model, samples=6, interval=3)
+    optimizer = ResidualRNGD(model, lr, samples=6, interval=3)
     for _ in range(5):
         optimizer.step(lambda: poisson(model, x))
     other = copy.deepcopy(model)
-    resumed = ResidualRNGD(other, samples=6, interval=3)
+    resumed = ResidualRNGD(other, lr, samples=6, interval=3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_go_on_alike((model, optimizer), (other, resumed), x, 5)
 
 
-def test_a_loss_that_is_not_finite_moves_nothing():
+@pytest.mark.parametrize("lr", [0.05, None])
+def test_a_loss_that_is_not_finite_moves_nothing(lr):
     model, x = network(1, 4, 1), points()
-    optimizer = ResidualRNGD(model)
+    optimizer = ResidualRNGD(model, lr)
     optimizer.step(lambda: poisson(model, x))
     before = [parameter.clone() for parameter in model.parameters()]
     loss = optimizer.step(lambda: [part * math.inf for part in poisson(model, x)])
@@ -201,59 +207,169 @@ def test_a_closure_must_return_residuals():
         optimizer.step(list)
 
 
-def test_without_a_rate_the_step_is_the_best_in_its_plane():
-    """For residuals that are linear in the parameters, no other step in the plane has a lower loss."""
-    model = nn.Linear(3, 1).double()
+def jacobian(residuals, parameters):
+    """The derivatives [residuals, parameters] of scaled residuals one by one, and the residuals."""
+    flat = torch.cat([part.flatten() / math.sqrt(part.numel()) for part in residuals])
+    rows = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in flat]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]), flat.detach()
+
+
+class Heat(nn.Module):
+    """A network of two inputs with a trained coefficient, and the residuals of u_t = k u_xx and of its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = network(2, 4, 3, 1)
+        self.coefficient = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def residuals(self, x):
+        u = self.layers(x)
+        (slopes,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (bends,) = torch.autograd.grad(slopes[:, 0].sum(), x, create_graph=True)
+        equation = slopes[:, 1] - self.coefficient * bends[:, 0]
+        edge = torch.ones(3, 2, dtype=x.dtype) * torch.arange(3, dtype=x.dtype)[:, None]
+        return [torch.stack([equation, u[:, 0] - x[:, 1].detach()], -1), 2 * self.layers(edge)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_joint_step_is_that_of_the_whole_metric(share):
+    """The step d has the least |r + J d|^2 + e |d - kept|^2, by a dense solution for parameters."""
+    torch.manual_seed(0)
+    model = Heat()
+    x = torch.rand(6, 2, dtype=torch.float64).requires_grad_()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    parameters = [part for layer in layers for part in (layer.weight, layer.bias)]
+    matrix, flat = jacobian(model.residuals(x), [*parameters, model.coefficient])
+    kept = [share * torch.randn_like(as_matrix([layer.weight, layer.bias])) for layer in layers]
+    kept.append(share * torch.ones(1, dtype=torch.float64))
+    with taped(layers, model) as tape:
+        parts = scaled_parts(model.residuals(x))
+        rows = drawn_rows(parts, tape, layers, [model.coefficient], 100, torch.Generator())
+    found, damping = step_of_rows(rows, 1e-5, kept if share else ())
+    assert damping == 1e-5
+    # The mean of the diagonal of J J', as the damping is relative to it.
+    damping *= float(matrix.square().sum()) / len(matrix)
+
+    def flattened(step):
+        parts = [part.flatten() for layer in step[:-1] for part in (layer[:, :-1], layer[:, -1])]
+        return torch.cat([*parts, step[-1]])
+
+    unit = torch.eye(matrix.shape[1], dtype=torch.float64)
+    right = damping * flattened(kept) - matrix.T @ flat
+    torch.testing.assert_close(flattened(found), torch.linalg.solve(matrix.T @ matrix + damping * unit, right))
+
+
+def test_steps_keep_a_share_of_the_last_one_where_points_are_drawn_and_none_where_they_are_not(monkeypatch):
+    given = []
+
+    def watched(rows, damping, kept):
+        given.append(len(kept))
+        return step_of_rows(rows, damping, kept)
+
+    monkeypatch.setattr(residual, "step_of_rows", watched)
+    torch.manual_seed(0)
+    model = network(1, 4, 1)
+    optimizer = ResidualRNGD(model)
+    for count in (5, 5, 9, 9):
+        optimizer.step(lambda count=count: poisson(model, points(count)))
+    assert given == [0, 0, 3, 0]
+
+
+def test_rows_with_random_signs_have_the_whole_metric_on_average():
+    torch.manual_seed(0)
+    model = Heat()
+    x = torch.rand(6, 2, dtype=torch.float64).requires_grad_()
+    matrix, flat = jacobian(model.residuals(x), list(model.layers.parameters()))
+    optimizer, total, gradient = ResidualRNGD(model), 0.0, 0.0
+    layers = optimizer._layers
+    for seed in range(400):
+        with taped(layers, model) as tape:
+            parts = scaled_parts(model.residuals(x))
+            rows = drawn_rows(parts, tape, layers, [], 7, torch.Generator().manual_seed(seed))
+        dense = torch.cat([layer.dense().flatten(1) for layer in rows.layers], 1)
+        assert len(dense) == 7
+        total, gradient = total + dense.square().sum() / 400, gradient + rows.residuals.square().sum() / 400
+    torch.testing.assert_close(total, matrix.square().sum(), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(gradient, flat.square().sum(), rtol=0.1, atol=0.0)
+
+
+@pytest.mark.parametrize("products", [1, 3])
+def test_inner_products_of_rows_are_those_of_dense_rows(products, monkeypatch):
+    monkeypatch.setattr(rowwise, "PASS", 0)
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(9, size, dtype=torch.float64, generator=generator) for size in (3, 1))
-    optimizer = ResidualRNGD(model, None, damping=10.0)
-
-    def residuals():
-        return model(x) - y
-
-    def loss(place):
-        return float((x @ place[:3] + place[3] - y[:, 0]).square().mean())
-
-    def place():
-        return torch.cat([model.weight[0], model.bias]).detach()
-
-    optimizer.param_groups[0]["plane_damping"] = 0.0
-    start = place()
-    optimizer.step(residuals)
-    first = place() - start
-    optimizer.param_groups[0]["plane_damping"] = 0.0
-    before = place()
-    optimizer.step(residuals)
-    second = place() - before
-    assert loss(before) < loss(start)
-    for along in (first, second):
-        for scale in (-1e-3, 1e-3):
-            assert loss(place()) < loss(place() + scale * along)
+    left, right = (torch.randn(5, products, 40, dtype=torch.float64, generator=generator) for _ in range(2))
+    dense = torch.einsum("nko,nkd->nod", left, right).flatten(1)
+    torch.testing.assert_close(RowDerivatives(left, right).gram(), dense @ dense.T)
 
 
 def test_without_a_rate_the_loss_never_rises():
     torch.manual_seed(0)
     model, x = network(1, 8, 8, 1), points()
-    optimizer = ResidualRNGD(model, None)
-    losses = [float(optimizer.step(lambda: poisson(model, x))) for _ in range(60)]
+    optimizer = ResidualRNGD(model)
+    losses = [float(optimizer.step(lambda: poisson(model, x))) for _ in range(30)]
     assert all(after <= before for before, after in itertools.pairwise(losses))
-    assert losses[-1] < 1e-3 * losses[0]
+    assert losses[-1] < 1e-6 * losses[0]
 
 
 def test_a_step_that_raises_the_loss_is_taken_back():
     model, x = network(1, 4, 1), points()
-    optimizer = ResidualRNGD(model, None)
+    optimizer = ResidualRNGD(model)
     before = [parameter.clone() for parameter in model.parameters()]
     calls = []
 
     def residuals():
         calls.append(1)
-        return [part * (10.0 if len(calls) == 3 else 1.0) for part in poisson(model, x)]
+        return [part * (10.0 if len(calls) > 2 else 1.0) for part in poisson(model, x)]
 
-    optimizer.step(residuals)  # an update of the metric, the loss, and the loss after the step
-    assert len(calls) == 3
+    optimizer.step(residuals)  # the rows, their check, and the loss after each half of the step
+    assert len(calls) == 2 + 6
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert optimizer.param_groups[0]["plane_damping"] > 1e-3
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(0.1)
+
+
+def mixed(model, x):
+    return model(x) - model(x).mean()
+
+
+def reversed_rows(model, x):
+    return model(x).flip(0) - x[:, :1]
+
+
+def through_functional(model, x):
+    return nn.functional.linear(model[0](x), model[2].weight) - x[:, :1]
+
+
+@pytest.mark.parametrize("residuals", [mixed, reversed_rows, through_functional])
+def test_rows_that_mix_are_refused(residuals):
+    torch.manual_seed(0)
+    model, x = network(2, 4, 1), torch.rand(8, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="do not add up to the gradient"):
+        ResidualRNGD(model).step(lambda: residuals(model, x))
+
+
+def test_one_call_may_serve_several_residuals_and_other_rows_are_refused():
+    torch.manual_seed(0)
+    model, x = network(2, 4, 1), torch.rand(8, 2, dtype=torch.float64)
+
+    def split(sizes):
+        return [part - 1 for part in model(x).split(sizes)]
+
+    losses = [float(ResidualRNGD(model).step(lambda: split([5, 3]))) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="depend on 8 rows"):
+        ResidualRNGD(model).step(lambda: model(x).view(4, 2).sum(1) - 1)
+
+
+def test_without_a_rate_few_numbers_may_lie_outside_of_layers():
+    with pytest.raises(ValueError, match="32 do: give lr"):
+        ResidualRNGD(nn.Sequential(nn.Linear(2, 16), nn.LayerNorm(16)))
+
+
+def test_layers_are_as_before_after_a_step():
+    model, x = network(1, 4, 1), points()
+    with pytest.raises(TypeError, match="residuals"):
+        ResidualRNGD(model).step(lambda: (poisson(model, x), None)[1])
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("lr", [0.05, None])
@@ -270,7 +386,7 @@ def test_a_copied_optimizer_goes_on_alike_with_the_copied_model(lr, copied):
 def test_metrics_stay_finite_where_residuals_are_not():
     model = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1))
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
-    optimizer = ResidualRNGD(model)
+    optimizer = ResidualRNGD(model, 0.03)
     for factor in (math.nan, 1e25, 1.0):
         before = model[1].weight.detach().clone()
         optimizer.step(lambda factor=factor: factor * (model(x) - 1))
@@ -283,7 +399,7 @@ def test_weights_that_are_computed_have_the_metrics_of_what_they_are_computed_fr
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 4)), nn.Tanh(), nn.Linear(4, 1))
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = ResidualRNGD(model)
+    optimizer = ResidualRNGD(model, 0.03)
     for _ in range(3):
         optimizer.step(lambda: model(x) - 1)
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
@@ -294,7 +410,7 @@ def test_weights_that_are_computed_have_the_metrics_of_what_they_are_computed_fr
 def test_inputs_may_be_given_by_name():
     model, x = nn.Linear(2, 1), torch.ones(3, 2)
     before = model.weight.detach().clone()
-    ResidualRNGD(model).step(lambda: model(input=x) - 1)
+    ResidualRNGD(model, 0.03).step(lambda: model(input=x) - 1)
     assert not torch.equal(model.weight, before)
 
 
@@ -310,12 +426,12 @@ def test_frozen_parameters_and_further_groups_are_refused():
 
 def test_states_of_others_are_refused():
     model = network(1, 4, 1)
-    optimizer = ResidualRNGD(model)
-    with pytest.raises(ValueError, match="lacks best_length"):
+    optimizer = ResidualRNGD(model, 0.03)
+    with pytest.raises(ValueError, match="lacks after"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
     optimizer.step(lambda: poisson(model, points()))
     with pytest.raises(ValueError, match=r"metric of 0\.weight has the shape \[4, 2\].*needs \[5, 2\]"):
-        ResidualRNGD(network(1, 5, 1)).load_state_dict(optimizer.state_dict())
+        ResidualRNGD(network(1, 5, 1), 0.03).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(

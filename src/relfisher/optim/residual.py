@@ -1,25 +1,32 @@
-"""Least squares, such as physics-informed networks: each layer moves in the metric that the residuals give it.
+"""Least squares, such as physics-informed networks: the network moves in the metric that its residuals give it.
 
-A layer's response is then not its activation but the residuals r, Gaussian with unit variance, which see the values of
-its units and their derivatives by the network's inputs. With the derivatives J_n [out, d] of residuals by the layer's
-parameters at row n, the relative metric of the layer is G = sum_n vec(J_n) vec(J_n)'. It is kept in the eigenvectors U
-of sum_n J_n J_n' and V of sum_n J_n' J_n, as its diagonal there, sum_n (U' J_n V)^2: the factors of K-FAC (Martens &
-Grosse 2015) with the diagonal of EKFAC (George et al. 2018). Dangel et al. 2024 derive such factors for equations from
-the propagation of derivatives; here each row has a copy of the weights, and one backward pass gives all J_n.
+The response of a layer is then not its activation but the residuals r, Gaussian with unit variance, which see the
+values of its units and their derivatives by the network's inputs. With the derivatives J_n of residuals by parameters
+at row n, the relative metric is G = sum_n vec(J_n) vec(J_n)'.
+
+Without a learning rate, the subsystem is the whole network, and G is never formed: see `relfisher.optim.joint`. With
+one, it is a layer with J_n [out, d], and G is kept in the eigenvectors U of sum_n J_n J_n' and V of sum_n J_n' J_n, as
+its diagonal there, sum_n (U' J_n V)^2: the factors of K-FAC (Martens & Grosse 2015) with the diagonal of EKFAC (George
+et al. 2018). Dangel et al. 2024 derive such factors for equations from the propagation of derivatives; here, one
+backward pass gives all J_n: see `relfisher.optim.rowwise`.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from relfisher.optim.copies import as_matrix, as_parts, has_metric, row_copies, trained_parts
+from relfisher.optim.factors import all_finite, preconditioned, update_diagonal, update_layer
 from relfisher.optim.groups import rate
-from relfisher.optim.plane import along, chosen, damped
+from relfisher.optim.joint import descend, next_damping, step_of_rows
+from relfisher.optim.rows import Rows, drawn_rows, scaled_parts, signs
+from relfisher.optim.rowwise import as_matrix, as_parts, has_metric, taped, trained_parts
 from relfisher.optim.rules.normalized import coherence
 from relfisher.validation import check_instance, check_integer, check_interval, check_rate
 
@@ -29,7 +36,12 @@ __all__ = ["ResidualRNGD", "Residuals"]
 Residuals = Callable[[], Tensor | Sequence[Tensor]]
 
 RELATIVE_RMS = 0.2
-PLANE_DAMPING = 1e-3
+FIRST_DAMPING = 1e-2
+DAMPING = 1e-6
+MOST_OTHERS = 16
+MISMATCH = 0.02
+SAME = 0.02
+FIXED, MOST_SAMPLES = 2, 2**20
 WARMUP = (0, 1, 2, 4, 8, 16)
 
 
@@ -44,28 +56,32 @@ class _Moving(NamedTuple):
 
 
 class ResidualRNGD(torch.optim.Optimizer):
-    """Natural gradient descent for sums of squares, in the metric that the residuals give each layer.
+    """Natural gradient descent for sums of squares, in the metric of the residuals.
 
-    The direction of each layer is its inverse metric times its gradient with Nesterov's momentum. Its length is that of
-    the step rule "normalized": 0.2 lr in the root mean square, and longer while gradients agree. Let lr fall to 0, by
-    `total_steps` or a scheduler. `step` takes the residuals and computes all gradients by itself. Linear layers have a
-    metric in the eigenvectors of their factors; each other parameter has the diagonal of its metric.
+    Without a learning rate, a step is that of all parameters at once in the metric of `samples` rows of residuals, or
+    the largest half, quarter, ... of it that lowers the loss. The damping adapts itself: there is nothing to tune. A
+    row of residuals must depend on one row of the inputs.
 
-    Where all steps have the same points, no learning rate is needed: with `lr=None`, the step is the best one in the
-    plane of the direction and the last step, by the derivatives of the residuals along both, and is taken back if the
-    loss does not fall. See `relfisher.optim.plane`.
+    With a learning rate, each linear layer has a metric of its own, in the eigenvectors of its factors, and each other
+    parameter the diagonal of its metric. The direction is the inverse metric times the gradient with Nesterov's
+    momentum; its length is that of the step rule "normalized", 0.2 lr in the root mean square, and longer while
+    gradients agree. Let lr fall to 0, by `total_steps` or a scheduler. A step costs little more than one of Adam,
+    however many rows there are.
 
-    It trains one model in one process, with one group of parameters.
+    `step` takes the residuals and computes all gradients by itself. It trains one model in one process, with one group
+    of parameters. Without a learning rate, at most 16 numbers may lie outside of linear layers, such as coefficients.
 
     Args:
         model: the network.
-        lr: the learning rate; None for the best length, which is for steps with the same points.
+        lr: the learning rate; None for steps of all parameters at once.
         total_steps: the length of the run, over which lr falls to 0 by a cosine; None for a constant lr.
         momentum: the share of the momentum that is kept per step, in [0, 1).
-        damping: the multiple of the metric's mean eigenvalue that is added to it. Without noise it can be tiny.
-        interval: the number of steps between updates of the metric; the first steps have more.
-        decay: the share of the metric that is kept in an update, in [0, 1).
-        samples: the largest number of rows of each call of a layer in an update, each of which copies the weights.
+        damping: the multiple of the metric's mean eigenvalue that is added to it; by default 1e-6, and without a
+            learning rate 1e-2 in the first step.
+        interval: with lr, the number of steps between updates of the metric; the first steps have more.
+        decay: with lr, the share of the metric that is kept in an update, in [0, 1).
+        samples: the largest number of rows of residuals that a metric is computed from. Without a learning rate, it is
+            twice as many where the points are those of the last step, and doubled after such a step fails.
 
     Raises:
         ValueError: if an argument is out of range, or nothing is to be trained.
@@ -75,14 +91,14 @@ class ResidualRNGD(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | None = 0.03,
+        lr: float | None = None,
         *,
         total_steps: int | None = None,
         momentum: float = 0.9,
-        damping: float = 1e-6,
+        damping: float | None = None,
         interval: int = 20,
         decay: float = 0.8,
-        samples: int = 256,
+        samples: int = 1024,
     ) -> None:
         check_instance("model", model, nn.Module)
         if lr is not None:
@@ -93,52 +109,61 @@ class ResidualRNGD(torch.optim.Optimizer):
                 raise ValueError("total_steps is the length of a schedule, which lr=None does not have; leave it out")
         for name, share in (("momentum", momentum), ("decay", decay)):
             check_interval(name, share, 0, 1)
+        if damping is None:
+            damping = FIRST_DAMPING if lr is None else DAMPING
         check_interval("damping", damping, 0, math.inf)
         for name, number in (("interval", interval), ("samples", samples)):
             check_integer(name, number)
-        linear_layers = [each for each in model.modules() if isinstance(each, nn.Linear) and has_metric(each)]
+        linear_layers = [each for each in model.modules() if has_metric(each)]
         # Of layers with the same weight, the first has the metric.
         self._layers = list({id(layer.weight): layer for layer in reversed(linear_layers)}.values())[::-1]
-        self._interval, self._decay, self._samples = interval, decay, samples
+        self._model, self._interval, self._decay = model, interval, decay
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._names, trained = list(named), list(named.values())
         options = {"lr": 1.0 if lr is None else lr, "total_steps": total_steps, "momentum": momentum}
-        options |= {"damping": damping, "iteration": 0, "best_length": lr is None, "plane_damping": PLANE_DAMPING}
+        options |= {"damping": damping, "iteration": 0, "joint": lr is None, "samples": samples, "after": math.inf}
         super().__init__(trained, options)
         covered = {id(parameter) for layer in self._layers for parameter in trained_parts(layer)}
         others: list[list[Tensor]] = [[parameter] for parameter in trained if id(parameter) not in covered]
         #: The parameters that move together, the first of which has the state.
         self._blocks: list[list[Tensor]] = [*map(trained_parts, self._layers), *others]
+        outside = sum(parameter.numel() for (parameter,) in others)
+        if lr is None and outside > MOST_OTHERS:
+            raise ValueError(
+                f"without a learning rate, at most {MOST_OTHERS} numbers may lie outside of linear layers, but "
+                f"{outside} do: give lr"
+            )
 
     def step(self, closure: Residuals) -> Tensor:  # type: ignore[override]  # it returns residuals, not the loss
         """Take a step.
 
         Args:
-            closure: returns the residuals, any number of tensors of any shape. Rows of the inputs must not mix. The
-                loss is the sum over the tensors of the mean square of each.
+            closure: returns the residuals, any number of tensors, whose first axis is that of the inputs. Rows of the
+                inputs must not mix. The loss is the sum over the tensors of the mean square of each. Without a learning
+                rate, it is called several times in a step, and must return the same at the same parameters.
 
         Returns:
             The loss before the step. If it or a gradient is not finite, nothing moves.
 
         Raises:
             TypeError: if the closure returns anything but real residuals.
-            ValueError: if they depend on no parameter, or a parameter was frozen since the optimizer was made.
+            ValueError: if they depend on no parameter, or rows mix, or a parameter was frozen since the optimizer was
+                made.
         """
         (group,) = self.param_groups
         self._check_trained()
-        iteration = group["iteration"]
         with torch.enable_grad():
+            if group["joint"]:
+                return self._step_jointly(closure)
+            iteration = group["iteration"]
             if iteration % self._interval == 0 or iteration in WARMUP:
                 self._update(closure, iteration)
-            residuals = _flat(closure())
-            loss = residuals.square().sum()
+            parts = scaled_parts(_parts(closure()))
+            loss = torch.stack([part.square().sum() for part in parts]).sum()
             group["iteration"] += 1
             parameters = [parameter for block in self._blocks for parameter in block]
-            if group["best_length"]:
-                self._move_in_plane(closure, residuals, float(loss.detach()), parameters)
-                return loss.detach()
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        if _all_finite(gradients):
+        if all_finite(gradients):
             self._move(dict(zip(map(id, parameters), gradients, strict=True)))
         return loss.detach()
 
@@ -153,7 +178,7 @@ class ResidualRNGD(torch.optim.Optimizer):
             latest = as_matrix([gradients[id(parameter)] for parameter in block])
             velocity = latest + share * state["momentum"] if "momentum" in state else latest
             state["momentum"] = velocity
-            direction = _preconditioned(latest + share * velocity, state, group["damping"])
+            direction = preconditioned(latest + share * velocity, state, group["damping"])
             moves.append(_Moving(block, state, direction, velocity, latest))
         norms = torch.stack([part.norm() for move in moves for part in move[2:]]).view(-1, 3)
         lengths, of_velocity, of_latest = norms.unbind(1)
@@ -167,38 +192,62 @@ class ResidualRNGD(torch.optim.Optimizer):
                 for parameter, part in zip(move.block, as_parts(move.direction, move.block), strict=True):
                     parameter.add_(part, alpha=-scale * root)
 
-    def _move_in_plane(self, closure: Residuals, residuals: Tensor, loss: float, parameters: list[Tensor]) -> None:
-        """Move all blocks by the best step in the plane of their directions and the last step."""
+    def _step_jointly(self, closure: Residuals) -> Tensor:
+        """Move all parameters by the step of some rows of residuals, as far as it lowers the loss."""
         (group,) = self.param_groups
-        latest, weights, graph = along(residuals, parameters)
-        if not _all_finite(latest):
-            return
-        gradients = dict(zip(map(id, parameters), latest, strict=True))
-        direction: list[Tensor] = []
-        for block in self._blocks:
-            joined = as_matrix([gradients[id(parameter)] for parameter in block])
-            direction += as_parts(_preconditioned(joined, self.state[block[0]], group["damping"]), block)
-        directions = [direction]
-        if all("last" in self.state[parameter] for parameter in parameters):
-            directions.append([self.state[parameter]["last"] for parameter in parameters])
-        shares, promised = chosen(residuals, weights, graph, directions, group["plane_damping"])
-        with torch.no_grad():
-            steps = [
-                sum(share * part for share, part in zip(shares, parts, strict=True))
-                for parts in zip(*directions, strict=True)
-            ]
-            before = [parameter.clone() for parameter in parameters]
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.add_(step)
-        after = float(_flat(closure()).detach().square().sum())
-        group["plane_damping"] = damped(group["plane_damping"], loss - after, promised)
-        falls = after < loss
-        for parameter, step, start in zip(parameters, steps, before, strict=True):
-            self.state[parameter].pop("last", None)
-            if falls:
-                self.state[parameter]["last"] = step
-            else:
-                parameter.data.copy_(start)
+        others = [block[0] for block in self._blocks[len(self._layers) :]]
+        generator = torch.Generator().manual_seed(group["iteration"])
+        with taped(self._layers, self._model) as tape:
+            parts = scaled_parts(_parts(closure()))
+            loss = _loss(parts)
+            # Where the points are those of the last step, so is the loss.
+            fixed = math.isclose(float(loss), group["after"], rel_tol=SAME)
+            draw = partial(drawn_rows, parts, tape, self._layers, others, generator=generator)
+            everything = draw(sys.maxsize) if group["iteration"] == 0 else None
+            rows = draw(FIXED * group["samples"] if fixed else group["samples"])
+        if everything is not None:
+            self._check_rows(closure, everything)
+        moves, group["damping"] = step_of_rows(rows, group["damping"], () if fixed else self._kept())
+        group["iteration"] += 1
+        if not moves or not all_finite([loss, *moves]):
+            return loss
+        parameters = [parameter for block in self._blocks for parameter in block]
+        split = torch.split(moves[-1], [other.numel() for other in others])
+        whole = [*moves[:-1], *(part.view_as(other) for part, other in zip(split, others, strict=True))]
+        step = [part for move, block in zip(whole, self._blocks, strict=True) for part in as_parts(move, block)]
+        taken = descend(parameters, step, lambda: float(_evaluated(closure)), float(loss))
+        length, group["after"] = taken or (0.0, float(loss))
+        group["damping"] = next_damping(group["damping"], length)
+        if fixed and not length:
+            group["samples"] = min(2 * group["samples"], MOST_SAMPLES)
+        for block, move in zip(self._blocks, whole, strict=True):
+            self.state[block[0]]["last"] = length * move
+        return loss
+
+    def _kept(self) -> list[Tensor]:
+        """Return the share of the last step that is kept, of each layer and then of all other parameters."""
+        share = self.param_groups[0]["momentum"]
+        last = [share * self.state[block[0]]["last"] for block in self._blocks if "last" in self.state[block[0]]]
+        if not last:
+            return []
+        count = len(self._layers)
+        others = [each.flatten() for each in last[count:]]
+        return [*last[:count], torch.cat(others) if others else last[0].new_zeros(0)]
+
+    def _check_rows(self, closure: Residuals, rows: Rows) -> None:
+        """Raise ValueError unless the derivatives of all rows add up to the gradient."""
+        parameters = [parameter for block in self._blocks for parameter in block]
+        total = torch.stack([part.square().sum() for part in scaled_parts(_parts(closure()))]).sum()
+        gradients = iter(torch.autograd.grad(total, parameters, materialize_grads=True))
+        expected = torch.cat([as_matrix([next(gradients) for _ in block]).flatten() for block in self._blocks])
+        layers, others = rows.combined(2 * rows.residuals)
+        found = torch.cat([*(layer.flatten() for layer in layers), others])
+        if float((found - expected).norm()) > MISMATCH * float(torch.maximum(found.norm(), expected.norm())):
+            raise ValueError(
+                "the derivatives of the rows of residuals do not add up to the gradient of the loss: without a "
+                "learning rate, rows of the inputs must not mix, their order must be that of the residuals, all calls "
+                "of the closure in a step must return the same, and weights must be used by linear layers alone"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the only group; raise ValueError if there is one."""
@@ -235,7 +284,7 @@ class ResidualRNGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs; the model must be part of the same copy or pickle."""
-        own = {key: getattr(self, key) for key in ("_layers", "_blocks", "_names", "_interval", "_decay", "_samples")}
+        own = {key: getattr(self, key) for key in ("_layers", "_blocks", "_names", "_model", "_interval", "_decay")}
         return super().__getstate__() | own
 
     def _check_trained(self) -> None:
@@ -248,60 +297,23 @@ class ResidualRNGD(torch.optim.Optimizer):
                 )
 
     def _update(self, closure: Residuals, iteration: int) -> None:
-        """Update the metrics by the derivatives of all residuals, with random signs where a row has several."""
+        """Update the metrics by the derivatives of all residuals, with random signs."""
+        (group,) = self.param_groups
         generator = torch.Generator().manual_seed(iteration)
-        with row_copies(self._layers, self._samples, generator) as copies:
-            residuals = _flat(closure())
-            signs = torch.randint(2, residuals.shape, generator=generator).to(residuals) * 2 - 1
+        with taped(self._layers, self._model) as tape:
+            residuals = torch.cat([part.flatten() for part in scaled_parts(_parts(closure()))])
+            total = (signs(residuals, generator) * residuals).sum()
+            found = tape.backward(total)
             others = [block[0] for block in self._blocks[len(self._layers) :]]
-            wanted = [each.parameters for each in copies]
-            found = torch.autograd.grad((signs * residuals).sum(), [*wanted, *others], materialize_grads=True)
-        rows: dict[nn.Linear, list[Tensor]] = {layer: [] for layer in self._layers}
-        for each, derivative in zip(copies, found, strict=False):
-            rows[each.layer].append(derivative * each.weight)
-        for layer, derivatives in rows.items():
-            if derivatives:
-                self._update_layer(self.state[layer.weight], torch.cat(derivatives))
-        for parameter, derivative in zip(others, found[len(wanted) :], strict=True):
-            squares = derivative.square()
-            if bool(squares.isfinite().all()):
-                self._average(self.state[parameter], "metric", squares)
-
-    def _update_layer(self, state: dict[str, Any], rows: Tensor) -> None:
-        """Update the metric of a layer by derivatives [rows, out, d]."""
-        outputs, inputs = torch.einsum("nib,njb->ij", rows, rows), torch.einsum("nib,nic->bc", rows, rows)
-        if not _all_finite([outputs, inputs]):
-            return
-        self._average(state, "outputs", outputs)
-        self._average(state, "inputs", inputs)
-        for name in ("outputs", "inputs"):
-            state[f"{name}_basis"] = torch.linalg.eigh(state[name].double())[1].to(rows)
-        turned = state["outputs_basis"].mT @ rows @ state["inputs_basis"]
-        self._average(state, "metric", turned.square().sum(0))
-
-    def _average(self, state: dict[str, Any], name: str, new: Tensor) -> None:
-        state[name] = new.lerp(state[name], self._decay) if name in state else new
+            derivatives = torch.autograd.grad(total, others, materialize_grads=True) if others else ()
+        for layer, rows in zip(self._layers, found, strict=True):
+            update_layer(self.state[layer.weight], rows, group["samples"], self._decay, generator)
+        for parameter, derivative in zip(others, derivatives, strict=True):
+            update_diagonal(self.state[parameter], derivative, self._decay)
 
 
-def _preconditioned(field: Tensor, state: dict[str, Any], damping: float) -> Tensor:
-    """Return the inverse metric times a field; the field itself for a metric of 0."""
-    metric: Tensor | None = state.get("metric")
-    if metric is None or not bool(metric.any()):
-        return field
-    damped = (metric + damping * metric.mean()).clamp(min=torch.finfo(metric.dtype).tiny)
-    if "outputs_basis" not in state:
-        return field / damped
-    left: Tensor = state["outputs_basis"]
-    right: Tensor = state["inputs_basis"]
-    return left @ ((left.mT @ field @ right) / damped) @ right.mT
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
-
-def _flat(residuals: Any) -> Tensor:
-    """Return all residuals as one vector, scaled so that the loss is the sum of squares."""
+def _parts(residuals: Any) -> list[Tensor]:
+    """Return residuals as a list of tensors."""
     parts = list(residuals) if isinstance(residuals, Iterable) and not isinstance(residuals, Tensor) else [residuals]
     if not all(isinstance(part, Tensor) and part.numel() for part in parts) or not parts:
         raise TypeError("the closure must return residuals, a tensor or several, none of them empty")
@@ -312,4 +324,15 @@ def _flat(residuals: Any) -> Tensor:
         )
     if not any(part.requires_grad for part in parts):
         raise ValueError("the closure must return residuals that depend on trained parameters, got detached ones")
-    return torch.cat([part.flatten() / math.sqrt(part.numel()) for part in parts])
+    return parts
+
+
+def _loss(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all squares."""
+    return torch.stack([part.detach().square().sum() for part in parts]).sum()
+
+
+def _evaluated(closure: Residuals) -> Tensor:
+    """Return the loss of the residuals that a closure returns."""
+    with torch.enable_grad():
+        return _loss(scaled_parts(_parts(closure())))

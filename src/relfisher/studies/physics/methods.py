@@ -18,11 +18,11 @@ from relfisher.studies.physics.gauss_newton import GaussNewton
 from relfisher.studies.physics.task import Closure
 from relfisher.studies.training import Pace
 
-__all__ = ["LIMIT", "METHODS", "OURS", "PLANE", "RESIDUAL", "UNTUNED", "Method"]
+__all__ = ["LIMIT", "METHODS", "OURS", "RATE", "RESIDUAL", "UNTUNED", "Method"]
 
 LIMIT = "Gauss-Newton"
 RESIDUAL = "ResidualRNGD"
-PLANE = "ResidualRNGD-plane"
+RATE = "ResidualRNGD-rate"
 UNTUNED = "ResidualRNGD-defaults"
 
 
@@ -111,18 +111,17 @@ class _OfResiduals(ResidualRNGD):
 
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # as all optimizers of the race
         """Take a step, and return the loss before it."""
-        return super().step(lambda: _unscaled(closure.residuals()))
+        return super().step(lambda: [part * math.sqrt(part.numel()) for part in closure.parts()])
 
 
-def _in_plane(model: nn.Module, lr: float = 1.0, damping: float = 1e-6) -> torch.optim.Optimizer:
-    """Create residual RNGD whose steps have the best length in a plane, which leaves no learning rate to choose."""
-    assert lr == 1.0
-    return _OfResiduals(model, None, damping=damping)
+def _with_rate(model: nn.Module, lr: float = 1e-2, damping: float = 1e-6) -> torch.optim.Optimizer:
+    """Create residual RNGD with a learning rate, whose layers have a metric of their own."""
+    return _OfResiduals(model, lr, damping=damping)
 
 
-def _unscaled(residuals: Tensor) -> Tensor:
-    """Return residuals whose mean square is the sum of the squares of the given ones."""
-    return residuals * math.sqrt(residuals.numel())
+def _joint(model: nn.Module, lr: float = 1e-2, samples: float = 1024) -> torch.optim.Optimizer:
+    """Create residual RNGD without a learning rate; what stands for one here is its first damping."""
+    return _OfResiduals(model, damping=lr, samples=int(samples))
 
 
 def _rngd(model: nn.Module, lr: float = 1e-2, **options: Any) -> torch.optim.Optimizer:
@@ -138,8 +137,8 @@ METHODS: dict[str, Method] = {
     "Muon": Method(_Both, {"lr": (1e-2, 3e-2, 1e-1), "rest_lr": (1e-3, 5e-3)}),
     LIMIT: Method(GaussNewton, {"lr": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)}, pace=constant),
     "RNGD": Method(_rngd, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-4, 1e-2)}),
-    RESIDUAL: Method(_OfResiduals, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-6, 1e-4)}),
-    PLANE: Method(_in_plane, {"lr": (1.0,), "damping": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)}, pace=constant),
-    UNTUNED: Method(_OfResiduals, {"lr": (3e-2,)}),
+    RESIDUAL: Method(_joint, {"lr": (1e-2, 1e-1, 1e-3), "samples": (1024, 512)}, pace=constant),
+    RATE: Method(_with_rate, {"lr": (3e-2, 1e-1, 3e-1), "damping": (1e-6, 1e-4)}),
+    UNTUNED: Method(_joint, {"lr": (1e-2,)}, pace=constant),
 }
-OURS = (RESIDUAL, PLANE, UNTUNED, "RNGD")
+OURS = (RESIDUAL, RATE, UNTUNED, "RNGD")

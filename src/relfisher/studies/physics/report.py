@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from relfisher.studies.figures import STYLE, Look, frame, label_ends
 from relfisher.studies.peers import described
-from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, PLANE, RESIDUAL, UNTUNED
+from relfisher.studies.physics.methods import LIMIT, METHODS, OURS, RATE, RESIDUAL, UNTUNED
 from relfisher.studies.physics.problems import PROBLEMS
 from relfisher.studies.physics.race import ErrorOutcome, Solved
 from relfisher.studies.physics.task import Solving
@@ -31,7 +31,7 @@ LOOKS = {
     LIMIT: Look("#009e73", "--"),
     "RNGD": Look("#e69f00"),
     RESIDUAL: Look("#d1345b", width=2.6),
-    PLANE: Look("#8c1d40", width=2.6),
+    RATE: Look("#8c1d40", width=2.6),
     UNTUNED: Look("#d1345b", "--"),
 }
 
