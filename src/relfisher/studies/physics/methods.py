@@ -84,9 +84,23 @@ class _Both(torch.optim.Optimizer):
         return loss
 
 
+class _LBFGS(torch.optim.LBFGS):
+    """L-BFGS; where the length of its step overflows, the loss is NaN."""
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]  # the race passes a closure
+        """Take the step."""
+        try:
+            loss: Tensor = super().step(closure)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            return torch.tensor(math.nan)
+        return loss
+
+
 def _lbfgs(model: nn.Module, lr: float = 1.0, history: float = 50, iterations: float = 20) -> torch.optim.LBFGS:
     """Create L-BFGS with a line search to the conditions of Wolfe, which stops for no tolerance."""
-    return torch.optim.LBFGS(
+    return _LBFGS(
         model.parameters(),
         lr,
         max_iter=int(iterations),
