@@ -114,9 +114,10 @@ def assign(
     whose gradient the metric leaves as it is, since it is not needed for their steps; the Kronecker factors
     of (25) or (26) if the output factor is no larger than the input factor and both fit into the budget; exact blocks
     if the units saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; the shared block if it fits;
-    the diagonal. With "auto", shared blocks and Kronecker factors of width 512 or more are inverted along 64 leading
-    eigenvectors. The names stand for full inverses; `SharedBlock(rank)` and `KroneckerFactors(rank=rank)` take any
-    rank. If a layer does not support a built-in structure, it uses its first supported one.
+    the diagonal. With "auto", shared blocks and Kronecker factors of width 512 or more are kept as sketches, and
+    inverted along 64 leading eigenvectors. The names stand for full inverses; `SharedBlock(rank)` and
+    `KroneckerFactors(rank=rank)` take any rank. If a layer does not support a built-in structure, it uses its first
+    supported one.
 
     Args:
         layers: the roles of layers, in the order of the forward pass.
