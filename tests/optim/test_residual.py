@@ -297,9 +297,10 @@ def test_rows_with_random_signs_have_the_whole_metric_on_average():
 def test_inner_products_of_rows_are_those_of_dense_rows(products, monkeypatch):
     monkeypatch.setattr(rowwise, "PASS", 0)
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(5, products, 40, dtype=torch.float64, generator=generator) for _ in range(2))
+    left, right = (torch.randn(150, products, 40, dtype=torch.float64, generator=generator) for _ in range(2))
     dense = torch.einsum("nko,nkd->nod", left, right).flatten(1)
-    torch.testing.assert_close(RowDerivatives(left, right).gram(), dense @ dense.T)
+    found = RowDerivatives(left, right).gram()
+    torch.testing.assert_close(found.tril(), (dense @ dense.T).tril())
 
 
 def test_without_a_rate_the_loss_never_rises():

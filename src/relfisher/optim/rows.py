@@ -24,7 +24,7 @@ class Rows:
     others: Float[Tensor, "n e"]
 
     def gram(self, dtype: torch.dtype) -> Float[Tensor, "n n"]:
-        """Return the inner products J J' of all rows, computed in a precision."""
+        """Return the inner products J J' of all rows below the diagonal and on it, computed in a precision."""
         others = self.others.to(dtype)
         total = others @ others.mT
         for layer in self.layers:

@@ -24,6 +24,7 @@ __all__ = ["RowDerivatives", "Tape", "as_matrix", "as_parts", "has_metric", "tap
 
 #: What it takes to go through all pairs of rows, in multiplications for each pair.
 PASS = 128
+STRIPE = 128
 
 
 def has_metric(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -61,7 +62,7 @@ class RowDerivatives:
         return self.left.mT @ self.right
 
     def gram(self) -> Float[Tensor, "n n"]:
-        """Return the inner products of all J_n, without J itself where that is cheaper."""
+        """Return the inner products of all J_n below the diagonal and on it, without J itself where that is cheaper."""
         (_, k, out), d = self.left.shape, self.right.shape[2]
         if out * d <= k * (k + 1) // 2 * (out + d + PASS):
             return _gram(self.dense().flatten(1))
@@ -205,8 +206,9 @@ class _Product(torch.autograd.Function):
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Return rows @ rows', with three quarters of the work."""
-    half = len(rows) // 2
-    first, last = rows[:half], rows[half:]
-    corner = last @ first.mT
-    return torch.cat([torch.cat([first @ first.mT, corner.mT], 1), torch.cat([corner, last @ last.mT], 1)])
+    """Return rows @ rows' up to and a little above its diagonal."""
+    total = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), STRIPE):
+        stop = start + STRIPE
+        torch.mm(rows[start:stop], rows[:stop].mT, out=total[start:stop, :stop])
+    return total
