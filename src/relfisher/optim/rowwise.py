@@ -193,6 +193,19 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
         x, weight, ctx.tape, ctx.transposed, ctx.biased = inputs[0], inputs[1], *inputs[3:]
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, along: Tensor | None, *_: Any) -> Tensor | None:
+        _, weight = ctx.saved_tensors
+        return None if along is None else _product(along, weight, ctx.tape, ctx.transposed, False)
+
+    @staticmethod
+    def vmap(_: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, *about: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is not None or in_dims[0] is None:
+            raise ValueError("ResidualRNGD takes vmap over the inputs of a layer, not over its weights")
+        # What is mapped over last, the points, comes first in the end.
+        return _product(x.movedim(in_dims[0], 0), weight, *about[1:]), 0
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
