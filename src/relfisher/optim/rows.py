@@ -129,6 +129,8 @@ def _matched(found: Sequence[RowDerivatives], residuals: Tensor, layer: nn.Linea
         rights.append(right)
     if not lefts:
         return RowDerivatives(*(residuals.detach().new_zeros(count, 1, size) for size in shape))
+    if len(lefts) == 1:
+        return RowDerivatives(lefts[0], rights[0])
     return RowDerivatives(torch.cat(lefts, 1), torch.cat(rights, 1))
 
 
@@ -147,4 +149,6 @@ def _slopes(residuals: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 def _filled(side: Tensor, count: int) -> Tensor:
     """Return one side of derivatives, with products of 0 up to some number."""
+    if side.shape[1] == count:
+        return side
     return torch.cat([side, side.new_zeros(len(side), count - side.shape[1], side.shape[2])], 1)

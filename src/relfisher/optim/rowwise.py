@@ -128,17 +128,22 @@ class Tape:
         return found
 
     def _of_layer(self, layer: nn.Linear) -> list[RowDerivatives]:
-        with_bias = len(trained_parts(layer)) > 1
-        lefts: dict[int, list[Tensor]] = {}
-        rights: dict[int, list[Tensor]] = {}
+        by_rows: dict[int, list[tuple[Tensor, Tensor, bool]]] = {}
         for left, right, biased in self._records.get(layer.weight.data_ptr(), []):
             rows = 1 if left.ndim == 1 else len(left)
-            left, right = (side.detach().reshape(rows, -1, side.shape[-1]) for side in (left, right))
-            if with_bias:
-                right = torch.cat([right, right.new_full((*right.shape[:2], 1), float(biased))], 2)
-            lefts.setdefault(rows, []).append(left)
-            rights.setdefault(rows, []).append(right)
-        return [RowDerivatives(torch.cat(lefts[rows], 1), torch.cat(rights[rows], 1)) for rows in lefts]
+            both = [side.detach().reshape(rows, -1, side.shape[-1]) for side in (left, right)]
+            by_rows.setdefault(rows, []).append((both[0], both[1], biased))
+        return [_stacked(products, len(trained_parts(layer)) > 1) for products in by_rows.values()]
+
+
+def _stacked(products: Sequence[tuple[Tensor, Tensor, bool]], with_bias: bool) -> RowDerivatives:
+    """Return all products [n, k, *] of the same rows; those with a bias have 1 as their last input."""
+    right = torch.cat([each[1] for each in products], 1)
+    if with_bias:
+        counts = torch.tensor([each[1].shape[1] for each in products])
+        ones = torch.tensor([float(each[2]) for each in products]).repeat_interleave(counts).to(right)
+        right = torch.cat([right, ones[None, :, None].expand(len(right), -1, 1)], 2)
+    return RowDerivatives(torch.cat([each[0] for each in products], 1), right)
 
 
 @contextmanager
