@@ -282,15 +282,15 @@ def test_rows_with_random_signs_have_the_whole_metric_on_average():
     matrix, flat = jacobian(model.residuals(x), list(model.layers.parameters()))
     optimizer, total, gradient = ResidualRNGD(model), 0.0, 0.0
     layers = optimizer._layers
-    for seed in range(400):
+    for seed in range(100):
         with taped(layers, model) as tape:
             parts = scaled_parts(model.residuals(x))
             rows = drawn_rows(parts, tape, layers, [], 7, torch.Generator().manual_seed(seed))
         dense = torch.cat([layer.dense().flatten(1) for layer in rows.layers], 1)
         assert len(dense) == 7
-        total, gradient = total + dense.square().sum() / 400, gradient + rows.residuals.square().sum() / 400
-    torch.testing.assert_close(total, matrix.square().sum(), rtol=0.1, atol=0.0)
-    torch.testing.assert_close(gradient, flat.square().sum(), rtol=0.1, atol=0.0)
+        total, gradient = total + dense.square().sum() / 100, gradient + rows.residuals.square().sum() / 100
+    torch.testing.assert_close(total, matrix.square().sum(), rtol=0.2, atol=0.0)
+    torch.testing.assert_close(gradient, flat.square().sum(), rtol=0.2, atol=0.0)
 
 
 @pytest.mark.parametrize("products", [1, 3])

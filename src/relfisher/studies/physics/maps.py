@@ -57,7 +57,8 @@ class Integral(Field):
     def answer(self, x: Tensor) -> Tensor:
         """Return sin(w x) / w."""
         frequency, place = x.double().T
-        return (place * torch.sinc(frequency * place / math.pi))[:, None]
+        values: Tensor = place * torch.sinc(frequency * place / math.pi)
+        return values[:, None]
 
 
 class Flow(Field):
@@ -73,7 +74,8 @@ class Flow(Field):
 
     def solution(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return the states after unit time, by the midpoint rule."""
-        state, step = x, 1 / STEPS
+        state: Tensor = x
+        step = 1 / STEPS
         for _ in range(STEPS):
             middle: Tensor = state + step / 2 * model(state)
             state = state + step * model(middle)
