@@ -1,4 +1,4 @@
-"""One table of all committed races by error, results/pde-* and results/field-*: where residual RNGD wins and loses.
+"""One table of all committed races by error, results/pde-*, field-* and map-*: where residual RNGD wins and loses.
 
     python benchmarks/physics.py
 

@@ -282,24 +282,25 @@ def test_rows_with_random_signs_have_the_whole_metric_on_average():
     matrix, flat = jacobian(model.residuals(x), list(model.layers.parameters()))
     optimizer, total, gradient = ResidualRNGD(model), 0.0, 0.0
     layers = optimizer._layers
-    for seed in range(400):
+    for seed in range(100):
         with taped(layers, model) as tape:
             parts = scaled_parts(model.residuals(x))
             rows = drawn_rows(parts, tape, layers, [], 7, torch.Generator().manual_seed(seed))
         dense = torch.cat([layer.dense().flatten(1) for layer in rows.layers], 1)
         assert len(dense) == 7
-        total, gradient = total + dense.square().sum() / 400, gradient + rows.residuals.square().sum() / 400
-    torch.testing.assert_close(total, matrix.square().sum(), rtol=0.1, atol=0.0)
-    torch.testing.assert_close(gradient, flat.square().sum(), rtol=0.1, atol=0.0)
+        total, gradient = total + dense.square().sum() / 100, gradient + rows.residuals.square().sum() / 100
+    torch.testing.assert_close(total, matrix.square().sum(), rtol=0.2, atol=0.0)
+    torch.testing.assert_close(gradient, flat.square().sum(), rtol=0.2, atol=0.0)
 
 
 @pytest.mark.parametrize("products", [1, 3])
 def test_inner_products_of_rows_are_those_of_dense_rows(products, monkeypatch):
     monkeypatch.setattr(rowwise, "PASS", 0)
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(5, products, 40, dtype=torch.float64, generator=generator) for _ in range(2))
+    left, right = (torch.randn(150, products, 40, dtype=torch.float64, generator=generator) for _ in range(2))
     dense = torch.einsum("nko,nkd->nod", left, right).flatten(1)
-    torch.testing.assert_close(RowDerivatives(left, right).gram(), dense @ dense.T)
+    found = RowDerivatives(left, right).gram()
+    torch.testing.assert_close(found.tril(), (dense @ dense.T).tril())
 
 
 def test_without_a_rate_the_loss_never_rises():

@@ -28,6 +28,33 @@ POISSON = PROBLEMS["pde-poisson"]
 NOTHING = nn.Identity()
 
 
+def test_maps_are_those_of_integrals_and_of_a_flow():
+    integral, flow = PROBLEMS["map-integral"], PROBLEMS["map-flow"]
+    x = torch.tensor([[3.0, 0.4], [0.0, 0.7]], dtype=torch.float64)
+    places = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    expected = [torch.trapezoid(torch.cos(w * places * end), places * end) for w, end in x]
+    torch.testing.assert_close(integral.answer(x)[:, 0], torch.stack(expected), rtol=1e-6, atol=0.0)
+    starts = flow.within(4, torch.Generator().manual_seed(0)).numpy()
+
+    def rate(_, state):
+        a, b = state.reshape(2, -1)
+        growth = 1 - a**2 - b**2
+        return np.concatenate([growth * a - flow.rate * b, growth * b + flow.rate * a])
+
+    ends = solve_ivp(rate, (0, 1), starts.T.ravel(), rtol=1e-9, atol=1e-10).y[:, -1].reshape(2, -1).T
+    np.testing.assert_allclose(flow.answer(torch.from_numpy(starts)), ends, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["map-integral", "map-flow"])
+def test_maps_are_learned(name):
+    task = Solving(PROBLEMS[name])
+    model, drawn = task.equation.build(0), task.draws(torch.Generator().manual_seed(0))
+    optimizer, before = METHODS[RESIDUAL].make(model), task.validate(model)
+    for _ in range(5):
+        task.iterate(optimizer, model, *next(drawn))
+    assert task.validate(model) < 0.3 * before
+
+
 @pytest.mark.parametrize("name", sorted(set(PROBLEMS) - set(WITHOUT_FORMULA) - {"pde-coefficient"}))
 def test_the_true_solution_has_no_residual(name, monkeypatch):
     equation = PROBLEMS[name]
@@ -109,7 +136,7 @@ def test_the_reference_of_the_allen_cahn_equation_is_that_of_finite_differences(
     np.testing.assert_allclose(allen_cahn(np.array([-1.0, 1.0]), np.array([0.3, 0.3])), -1, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["pde-poisson", "pde-taylor-green"])
+@pytest.mark.parametrize("name", ["pde-poisson", "pde-taylor-green", "map-integral", "map-flow"])
 def test_the_jacobian_of_the_limit_is_that_of_each_residual(name, monkeypatch):
     equation = PROBLEMS[name]
     monkeypatch.setattr(type(equation), "hidden", (4, 3))

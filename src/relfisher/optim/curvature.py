@@ -311,7 +311,8 @@ class Curvature:
         for record in unseen:
             if record.layer.weight.grad is not None and not record.told_without_metric:
                 record.told_without_metric = True
-                message = f"{record.name} has a gradient but was not seen in a forward pass: AdamW trains it for now"
+                seen = "not seen in a forward pass outside of torch.func transforms"
+                message = f"{record.name} has a gradient but was {seen}: AdamW trains it for now"
                 warnings.warn(message, HealthWarning, stacklevel=6)
         idle = ", ".join(record.name for record in unseen if record.is_idle)
         if iteration == 0 and idle:

@@ -41,7 +41,7 @@ DAMPING = 1e-6
 MOST_OTHERS = 16
 MISMATCH = 0.02
 SAME = 0.02
-FIXED, MOST_SAMPLES = 2, 2**20
+MOST_SAMPLES = 2**20
 WARMUP = (0, 1, 2, 4, 8, 16)
 
 
@@ -80,8 +80,8 @@ class ResidualRNGD(torch.optim.Optimizer):
             learning rate 1e-2 in the first step.
         interval: with lr, the number of steps between updates of the metric; the first steps have more.
         decay: with lr, the share of the metric that is kept in an update, in [0, 1).
-        samples: the largest number of rows of residuals that a metric is computed from. Without a learning rate, it is
-            twice as many where the points are those of the last step, and doubled after such a step fails.
+        samples: the largest number of rows of residuals that a metric is computed from. Without a learning rate, it
+            doubles when a step cannot lower the loss though the points are those of the last step.
 
     Raises:
         ValueError: if an argument is out of range, or nothing is to be trained.
@@ -204,7 +204,7 @@ class ResidualRNGD(torch.optim.Optimizer):
             fixed = math.isclose(float(loss), group["after"], rel_tol=SAME)
             draw = partial(drawn_rows, parts, tape, self._layers, others, generator=generator)
             everything = draw(sys.maxsize) if group["iteration"] == 0 else None
-            rows = draw(FIXED * group["samples"] if fixed else group["samples"])
+            rows = draw(group["samples"])
         if everything is not None:
             self._check_rows(closure, everything)
         moves, group["damping"] = step_of_rows(rows, group["damping"], () if fixed else self._kept())

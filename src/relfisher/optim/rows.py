@@ -24,7 +24,7 @@ class Rows:
     others: Float[Tensor, "n e"]
 
     def gram(self, dtype: torch.dtype) -> Float[Tensor, "n n"]:
-        """Return the inner products J J' of all rows, computed in a precision."""
+        """Return the inner products J J' of all rows below the diagonal and on it, computed in a precision."""
         others = self.others.to(dtype)
         total = others @ others.mT
         for layer in self.layers:
@@ -129,6 +129,8 @@ def _matched(found: Sequence[RowDerivatives], residuals: Tensor, layer: nn.Linea
         rights.append(right)
     if not lefts:
         return RowDerivatives(*(residuals.detach().new_zeros(count, 1, size) for size in shape))
+    if len(lefts) == 1:
+        return RowDerivatives(lefts[0], rights[0])
     return RowDerivatives(torch.cat(lefts, 1), torch.cat(rights, 1))
 
 
@@ -147,4 +149,6 @@ def _slopes(residuals: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 def _filled(side: Tensor, count: int) -> Tensor:
     """Return one side of derivatives, with products of 0 up to some number."""
+    if side.shape[1] == count:
+        return side
     return torch.cat([side, side.new_zeros(len(side), count - side.shape[1], side.shape[2])], 1)

@@ -24,6 +24,7 @@ __all__ = ["RowDerivatives", "Tape", "as_matrix", "as_parts", "has_metric", "tap
 
 #: What it takes to go through all pairs of rows, in multiplications for each pair.
 PASS = 128
+STRIPE = 128
 
 
 def has_metric(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -61,7 +62,7 @@ class RowDerivatives:
         return self.left.mT @ self.right
 
     def gram(self) -> Float[Tensor, "n n"]:
-        """Return the inner products of all J_n, without J itself where that is cheaper."""
+        """Return the inner products of all J_n below the diagonal and on it, without J itself where that is cheaper."""
         (_, k, out), d = self.left.shape, self.right.shape[2]
         if out * d <= k * (k + 1) // 2 * (out + d + PASS):
             return _gram(self.dense().flatten(1))
@@ -127,17 +128,22 @@ class Tape:
         return found
 
     def _of_layer(self, layer: nn.Linear) -> list[RowDerivatives]:
-        with_bias = len(trained_parts(layer)) > 1
-        lefts: dict[int, list[Tensor]] = {}
-        rights: dict[int, list[Tensor]] = {}
+        by_rows: dict[int, list[tuple[Tensor, Tensor, bool]]] = {}
         for left, right, biased in self._records.get(layer.weight.data_ptr(), []):
             rows = 1 if left.ndim == 1 else len(left)
-            left, right = (side.detach().reshape(rows, -1, side.shape[-1]) for side in (left, right))
-            if with_bias:
-                right = torch.cat([right, right.new_full((*right.shape[:2], 1), float(biased))], 2)
-            lefts.setdefault(rows, []).append(left)
-            rights.setdefault(rows, []).append(right)
-        return [RowDerivatives(torch.cat(lefts[rows], 1), torch.cat(rights[rows], 1)) for rows in lefts]
+            both = [side.detach().reshape(rows, -1, side.shape[-1]) for side in (left, right)]
+            by_rows.setdefault(rows, []).append((both[0], both[1], biased))
+        return [_stacked(products, len(trained_parts(layer)) > 1) for products in by_rows.values()]
+
+
+def _stacked(products: Sequence[tuple[Tensor, Tensor, bool]], with_bias: bool) -> RowDerivatives:
+    """Return all products [n, k, *] of the same rows; those with a bias have 1 as their last input."""
+    right = torch.cat([each[1] for each in products], 1)
+    if with_bias:
+        counts = torch.tensor([each[1].shape[1] for each in products])
+        ones = torch.tensor([float(each[2]) for each in products]).repeat_interleave(counts).to(right)
+        right = torch.cat([right, ones[None, :, None].expand(len(right), -1, 1)], 2)
+    return RowDerivatives(torch.cat([each[0] for each in products], 1), right)
 
 
 @contextmanager
@@ -192,6 +198,19 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
         x, weight, ctx.tape, ctx.transposed, ctx.biased = inputs[0], inputs[1], *inputs[3:]
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, along: Tensor | None, *_: Any) -> Tensor | None:
+        _, weight = ctx.saved_tensors
+        return None if along is None else _product(along, weight, ctx.tape, ctx.transposed, False)
+
+    @staticmethod
+    def vmap(_: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, *about: Any) -> tuple[Tensor, int]:
+        if in_dims[1] is not None or in_dims[0] is None:
+            raise ValueError("ResidualRNGD takes vmap over the inputs of a layer, not over its weights")
+        # What is mapped over last, the points, comes first in the end.
+        return _product(x.movedim(in_dims[0], 0), weight, *about[1:]), 0
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,8 +224,9 @@ class _Product(torch.autograd.Function):
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Return rows @ rows', with three quarters of the work."""
-    half = len(rows) // 2
-    first, last = rows[:half], rows[half:]
-    corner = last @ first.mT
-    return torch.cat([torch.cat([first @ first.mT, corner.mT], 1), torch.cat([corner, last @ last.mT], 1)])
+    """Return rows @ rows' up to and a little above its diagonal."""
+    total = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), STRIPE):
+        stop = start + STRIPE
+        torch.mm(rows[start:stop], rows[:stop].mT, out=total[start:stop, :stop])
+    return total

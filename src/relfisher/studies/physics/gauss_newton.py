@@ -64,7 +64,7 @@ def jacobian(closure: Closure) -> tuple[Tensor, Tensor]:
 
     Each point has a copy of the weights of its own, so that one backward pass gives the derivatives of all points.
     """
-    rows, flat = [], []
+    rows, flat, count = [], [], len(list(closure.model.parameters()))
     with _copies(closure.model) as made:
         parts = closure.parts()
         # The passes of a model are one after another: all layers inside, then all on the boundary.
@@ -76,7 +76,11 @@ def jacobian(closure: Closure) -> tuple[Tensor, Tensor]:
                 torch.autograd.grad(one.sum(), leaves, retain_graph=True, materialize_grads=True)
                 for one in part.unbind(1)
             ]
-            rows += [torch.cat([leaf.flatten(1) for leaf in each], 1) for each in found]
+            # A pass may use all layers several times, one after another.
+            rows += [
+                torch.cat([torch.stack(each[place::count]).sum(0).flatten(1) for place in range(count)], 1)
+                for each in found
+            ]
             flat += [one.detach() for one in part.unbind(1)]
     return torch.cat(rows), torch.cat(flat)
 
