@@ -3,9 +3,11 @@
 import os
 import socket
 import tempfile
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import distributed, multiprocessing
@@ -21,6 +23,35 @@ def run_together(world, task, *arguments, launched=False):
         entry = partial(_launched, _free_port()) if launched else _joined
         multiprocessing.start_processes(entry, (places, task, arguments), nprocs=world, start_method="fork")
         return [torch.load(place, weights_only=False) if place.exists() else None for place in places]
+
+
+@contextmanager
+def counting():
+    """Yield a list that fills with the bytes of each message that this process sends, on average over a ring."""
+    sent, share = [], 1 - 1 / distributed.get_world_size()
+    gathering = (
+        "broadcast",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+    )
+    shares = dict.fromkeys(["reduce", "all_to_all_single", *gathering], share) | {"all_reduce": 2 * share}
+
+    def counted(name):
+        send, share = getattr(distributed, name), shares[name]
+
+        def act(*tensors, **options):
+            given = [each.nbytes for each in (*tensors, *options.values()) if isinstance(each, torch.Tensor)]
+            sent.append(share * (given[1] if name == "all_to_all_single" else max(given)))
+            return send(*tensors, **options)
+
+        return act
+
+    with ExitStack() as stack:
+        for name in shares.keys() & vars(distributed).keys():  # some are newer than others
+            stack.enter_context(patch.object(distributed, name, counted(name)))
+        yield sent
 
 
 def _joined(rank, places, task, arguments):

@@ -19,6 +19,7 @@ __all__ = [
     "all_whole",
     "class_of",
     "held",
+    "in_rows",
     "is_part",
     "made_whole",
     "parted",
@@ -80,11 +81,25 @@ def parted(tensor: Tensor, like: Any) -> Tensor:
     """Return a whole tensor, which all processes have, in parts like those of another one; nothing is sent."""
     if not is_part(like) or is_part(tensor):
         return tensor
-    from torch.distributed.tensor import DTensor, Replicate  # takes long
+    return _divided(tensor, like.device_mesh, like.placements)
+
+
+def in_rows(tensor: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor, which all processes have, in rows that are shared out to those with parts of another one.
+
+    Nothing is sent.
+    """
+    from torch.distributed.tensor import Replicate, Shard  # takes long
 
     mesh = like.device_mesh
+    return _divided(tensor, mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
+
+
+def _divided(tensor: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate  # takes long
+
     replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=like.placements)
+    return replicated.redistribute(placements=placements)
 
 
 def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:

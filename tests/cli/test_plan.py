@@ -52,6 +52,8 @@ def test_plan_prints_a_row_a_layer(capsys):
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:softmax"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
+    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--world-size", "2"]) == 0
+    assert "2 processes that share out the work" in capsys.readouterr().out
     assert call(["plan", "--model", "factories:with_inputs"]) == 0
     assert "diagonal" in capsys.readouterr().out
     assert call(["plan", "--model", "factories:tokens", "--inputs", "4x5:9"]) == 0

@@ -8,6 +8,7 @@ from builders import assert_same_weights, inputs, mlp, resumed, step
 
 from relfisher import RNGD, StepRule
 from relfisher.optim.rules import Normalized, Spectral, Step, TrustRegion
+from relfisher.optim.sharing import check_replicate
 from relfisher.structures import Kept
 from relfisher.testing import check_rule
 
@@ -52,6 +53,26 @@ class Forgetful(Heavy):
 @pytest.mark.parametrize("rule", [Heavy, Normalized, Spectral, TrustRegion])
 def test_rules_pass_their_check(rule):
     check_rule(rule)
+
+
+class Coupled(TrustRegion):
+    """Shortens all layers alike, although it says that a layer's step depends on that layer alone."""
+
+    def steps(self, moves):
+        steps = super().steps(moves)
+        least = min(step.scale.min() for step in steps)
+        return [step._replace(scale=least) for step in steps]
+
+
+def test_only_rules_of_single_layers_share_out_their_work():
+    with pytest.raises(AssertionError, match="after steps of one layer at a time"):
+        check_rule(Coupled)
+    with pytest.raises(ValueError, match="replicate must be True or None for Heavy, unless it declares is_layerwise"):
+        RNGD(mlp(), step_rule=Heavy(), replicate=False)
+    with pytest.raises(TypeError, match="replicate"):
+        RNGD(mlp(), replicate="no")
+    assert check_replicate(None, Heavy()) is True
+    assert check_replicate(None, Spectral()) is None
 
 
 def test_the_check_sees_a_key_of_others_and_state_outside():

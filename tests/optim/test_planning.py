@@ -1,10 +1,16 @@
 """plan and coverage: what they say before a run is what a run then does."""
 
+import copy
+
 import pytest
 import torch
 from builders import is_hooked, mlp, step, structures, structures_by_weight
+from processes import counting, run_together
+from scenarios import batches, made
 from torch import nn
+from torch.distributed import get_rank
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from relfisher import RNGD, MetricOptions, coverage, plan
@@ -132,6 +138,68 @@ def test_layers_that_are_not_reached_are_planned_too(structure):
         train(model, optimizer, x)
     measured = taken(optimizer)
     assert measured == pytest.approx(planned.bytes, rel=0.05)
+
+
+AT_ONCE = MetricOptions(stats_interval=2, refresh_interval=2, warmup_refreshes=(), stagger=False)
+
+
+def shared_out():
+    """Return what a process sends in a step without statistics and with all, and what it keeps of which layers."""
+    model, (x, targets), sent = made("attention"), batches("attention", 0, get_rank())[0], []
+    net = DistributedDataParallel(model)
+    optimizer = RNGD(net, metric=AT_ONCE, replicate=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), targets).backward()
+        with counting() as messages:
+            optimizer.step()
+        sent.append(sum(messages))
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    mine = [name for name, state in states.items() if "metric" in state]
+    beside = ("lead", "exp_avg", "exp_avg_sq", "step")
+    kept = taken(optimizer) - sum(
+        value.nbytes for state in states.values() for key, value in state.items() if key in beside
+    )
+    return sent[1], sent[2], kept, mine
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.filterwarnings("ignore")
+def test_processes_keep_and_send_what_was_planned(world):
+    model, (x, targets) = made("attention"), batches("attention", 0, 0)[0]
+    planned = plan(model, x, AT_ONCE, lambda z: functional.cross_entropy(z, targets), world_size=world).shares
+    found = run_together(world, shared_out)
+    for rank, (plain, due, _, mine) in enumerate(found):
+        assert plain == pytest.approx(planned.steps_sent)
+        assert due == pytest.approx(planned.steps_sent + planned.statistics_sent)
+        weights = {
+            f"{layer}{end}"
+            for layer, owner in planned.owners.items()
+            for end in (".weight", "_weight")
+            if owner == rank
+        }
+        assert weights >= set(mine), rank
+        assert len(mine) == list(planned.owners.values()).count(rank)
+    assert max(kept for _, _, kept, _ in found) == pytest.approx(planned.metric_bytes, rel=0.05)
+    assert sum(kept for _, _, kept, _ in found) == pytest.approx(world * planned.mean_bytes, rel=0.05)
+    assert planned.gradients_sent == 2 * (world - 1) / world * sum(p.numel() * 8 for p in model.parameters())
+    for text in (f"{world} processes that share out the work", "of the mean", "an update of all metrics"):
+        assert text in str(planned)
+
+
+def test_the_busiest_of_many_processes_has_little_more_than_the_mean():
+    block = [nn.Linear(64, 192), nn.Tanh(), nn.Linear(192, 64), nn.ReLU()]
+    model = nn.Sequential(*[layer for _ in range(12) for layer in copy.deepcopy(block)])
+    for world in (2, 4):
+        shares = plan(model, torch.randn(2, 64), world_size=world).shares
+        assert shares.metric_bytes <= 1.15 * shares.mean_bytes
+        assert shares.refresh <= 1.15 * shares.mean_refresh
+    many = plan(model, torch.randn(2, 64), world_size=1024).shares
+    assert len(set(many.owners.values())) == 24
+    assert many.steps_sent < 0.51 * many.gradients_sent  # those without a layer send nothing of their own
+    assert plan(model, torch.randn(2, 64)).shares is None
+    with pytest.raises(ValueError, match="world_size must be"):
+        plan(model, torch.randn(2, 64), world_size=0)
 
 
 def test_auto_keeps_to_its_bytes():

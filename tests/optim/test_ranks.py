@@ -7,6 +7,7 @@ import os
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import ddp
 import fsdp
@@ -34,6 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from relfisher import RNGD, Preconditioner
+from relfisher.observe import Reading
+from relfisher.optim.rules import Spectral
 
 NAMES = [name for name, each in SCENARIOS.items() if each.is_wrapped]
 GOING_ON = ("spectral", "trust region", "language", "adapted", "experts")
@@ -45,12 +48,13 @@ def test_the_docs_say_what_is_tested():
     assert [row for row in rows if row in set(table())] == list(table())
 
 
-def trained(name, parts, *, together=False, start=0, saved=None):
+def trained(name, parts, *, together=False, start=0, saved=None, replicate=None):
     """Train on the batches of some processes, and return the model and its optimizer."""
     model = made(name)
     net = DistributedDataParallel(model, find_unused_parameters=name == "experts") if together else model
     # Some frameworks make the optimizer before they wrap the model.
-    optimizer = RNGD(model if name == "spectral" else net, metric=METRIC, **SCENARIOS[name].options)
+    options = {**SCENARIOS[name].options, "metric": METRIC, "replicate": replicate}
+    optimizer = RNGD(model if name == "spectral" else net, **options)
     if saved is not None:
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
@@ -65,33 +69,49 @@ def trained(name, parts, *, together=False, start=0, saved=None):
     return model, optimizer
 
 
-def all_trained():
-    """Return, for each scenario, what a process saves after its steps."""
-    found = {}
+def all_trained(alone):
+    """Return, for each scenario, what a process saves after its steps, and which metrics it keeps.
+
+    It does all of the work, or a share, or a share with what one process has saved.
+    """
+    found, parts = {}, [get_rank()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in NAMES:
-            model, optimizer = trained(name, [get_rank()], together=True)
-            found[name] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            ways = {"all": {"replicate": True}, "shared": {"replicate": False}}
+            if name in alone:
+                ways["loaded"] = {"replicate": False, "start": STEPS, "saved": alone[name]}
+            for way, options in ways.items():
+                model, optimizer = trained(name, parts, together=True, **options)
+                kept = [key for key, p in model.named_parameters() if "metric" in optimizer.state.get(p, {})]
+                found[name, way] = copy.deepcopy((model.state_dict(), optimizer.state_dict())), kept
     return found
 
 
 @pytest.mark.parametrize("world", WRAPPED)
 @pytest.mark.filterwarnings("ignore")
 def test_several_processes_step_as_one_with_all_samples_and_their_states_load_into_one(world):
-    found = run_together(world, all_trained)
+    parts, saved, after = range(world), {}, {}
     for name in NAMES:
-        parts = range(world)
         model, optimizer = trained(name, parts)
+        saved[name] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if name in GOING_ON:
+            after[name] = trained(name, parts, start=STEPS, saved=saved[name])[0].state_dict()
+    found = run_together(world, all_trained, {name: saved[name] for name in GOING_ON})
+    for name, way in found[0]:
+        expected = after[name] if way == "loaded" else saved[name][0]
         for rank, each in enumerate(found):
-            weights, _ = each[name]
-            assert distance(weights, found[0][name][0]) == 0, f"{name}: ranks 0 and {rank} differ"
-            assert distance(weights, model.state_dict()) < 1e-9, f"{name}: rank {rank} differs from one process"
-        if name not in GOING_ON:
-            continue
-        alone = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        after = [trained(name, parts, start=STEPS, saved=each)[0].state_dict() for each in (alone, found[0][name])]
-        assert distance(*after) < 1e-9, f"{name}: the state of {world} processes goes on differently in one"
+            (weights, _), _ = each[name, way]
+            assert distance(weights, found[0][name, way][0][0]) == 0, f"{name}, {way}: ranks 0 and {rank} differ"
+            assert distance(weights, expected) < 1e-9, f"{name}, {way}: rank {rank} differs from one process"
+        everything, kept = found[0][name, "all"][1], [each[name, way][1] for each in found]
+        if way == "all":
+            assert kept == [everything] * world, name
+        else:
+            assert sorted(itertools.chain(*kept)) == sorted(everything), f"{name}: metrics are not shared out"
+        if way == "shared" and name in GOING_ON:
+            weights = trained(name, parts, start=STEPS, saved=found[-1][name, way][0])[0].state_dict()
+            assert distance(weights, after[name]) < 1e-9, f"{name}: a state of {world} goes on differently in one"
 
 
 def before_a_step(net, optimizer, seed):
@@ -101,6 +121,41 @@ def before_a_step(net, optimizer, seed):
     optimizer.zero_grad()
     cross_entropy(net(x), y).backward()
     return before
+
+
+class Stumbling(Spectral):
+    """The spectral rule, with a step of one layer that is not finite."""
+
+    stumbles = False
+
+    def polar(self, field):
+        return super().polar(field) * (math.nan if self.stumbles and field.shape[-1] == 5 else 1.0)
+
+
+def troubled(parts, *, together=False):
+    """Train with a gradient, a step, a batch and a metric that are not good, each somewhere, and share the work."""
+    torch.manual_seed(0)
+    rule, model, add = Stumbling(), perceptron().double(), Reading.average_in
+    net = DistributedDataParallel(model) if together else model
+    optimizer = RNGD(net, step_rule=rule, metric=METRIC, replicate=False)
+
+    def drop(reading, layer, *others):
+        return layer.name != "3" and add(reading, layer, *others)
+
+    for step in range(16):
+        optimizer.zero_grad()
+        for part in parts:
+            x, y = vectors(torch.Generator().manual_seed(10 * step + part), 6)
+            (cross_entropy(net(x), y) / len(parts)).backward()
+        if step == 3 and 1 in parts:
+            next(net.parameters()).grad[0, 0] = math.nan
+        rule.stumbles = step == 7
+        for state in optimizer.state.values():
+            if step == 10 and "metric" in state:
+                state["metric"].neg_()
+        with patch.object(Reading, "average_in", drop) if step == 13 else nullcontext():
+            optimizer.step()
+    return net, optimizer
 
 
 def difficult():
@@ -119,6 +174,19 @@ def difficult():
         moved = any(not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
         assert moved or step == 3
     found["nan"] = net.module.state_dict(), optimizer.health.skipped_steps
+
+    net, optimizer = troubled([rank], together=True)
+    found["trouble"] = copy.deepcopy(net.module.state_dict()), optimizer.health
+    for name in ("0", "2", "3"):
+        try:
+            found[name] = optimizer.metric(name).shape
+        except ValueError as error:
+            found[name] = str(error)
+    model, other = copy.deepcopy((net.module, optimizer))  # the copy trains alone
+    for seed in range(2):  # the second has what was seen since the first
+        before_a_step(model, other, seed)
+        other.step()
+    found["copied"] = [other.metric(name).shape for name in ("0", "2", "3")]
 
     torch.manual_seed(0)
     model = perceptron().double()
@@ -202,7 +270,18 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
     (one, skipped), (other, others) = (each["nan"] for each in found)
     assert skipped == others == 1
     assert distance(one, other) == 0
+    alone, own = troubled(range(2))
+    assert (own.health.skipped_steps, own.health.dropped_batches) == (2, 1)
+    assert own.health.failed_refreshes > 0
+    for name in ("0", "2", "3"):
+        shape = own.metric(name).shape
+        assert {each[name] for each in found} > {shape}, name
+        assert any("is kept by process" in str(each[name]) for each in found), name
     for rank, each in enumerate(found):
+        assert distance(each["trouble"][0], found[0]["trouble"][0]) == 0
+        assert distance(each["trouble"][0], alone.state_dict()) < 1e-9
+        assert each["trouble"][1] == own.health
+        assert each["copied"] == [own.metric(name).shape for name in ("0", "2", "3")]
         weights, told = each["apart"]
         assert any("each of 2 processes trains a model of its own" in message for message in told)
         torch.manual_seed(0)

@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relfisher import RNGD, Preconditioner
 
 NAMES = [name for name, each in SCENARIOS.items() if each.shard]
+REPLICATED = ("blocks", "normed", "columns")
 
 
 def evaluate(model, x, due=True):
@@ -71,13 +72,13 @@ def train(model, optimizer, name, parts, start=0, *, in_parts=False):
         evaluate(model, x, step % 5 == 0)
 
 
-def started(name, *, in_parts=False):
+def started(name, *, in_parts=False, replicate=None):
     """Return a new model and its optimizer."""
     model = made(name)
     if in_parts:
         model = SCENARIOS[name].shard(model)
         evaluate(model, batches(name, 0, 0)[0][0])
-    return model, RNGD(model, metric=METRIC, **SCENARIOS[name].options)
+    return model, RNGD(model, metric=METRIC, replicate=replicate, **SCENARIOS[name].options)
 
 
 def whole(tensors):
@@ -93,14 +94,18 @@ def structures(optimizer):
 
 
 def all_trained(names):
-    """Return, for each scenario, the weights of a process after its steps, and what has a metric."""
+    """Return, for each scenario, the weights of a process after its steps, and what has a metric.
+
+    Some are trained by processes that do not share out the work, too.
+    """
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
-            model, optimizer = started(name, in_parts=True)
-            train(model, optimizer, name, [get_rank()], in_parts=True)
-            found[name] = whole(model.state_dict()), structures(optimizer)
+            for replicate in (None, True) if name in REPLICATED else (None,):
+                model, optimizer = started(name, in_parts=True, replicate=replicate)
+                train(model, optimizer, name, [get_rank()], in_parts=True)
+                found[name, replicate] = whole(model.state_dict()), structures(optimizer)
     return found
 
 
@@ -113,11 +118,12 @@ def test_parts_of_a_model_step_as_the_whole_of_it_with_all_samples(world, names)
     for name in names:
         model, optimizer = started(name)
         train(model, optimizer, name, range(world))
-        for rank, each in enumerate(found):
-            weights, kinds = each[name]
-            assert kinds == structures(optimizer), f"{name}: rank {rank} has other structures than one process"
-            assert distance(weights, found[0][name][0]) == 0, f"{name}: ranks 0 and {rank} differ"
-            assert distance(weights, model.state_dict()) < 1e-9, f"{name}: rank {rank} differs from one process"
+        for key in (key for key in found[0] if key[0] == name):
+            for rank, each in enumerate(found):
+                weights, kinds = each[key]
+                assert kinds == structures(optimizer), f"{key}: rank {rank} has other structures than one process"
+                assert distance(weights, found[0][key][0]) == 0, f"{key}: ranks 0 and {rank} differ"
+                assert distance(weights, model.state_dict()) < 1e-9, f"{key}: rank {rank} differs from one process"
 
 
 def before_a_step(model, optimizer, seed):

@@ -48,6 +48,9 @@ def plan(
     samples: Annotated[
         int, whole("--samples", "Maximum samples in the statistics; 0 for all.", low=0, most=1 << 30)
     ] = 256,
+    world_size: Annotated[
+        int, whole("--world-size", "Processes that share out the work, as with replicate=False.", most=1 << 16)
+    ] = 1,
 ) -> None:
     """Print what RNGD will keep and compute for each layer of a model, and the costs of other structures."""
     network, batch = _made(model)
@@ -66,7 +69,7 @@ def plan(
         structure=structure, structure_bytes=mebibytes << 20, stats_samples=samples or None
     )
     try:
-        planned = relfisher.plan(network, batch, metric, score)
+        planned = relfisher.plan(network, batch, metric, score, world_size=world_size)
     except ArgumentError:
         raise
     except Exception as error:

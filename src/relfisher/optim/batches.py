@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from relfisher.layers import Layer
-from relfisher.optim.record import Record
+from relfisher.optim.record import Record, is_computed
 from relfisher.shapes import Float
 from relfisher.structures import State
 
@@ -47,6 +47,11 @@ class Batch:
         """The layers."""
         return tuple(record.layer for record in self.records)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the gradient is computed from parameters that processes must make whole together."""
+        return is_computed(self.records[0].layer) and self.records[0].is_in_parts
+
     def state(self, states: Sequence[State]) -> State:
         """Return the tensors of the layers' states, stacked [L, ...]; those of a state become views of them."""
         return {key: self._together(key, states) for key in self._keys}
@@ -69,7 +74,7 @@ class Batch:
         """Return a tensor for the gradients, with 0 for parts without any, its parts, and what belongs into them."""
         layer = self.records[0].layer
         shape, device = (len(self.records), *layer.shape), layer.weight.device
-        if _is_computed(layer):
+        if is_computed(layer):
             found = self.records[0].gradient()
             assert found is not None  # something moves
             return found.to(dtype).unsqueeze(0), [], []
@@ -90,7 +95,7 @@ class Batch:
             moving: the parameters of each layer; None for those that do not move.
             step: the changes of the layers' matrices.
         """
-        if _is_computed(self.records[0].layer) or self.records[0].is_in_parts:
+        if is_computed(self.records[0].layer) or self.records[0].is_in_parts:
             pairs = [pair for record, own in zip(self.records, step, strict=True) for pair in record.changes(own)]
             return [target for target, _ in pairs], [change for _, change in pairs]
         targets: list[Tensor] = []
@@ -155,7 +160,7 @@ class Batches:
         by_kind: dict[Hashable, list[Record]] = defaultdict(list)
         for record, (kind, _) in kinds.items():
             layer = record.layer
-            if _is_computed(layer):
+            if is_computed(layer):
                 by_kind[record].append(record)
             else:
                 shapes = tuple(shape for _, shape in _views(layer))
@@ -166,11 +171,6 @@ class Batches:
             parts = [records[start : start + most] for start in range(0, len(records), most)]
             self._families += [Batch(part, kinds[part[0]][1]) for part in parts]
         self._alone = {record: Batch([record], keys) for record, (_, keys) in kinds.items()}
-
-
-def _is_computed(layer: Layer) -> bool:
-    """Return whether a part of a layer's matrix is computed from parameters."""
-    return any(part.chart is not None for part in layer.parts)
 
 
 def _views(layer: Layer) -> list[tuple[View, tuple[int, ...]]]:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from relfisher.optim.assembly import assembled
 from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import check_progress
 from relfisher.optim.health import finite
+from relfisher.optim.record import Record
 from relfisher.shards import held, is_part, parted, whole
 from relfisher.structures import Kept
 
-__all__ = ["loading", "moved"]
+__all__ = ["loading", "moved", "saving"]
+
+
+@contextmanager
+def saving(optimizer: torch.optim.Optimizer, curvature: Curvature) -> Iterator[None]:
+    """Let an optimizer have the states of all layers, also those that other processes keep, which send them."""
+    own = optimizer.state
+    if curvature.sharing.active:
+        optimizer.state = defaultdict(dict, assembled(curvature))
+    try:
+        yield
+    finally:
+        optimizer.state = own
 
 
 @contextmanager
@@ -44,13 +60,14 @@ def loading(optimizer: torch.optim.Optimizer, curvature: Curvature, state_dict: 
     def before(_: object, state_dict: dict[str, Any]) -> None:
         saved = check(optimizer.param_groups, state_dict, declared(optimizer.param_groups, curvature, structures=False))
         for record in curvature.records.values():
-            curvature.check(record, saved.get(record.key, {}))
+            _check_layer(curvature, record, saved.get(record.key, {}))
         found.update(state_dict)
 
     def after(_: object) -> None:
         curvature.states = optimizer.state
         restore(optimizer.state, found, kept)
         curvature.recall()
+        curvature.unload(curvature.sharing.owner)
         curvature.advance(int(optimizer.param_groups[0]["iteration"]))
 
     handles = [
@@ -138,8 +155,31 @@ def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> d
         key: value.to("cpu" if key in hosted else like.device, copy=True) if isinstance(value, Tensor) else value
         for key, value in saved.items()
     }
-    in_parts = [key for key, each in kept.items() if each.parted and key in found]
-    return found | {key: parted(found[key], like) if is_part(like) else whole(found[key]) for key in in_parts}
+    in_parts = {key for key, each in kept.items() if each.parted} if is_part(like) else set()
+    return {
+        key: parted(value, like) if key in in_parts else whole(value) if isinstance(value, Tensor) else value
+        for key, value in found.items()
+    }
+
+
+def _check_layer(curvature: Curvature, record: Record, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.
+
+    Args:
+        curvature: the metrics.
+        record: of the layer.
+        saved: its state.
+
+    Raises:
+        ValueError: with what is missing, or what differs.
+    """
+    ownership, layer, role = curvature.ownership, record.layer, record.role
+    ownership.check(record, saved)
+    if role is None or role.is_head is None or not ownership.holds_statistics(saved):
+        return
+    settled = curvature.assigned({layer: replace(role, is_head=bool(saved["is_head"]))})[layer]
+    if role.is_head != bool(saved["is_head"]) and not ownership.fits(layer, settled, saved):
+        raise ownership.mismatch(record, [settled], saved)
 
 
 def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:

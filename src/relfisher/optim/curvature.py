@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relfisher.layers import Layer, Rows
+from relfisher.layers import Layer
 from relfisher.metric import Metric
 from relfisher.observe import Observer, Reading, Responses, Role
 from relfisher.optim.assignment import FALLBACK, Rule, assign
+from relfisher.optim.events import DROPPED, FAILED, Events
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
 from relfisher.optim.ranks import Ranks
-from relfisher.optim.record import Record, gathered
-from relfisher.shards import made_whole
-from relfisher.structures import Inversion, State, Statistics, Structure
+from relfisher.optim.record import Record, gathered, named
+from relfisher.optim.sharing import Sharing
+from relfisher.structures import Inversion, State, Structure
 
 __all__ = ["Curvature"]
 
@@ -41,6 +41,8 @@ class Curvature:
         owners: owners of further tensors in the layers' states that exist from the start, such as the step rule.
         optional: owners of tensors that may exist, such as the momentum.
         beside: owners of tensors of single parameters, which are in the same states.
+        is_flat: returns whether the metric leaves the gradient of a layer as it is.
+        replicate: as for `Sharing`.
 
     Attributes:
         records: the records of the layers with a metric.
@@ -48,6 +50,8 @@ class Curvature:
             Code that saves and loads states may replace this mapping.
         observer: the observer of the layers.
         ranks: the processes that train the model together.
+        sharing: which of them keeps the metric of which layer.
+        events: what happened to layers in the last update.
         ownership: who keeps which tensors in the states.
     """
 
@@ -63,6 +67,7 @@ class Curvature:
         optional: Sequence[Owner] = (),
         beside: Sequence[Owner] = (),
         is_flat: Callable[[Layer, Role], bool] | None = None,
+        replicate: bool | None = True,
     ) -> None:
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
@@ -73,13 +78,14 @@ class Curvature:
         self.records: dict[Layer, Record] = {}
         self.states: MutableMapping[Tensor, dict[str, Any]] = defaultdict(dict)
         self.model = weakref.ref(model)
-        self._health = health
         self._options = options
         self._schedule = options.schedule
         self._is_flat = is_flat
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
         self.ranks = Ranks(model)
+        self.sharing = Sharing(self.ranks, replicate)
+        self.events = Events(health, self.observer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the states, which belong to the optimizer."""
@@ -110,9 +116,9 @@ class Curvature:
         self.observer.add(new)
         if self._options.bias_correction:  # otherwise the average starts at the identity
             self.observer.uninitialized.update(new)
-        for layer, structure in self._assigned({layer: Role(layer.own_response) for layer in new}).items():
+        for layer, structure in self.assigned({layer: Role(layer.own_response) for layer in new}).items():
             record = self.records[layer]
-            if layer.settled and any(parameter.requires_grad for parameter in layer.parameters):
+            if layer.settled and not self.sharing.wanted and any(p.requires_grad for p in layer.parameters):
                 self._create(record, structure)
 
     def disown(self, layer: Layer, not_owned: frozenset[str]) -> None:
@@ -178,14 +184,13 @@ class Curvature:
             The metric of the layer's parameters [*groups, out, d].
 
         Raises:
-            ValueError: if there is no such layer, or it has no statistics yet.
+            ValueError: if there is no such layer, it has no statistics yet, or another process keeps them.
         """
-        names = {layer.name: record for layer, record in self.records.items()}
         self.ranks.settle()
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or list(names)[:3]
-            raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
-        record = names[name]
+        record = named(self.records.values(), name)
+        if not self.sharing.owns(record.layer):
+            owner = self.sharing.owner[record.layer]
+            raise ValueError(f"the metric of {name!r} is kept by process {owner}: ask there, or use replicate=True")
         structure = record.structure or self.ownership.fitting(record, self.states[record.key])
         if structure is None or not self.ownership.holds_statistics(self.state(record, structure)):
             raise ValueError(f"the layer {name!r} has no statistics yet: take a step first")
@@ -200,8 +205,15 @@ class Curvature:
         Raises:
             ValueError: if processes have different layers or states.
         """
-        if not self.ranks.join(lambda: self.ownership.listed(self.records.values(), self.states)):
+        joins, owner = self.ranks.together is None, self.sharing.owner
+        kept = (record for layer, record in self.records.items() if layer not in owner)
+        if not self.ranks.join(lambda: self.ownership.listed(kept, self.states)):
+            if owner:  # a copy trains alone, without what other processes keep
+                self.sharing.end()
+                self.recall()
             return problem
+        if joins:
+            self._share({layer: each.structure for layer, each in self.records.items() if each.structure is not None})
         (fine,) = self.ranks.least([int(problem is None)])
         return None if fine else problem or "another process cannot take it"
 
@@ -221,7 +233,8 @@ class Curvature:
             roles = self.ranks.roles(roles, unknown, self.records)
         if roles:
             self._settle(roles)
-        pending = self._pending()
+        pending = self.ranks.pending(self.observer, self.sharing.owner)
+        self.events.begin(iteration, pending)
         for place, (layer, record) in enumerate(self.records.items()):
             batch, structure = pending.get(layer), record.structure
             due = self._schedule.refresh_due(iteration, place, len(self.records))
@@ -229,51 +242,48 @@ class Curvature:
             changed = trainable != (record.trainable_before or trainable)
             if structure is None or not (batch or due or changed):
                 continue
+            self.events.possible = True
+            if not self.sharing.owns(layer):
+                record.trainable_before = trainable
+                continue
             state = self.state(record, structure)
             if trainable != record.trainable_before:
                 record.trainable_before = trainable
                 state["trainable"] = torch.tensor(trainable, dtype=torch.float32)
             first = batch is not None and float(state["ema_weight"]) == 0
             if batch is not None:
-                if self.observer.readings[layer].average_in(layer, batch, state, self._options.ema_decay):
-                    self.observer.uninitialized.discard(layer)
-                else:
-                    self._health.dropped(iteration, layer.name)
+                reading = self.observer.readings[layer]
+                if not reading.average_in(layer, batch, state, self._options.ema_decay):
+                    self.events.note(layer, DROPPED)
             if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
-                self._health.failed(iteration, layer.name)
+                self.events.note(layer, FAILED)
+        if not self.sharing.active:
+            self.events.count(self.events.own)
         return {layer: role.refused for layer, role in roles.items() if role.refused is not None}
 
-    def _pending(self) -> Mapping[Layer, Rows | Statistics]:
-        """Return the samples since the last step, of all processes."""
-        if not self.ranks.together:
-            return self.observer.take()
-        # In the same order in all processes: that in which roles became known.
-        readings = {layer: each for layer, each in self.observer.readings.items() if self.observer.is_due(layer)}
-        following = (self.observer.roles[layer].following for layer, each in readings.items() if each.waits)
-        with made_whole(layer.module for layer in following if layer is not None):
-            return self.ranks.statistics(self.observer.take(), readings)
+    def _share(self, structures: Mapping[Layer, Structure]) -> None:
+        """Let layers have owners if the work is shared out; the others keep nothing of them."""
+        if self.sharing.active:
+            self.sharing.assign(structures)
+            self.unload(structures)
+
+    def unload(self, layers: Iterable[Layer]) -> None:
+        """Remove what other processes keep of some layers."""
+        for layer in layers:
+            if not self.sharing.owns(layer):
+                self._remove(layer)
+
+    def _remove(self, layer: Layer) -> None:
+        """Remove the state of a layer."""
+        state = self.states[self.records[layer].key]
+        for key in state.keys() - self.ownership.keys_beside(layer):
+            del state[key]
 
     def whole_gradients(self) -> AbstractContextManager[None]:
         """Return a context in which layers with a metric have whole gradients; see `gathered`."""
-        return gathered(self.records.values() if self.ranks.in_parts else ())
-
-    def check(self, record: Record, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError unless a layer can go on with what was saved of it; nothing is changed.
-
-        Args:
-            record: of the layer.
-            saved: its state.
-
-        Raises:
-            ValueError: with what is missing, or what differs.
-        """
-        self.ownership.check(record, saved)
-        role = record.role
-        if role is None or role.is_head is None or not self.ownership.holds_statistics(saved):
-            return
-        settled = self._assigned({record.layer: replace(role, is_head=bool(saved["is_head"]))})[record.layer]
-        if role.is_head != bool(saved["is_head"]) and not self.ownership.fits(record.layer, settled, saved):
-            raise self.ownership.mismatch(record, [settled], saved)
+        if not self.ranks.in_parts:
+            return nullcontext()
+        return gathered(self.records.values(), self.sharing.returned, self.ranks.group)
 
     def recall(self) -> None:
         """Restore from loaded states which layers have statistics, which are heads, and which parts were trained.
@@ -328,18 +338,21 @@ class Curvature:
                 record.structure = None
                 self.observer.readings.pop(layer, None)
                 self.observer.uninitialized.discard(layer)
-                state = self.states[record.key]
-                for key in state.keys() - self.ownership.keys_beside(layer):
-                    del state[key]
+                self.sharing.forget(layer)
+                self._remove(layer)
         kept = {layer: role for layer, role in roles.items() if role.refused is None}
-        for layer, structure in self._assigned(kept).items():
+        structures = self.assigned(kept)
+        self._share(structures)
+        for layer, structure in structures.items():
             record, role = self.records[layer], kept[layer]
             record.structure = structure
             waits = self.ranks.in_parts and role.following is not None
             self.observer.readings[layer] = Reading(structure, role.response, waits)
-            self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
+            if self.sharing.owns(layer):
+                self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
 
-    def _assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:
+    def assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:
+        """Return the structures of layers with these roles."""
         rules = {layer: self.records[layer].rule for layer in roles}
         return assign(roles, rules, self._options.structure_bytes, self._is_flat)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from relfisher.optim.outcome import Outcome
+from relfisher.optim.rules import Move, Step
 
-__all__ = ["Health", "HealthWarning", "finite"]
+__all__ = ["Health", "HealthWarning", "finite", "flags"]
 
 
 class HealthWarning(UserWarning):
@@ -90,6 +91,13 @@ class Health:
             warnings.warn(
                 f"{message} (iteration {iteration}{so_far}; counted in RNGD.health)", HealthWarning, stacklevel=5
             )
+
+
+def flags(moves: Sequence[Move], steps: Sequence[Step]) -> list[Tensor]:
+    """Return booleans [] that are all true if the steps of some moves can be taken."""
+    unchecked = [pair for pair in zip(moves, steps, strict=True) if pair[1].is_finite is None]
+    known = [step.is_finite for step in steps if step.is_finite is not None]
+    return known + finite([tensor for move, step in unchecked for tensor in (move.gradient, step.direction)])
 
 
 def finite(tensors: Sequence[Tensor]) -> list[Tensor]:

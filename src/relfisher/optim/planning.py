@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from relfisher.optim.averaging import averaged
 from relfisher.optim.groups import names_of
 from relfisher.optim.options import Inversions, MetricOptions, fit_named
 from relfisher.optim.renamed import reject
+from relfisher.optim.shares import Shares, shares
+from relfisher.optim.tables import size, table
 from relfisher.responses import Response
 from relfisher.structures import Structure
-from relfisher.validation import check_callable, check_instance, check_scalar
+from relfisher.validation import check_callable, check_instance, check_integer, check_scalar
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -82,12 +84,14 @@ class Plan:
         averaging_bytes: the memory of the average of iterates, one number per parameter; none with `averaging=0`.
         momentum_bytes: the memory of the momentum, one number per parameter with a metric; none with `momentum=0`.
         fallback_bytes: the memory of the two moments of all parameters without a metric.
+        shares: what each of several processes does; None for one process.
     """
 
     layers: tuple[LayerPlan, ...]
     averaging_bytes: int
     momentum_bytes: int
     fallback_bytes: int
+    shares: Shares | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -110,22 +114,22 @@ class Plan:
                 "x".join(map(str, layer.shape)),
                 type(layer.response).__name__ if layer.samples else "not reached",
                 layer.chosen.structure,
-                _size(layer.chosen.bytes, "B", 1024),
-                _size(layer.chosen.step, "FLOP"),
-                _size(layer.chosen.refresh, "FLOP"),
-                _size(layer.chosen.statistics, "FLOP"),
-                ", ".join(f"{other.structure} {_size(other.bytes, 'B', 1024)}" for other in layer.others),
+                size(layer.chosen.bytes, "B", 1024),
+                size(layer.chosen.step, "FLOP"),
+                size(layer.chosen.refresh, "FLOP"),
+                size(layer.chosen.statistics, "FLOP"),
+                ", ".join(f"{other.structure} {size(other.bytes, 'B', 1024)}" for other in layer.others),
             )
             for layer in self.layers
         )
         total, averaging, momentum, fallback = (
-            _size(value, "B", 1024)
+            size(value, "B", 1024)
             for value in (self.bytes, self.averaging_bytes, self.momentum_bytes, self.fallback_bytes)
         )
         return (
-            f"{_table(rows)}\nstate: {total}, {averaging} of it for the average (none with averaging=0), {momentum} "
+            f"{table(rows)}\nstate: {total}, {averaging} of it for the average (none with averaging=0), {momentum} "
             f"for the momentum (none with momentum=0), {fallback} for AdamW on parameters without a metric"
-        )
+        ) + ("" if self.shares is None else f"\n{self.shares}")
 
 
 def plan(
@@ -135,6 +139,7 @@ def plan(
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
     fit: str = "generalize",
+    world_size: int = 1,
     **unknown: Any,
 ) -> Plan:
     """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses, fit=fit)`.
@@ -148,6 +153,7 @@ def plan(
             units of the head as linear.
         responses: as for `RNGD`.
         fit: as for `RNGD`; it says whether the metric is needed where raw inputs are read.
+        world_size: the number of processes that share out the work, as with `RNGD(model, replicate=False)`.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
@@ -158,6 +164,7 @@ def plan(
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("plan", unknown)
+    check_integer("world_size", world_size)
     found = _surveyed(model, inputs, metric, loss, responses, fit)
     rows = []
     for layer, chosen in found.structures.items():
@@ -176,11 +183,15 @@ def plan(
         )
     covered = {id(parameter) for layer in found.structures for parameter in layer.parameters}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
+    averaging = sum(p.numel() * p.element_size() for p in model.parameters() if averaged(p))
+    fallback = sum(2 * parameter.numel() * parameter.element_size() for parameter in rest)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return Plan(
         tuple(rows),
-        averaging_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if averaged(p)),
+        averaging_bytes=averaging,
         momentum_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
-        fallback_bytes=sum(2 * parameter.numel() * parameter.element_size() for parameter in rest),
+        fallback_bytes=fallback,
+        shares=shares(found.structures, world_size, averaging + fallback, gradients) if world_size > 1 else None,
     )
 
 
@@ -230,7 +241,7 @@ class Coverage:
             )
             for each in self.parameters
         )
-        return _table(rows)
+        return table(rows)
 
 
 def coverage(
@@ -333,22 +344,3 @@ def _score(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
     value = loss(output)
     check_scalar("loss", value)
     return value
-
-
-def _size(value: float, unit: str, base: int = 1000) -> str:
-    """Format a number of bytes or operations in short form."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < base or prefix == "T":
-            middle = "i" if prefix and base == 1024 else ""
-            return f"{value:.3g} {prefix.upper() if middle else prefix}{middle}{unit}"
-        value /= base
-    raise AssertionError("unreachable")
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Format rows of cells as lines with aligned columns."""
-    cells = [list(row) for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )

@@ -22,12 +22,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relfisher.layers import Layer, Rows
-from relfisher.observe import Reading, Role, messages
+from relfisher.observe import Observer, Reading, Role, messages
 from relfisher.optim.health import HealthWarning
 from relfisher.optim.owners import modules_in_memory
 from relfisher.optim.partition import mesh_of
 from relfisher.responses import UnitResponse
-from relfisher.shards import reshard
+from relfisher.shards import made_whole, reshard
 from relfisher.structures import Statistics
 
 __all__ = ["Ranks"]
@@ -103,8 +103,8 @@ class Ranks:
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """Return the least of each number over all processes."""
-        least = torch.tensor(numbers, dtype=torch.int32, device=self._device)
-        distributed.all_reduce(least, distributed.ReduceOp.MIN, self._group)
+        least = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+        distributed.all_reduce(least, distributed.ReduceOp.MIN, self.group)
         found: list[int] = least.tolist()
         return found
 
@@ -124,7 +124,7 @@ class Ranks:
         if not unknown or not any(self.least([-int(layer in self._held) for layer in unknown])):
             return {}
         by_name = {layer.name: layer for layer in layers}
-        several = self._gathered({layer.name: _told(layer, role) for layer, role in self._held.items()})
+        several = self.told({layer.name: _told(layer, role) for layer, role in self._held.items()})
         agreed = {}
         for name in dict.fromkeys(name for each in several for name in each):
             found = [each[name] for each in several if name in each]
@@ -134,32 +134,62 @@ class Ranks:
             layer = by_name[name]
             own = self._held.pop(layer, None)
             if own is None:
-                response = layer.own_response if first.response is None else first.response
-                own = Role(response, by_name.get(first.following or ""), reads_input=first.reads_input)
-            agreed[layer] = replace(own, is_head=first.is_head, refused=first.refused)
+                own = Role(layer.own_response if first.response is None else first.response)
+            following = by_name.get(first.following or "")  # processes may have seen others, such as other experts
+            agreed[layer] = replace(
+                own,
+                following=following,
+                is_head=first.is_head,
+                reads_input=first.reads_input,
+                refused=first.refused,
+            )
         return agreed
 
+    def pending(self, observer: Observer, owner: Mapping[Layer, int]) -> Mapping[Layer, Rows | Statistics]:
+        """Return the samples since the last step, of all processes; see `statistics`."""
+        if not self.together:
+            return observer.take()
+        # In the same order in all processes: that in which roles became known.
+        readings = {layer: each for layer, each in observer.readings.items() if observer.is_due(layer)}
+        following = (observer.roles[layer].following for layer, each in readings.items() if each.waits)
+        with made_whole(layer.module for layer in following if layer is not None):
+            return self.statistics(observer.take(), readings, owner)
+
     def statistics(
-        self, own: Mapping[Layer, Rows | Statistics], readings: Mapping[Layer, Reading]
+        self,
+        own: Mapping[Layer, Rows | Statistics],
+        readings: Mapping[Layer, Reading],
+        owner: Mapping[Layer, int],
     ) -> Mapping[Layer, Rows | Statistics]:
-        """Return the statistics of the samples of all processes.
+        """Return the statistics of the samples of all processes; only their number, for layers of other owners.
 
         Args:
             own: the samples or statistics of this process.
             readings: how statistics are made, for all layers whose statistics are due.
+            owner: the process that needs the statistics of a layer; for others, all need them.
         """
         if not readings:
             return own
         found = [_summed(layer, own.get(layer), reading) for layer, reading in readings.items()]
-        counts = torch.tensor([each.samples for each in found], device=self._device)
-        distributed.all_reduce(counts, group=self._group)
-        totals = [total for each in found for total in each.totals.values()]
-        flat = torch.cat([total.flatten().to(self._device) for total in totals])
-        distributed.all_reduce(flat, group=self._group)
-        for total, part in zip(totals, torch.split(flat, [total.numel() for total in totals]), strict=True):
-            total.copy_(part.view_as(total))
+        counts = torch.tensor([each.samples for each in found], device=self.device)
+        distributed.all_reduce(counts, group=self.group)
+        totals: dict[int | None, list[Tensor]] = {}
+        for layer, each in zip(readings, found, strict=True):
+            totals.setdefault(owner.get(layer), []).extend(each.totals.values())
+        sums = [(own_totals, self._summed(own_totals, rank)) for rank, own_totals in totals.items()]
+        for own_totals, (flat, work) in sums:
+            work.wait()
+            for total, part in zip(own_totals, torch.split(flat, [total.numel() for total in own_totals]), strict=True):
+                total.copy_(part.view_as(total))
         numbers = zip(readings, found, counts.tolist(), strict=True)
         return {layer: each._replace(samples=count) for layer, each, count in numbers if count}
+
+    def _summed(self, tensors: Sequence[Tensor], owner: int | None) -> tuple[Tensor, Any]:
+        """Start to sum tensors over all processes, in one message; return the sums, and what to wait for."""
+        flat = torch.cat([tensor.flatten().to(self.device) for tensor in tensors])
+        if owner is None:
+            return flat, distributed.all_reduce(flat, group=self.group, async_op=True)
+        return flat, distributed.reduce(flat, group_dst=owner, group=self.group, async_op=True)
 
     def _kept(self, layer: Layer, role: Role) -> Role:
         """Return a role, refused if its response has parameters that are whole only during a pass."""
@@ -170,7 +200,7 @@ class Ranks:
         return replace(role, refused=refused[layer])
 
     @property
-    def _group(self) -> distributed.ProcessGroup | None:
+    def group(self) -> distributed.ProcessGroup | None:
         """The group of the model's `DistributedDataParallel`, or of those that hold its parts."""
         if self._mesh is not None:
             return self._mesh.get_group() if self._mesh.ndim == 1 else None
@@ -178,14 +208,25 @@ class Ranks:
         return None if parallel is None else parallel.process_group
 
     @property
-    def _device(self) -> torch.device:
+    def world(self) -> int:
+        """The number of processes."""
+        return distributed.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+        return distributed.get_rank(self.group)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what the processes send each other."""
         model = self._model()
         return torch.device("cpu") if model is None else next(model.parameters()).device
 
-    def _gathered(self, own: _T) -> list[_T]:
+    def told(self, own: _T) -> list[_T]:
         """Return the objects of all processes, by rank."""
-        others = [own] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(others, own, self._group)
+        others = [own] * distributed.get_world_size(self.group)
+        distributed.all_gather_object(others, own, self.group)
         return others
 
     def _found(self, model: nn.Module, parts: Callable[[], list[str]]) -> bool:
@@ -200,10 +241,10 @@ class Ranks:
                 warnings.warn(message, HealthWarning, stacklevel=5)
             return False
         self._parallel = None if parallel is None else weakref.ref(parallel)
-        if distributed.get_world_size(self._group) == 1:
+        if distributed.get_world_size(self.group) == 1:
             return self.in_parts
         own = parts()
-        for other in self._gathered(own):
+        for other in self.told(own):
             if other != own:
                 odd = ", ".join(sorted(set(own) ^ set(other))) or "the same order"
                 raise ValueError(

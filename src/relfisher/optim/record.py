@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from relfisher.layers import Layer, keepers
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule
+from relfisher.optim.routes import to_owners
 from relfisher.shapes import Float
 from relfisher.shards import all_whole, held, is_part, made_whole, parted, whole
 from relfisher.structures import Structure
 
-__all__ = ["LayerView", "Record", "dense", "gathered"]
+__all__ = ["LayerView", "Record", "dense", "gathered", "is_computed", "named"]
 
 
 class LayerView(NamedTuple):
@@ -136,14 +138,18 @@ class Record:
         if not self.is_in_parts:
             pairs = zip(self.layer.seen(moving), self.layer.steps(step, moving), strict=True)
             return [(target, change) for target, change in pairs if target is not None and change is not None]
-        whole_ones = [None if each is None else step.new_zeros(each.shape) for each in moving]
+        pairs = zip(moving, self.whole_changes(step), strict=True)
+        return [(held(parameter), held(parted(own, parameter))) for parameter, own in pairs if own is not None]
+
+    def whole_changes(self, step: Float[Tensor, "*g out d"]) -> list[Tensor | None]:
+        """Return the change of each parameter by a step; None for those that are not owned or have no gradient."""
+        changes = [None if each is None else step.new_zeros(each.shape) for each in self.moving()]
         with self._whole_values():
-            steps = self.layer.steps(step, whole_ones)
-        for target, change in zip(self.layer.seen(whole_ones), steps, strict=True):
+            steps = self.layer.steps(step, changes)
+        for target, change in zip(self.layer.seen(changes), steps, strict=True):
             if target is not None:
                 target.add_(change)
-        pairs = zip(moving, whole_ones, strict=True)
-        return [(held(parameter), held(parted(own, parameter))) for parameter, own in pairs if own is not None]
+        return changes
 
     def replace_gradient(self, gradient: Float[Tensor, "*g out d"]) -> None:
         """Replace the gradients of the owned parts that have one by a matrix."""
@@ -168,8 +174,8 @@ class Record:
 
     def _whole_values(self) -> AbstractContextManager[None]:
         """Return a context in which a weight that is computed from parameters can be."""
-        computed = self.is_in_parts and any(part.chart is not None for part in self.layer.parts)
-        return made_whole(keepers(self.layer.module)) if computed else nullcontext()
+        needed = self.is_in_parts and is_computed(self.layer)
+        return made_whole(keepers(self.layer.module)) if needed else nullcontext()
 
     def moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
@@ -180,27 +186,48 @@ class Record:
         ]
 
 
+def named(records: Iterable[Record], name: str) -> Record:
+    """Return the record of a layer by its name, or raise ValueError if there is none."""
+    found = {record.name: record for record in records}
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=3, cutoff=0.5) or list(found)[:3]
+        raise ValueError(f"name must be a layer with a metric, such as {', '.join(map(repr, near))}; got {name!r}")
+    return found[name]
+
+
 def dense(gradient: Tensor | None) -> Tensor:
     """Return the gradient of a parameter that has one, not sparse."""
     assert gradient is not None
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
+def is_computed(layer: Layer) -> bool:
+    """Return whether a part of a layer's matrix is computed from parameters."""
+    return any(part.chart is not None for part in layer.parts)
+
+
 @contextmanager
-def gathered(records: Iterable[Record]) -> Iterator[None]:
+def gathered(records: Iterable[Record], owner: Mapping[Layer, int], group: Any) -> Iterator[None]:
     """Let the records of layers with a metric have whole gradients, which processes send each other together.
 
     Args:
         records: those of layers whose parameters are in parts.
+        owner: the process that needs the gradients of a layer; all processes need those of others.
+        group: the group of the processes.
 
     Yields:
         Nothing.
     """
     kept = [record for record in records if record.structure is not None]
     given = [[parameter.grad for parameter in record.layer.parameters] for record in kept]
-    found = iter(all_whole([each for own in given for each in own if each is not None]))
+    owned = [(each, owner[r.layer]) for r, own in zip(kept, given, strict=True) if r.layer in owner for each in own]
+    owned = [(each, rank) for each, rank in owned if each is not None]
+    sent = iter(to_owners([each for each, _ in owned], [rank for _, rank in owned], group))
+    rest = [each for r, own in zip(kept, given, strict=True) if r.layer not in owner for each in own]
+    found = iter(all_whole([each for each in rest if each is not None]))
     for record, own in zip(kept, given, strict=True):
-        record.gathered = [None if each is None else next(found) for each in own]
+        source: Iterator[Tensor | None] = sent if record.layer in owner else found
+        record.gathered = [None if each is None else next(source) for each in own]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging
 from relfisher.optim.batches import Batches
 from relfisher.optim.binding import Binding
-from relfisher.optim.checkpoint import loading
+from relfisher.optim.checkpoint import loading, saving
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import ADAMW, METRIC, check_options, listed
@@ -28,6 +28,7 @@ from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
 from relfisher.optim.rules import StepRule
 from relfisher.optim.rules.choice import rule_named
+from relfisher.optim.sharing import check_replicate
 from relfisher.optim.stepping import moving_layers, obstacle, take
 from relfisher.optim.watching import Watching
 from relfisher.structures import Inversion
@@ -75,6 +76,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         responses: responses by activation, which take precedence over registered and built-in ones, as in
             {nn.ReLU: SmoothReLUGaussian(1.0)}.
         fallback: the AdamW options for parameters without a metric.
+        replicate: for several processes: True if each keeps all metrics and computes all steps; False if they share
+            this out between them, layer by layer; None to do so after `fully_shard`. See docs/distributed.md.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Raises:
@@ -98,6 +101,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         metric: MetricOptions = MetricOptions(),  # noqa: B008  # immutable
         responses: Responses | None = None,
         fallback: AdamWOptions = AdamWOptions(),  # noqa: B008  # immutable
+        replicate: bool | None = None,
         **unknown: Any,
     ) -> None:
         reject("RNGD", unknown)
@@ -140,6 +144,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             optional=(Momentum,),
             beside=(Averaging, Fallback),
             is_flat=self._inversions.is_flat,
+            replicate=check_replicate(replicate, self._rule),
         )
         self._complete = False
         super().__init__(listed(model.parameters() if params is None else params), defaults)
@@ -184,7 +189,7 @@ class RNGD(Watching, torch.optim.Optimizer):
             A metric of the layer's parameters [*groups, out, d], bias last.
 
         Raises:
-            ValueError: if there is no such layer, or it has no statistics yet.
+            ValueError: if there is no such layer, it has no statistics yet, or another process keeps them.
         """
         return self._curvature.metric(name)
 
@@ -268,8 +273,9 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._binding.refuse(refused, self._curvature.model(), self.param_groups)
         place, batches = self._binding.place, self._batches
         moving = moving_layers(self._curvature, batches, self._inversions, place, self.param_groups, self._rule)
+        rule = self._curvature.sharing.rule(self._rule, self._curvature.events)
         with self._averaging.stepping() as count:
-            outcome = take(moving, self.param_groups, self._rule, self.state)
+            outcome = take(moving, self.param_groups, rule, self.state, self._curvature.sharing)
             count(outcome)
         self.health.follow(self._iteration, outcome)
         self._curvature.tell_without_metric(self._iteration)
@@ -299,6 +305,14 @@ class RNGD(Watching, torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self._curvature.observer.drop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parameters, and the groups with their progress.
+
+        If several processes share out the work, all of them must ask for it.
+        """
+        with saving(self, self._curvature):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Load a saved state and continue from there.

@@ -13,13 +13,15 @@ from relfisher.optim.batches import Batch, Batches
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import METRIC, check_options, rate
-from relfisher.optim.health import finite
+from relfisher.optim.health import finite, flags
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.record import Record
-from relfisher.optim.rules import Move, Step, StepRule
+from relfisher.optim.rules import Move, StepRule
+from relfisher.optim.sharing import Sharing
 from relfisher.shards import held
+from relfisher.structures import Structure
 
 __all__ = ["Moving", "moving_layers", "obstacle", "take"]
 
@@ -67,14 +69,16 @@ def moving_layers(
         record = curvature.records[layer]
         if record.structure is not None:
             weight, has_momentum = layer.weight, bool(groups[index]["momentum"])
-            seen[record] = (record.structure, record.role, index, has_momentum, weight.dtype, weight.device)
+            owner = curvature.sharing.owner.get(layer)
+            seen[record] = (record.structure, record.role, index, has_momentum, weight.dtype, weight.device, owner)
 
     def kind(record: Record) -> tuple[Hashable, list[str]]:
         structure, role, index, has_momentum, *_ = seen[record]
         layer, flat = record.layer, inversions.is_flat(record.layer, role)
         keys = [] if flat else structure.factors(layer.shape, root=rule.needs_root)
         keys += [*rule.declares(layer.shape), *(Momentum.declares(layer.shape) if has_momentum else ())]
-        return (structure.alike, index, flat, _is_head(record), layer.fan_in), keys
+        owner = curvature.sharing.owner.get(layer)
+        return (structure.alike, index, flat, _is_head(record), layer.fan_in, owner), keys
 
     found, targets, sources = [], [], []
     with curvature.whole_gradients():
@@ -82,6 +86,9 @@ def moving_layers(
             record, structure = batch.records[0], batch.records[0].structure
             assert structure is not None  # others have no batch
             group = groups[place[record.layer]]
+            if not curvature.sharing.owns(record.layer):
+                found.append(Moving(batch, group, parameters, _of_another(batch, structure)))
+                continue
             states = [curvature.state(each, structure) for each in batch.records]
             if group["momentum"] and any("momentum" not in state for state in states):
                 for layer in batch.layers:
@@ -103,7 +110,11 @@ def moving_layers(
 
 
 def take(
-    moving: Sequence[Moving], groups: Sequence[Group], rule: StepRule, states: Mapping[Tensor, dict[str, Tensor]]
+    moving: Sequence[Moving],
+    groups: Sequence[Group],
+    rule: StepRule,
+    states: Mapping[Tensor, dict[str, Tensor]],
+    sharing: Sharing,
 ) -> Outcome:
     """Move the layers by the step rule, and all other parameters that have a gradient by AdamW.
 
@@ -112,6 +123,7 @@ def take(
         groups: all groups.
         rule: the step rule.
         states: the states of single parameters.
+        sharing: which processes own which layers.
 
     Returns:
         Whether the step is taken; if not, everything is as before.
@@ -120,32 +132,38 @@ def take(
         ValueError: if the rule does not return a step for each move.
     """
     rest = _without_metric(moving, groups)
-    own = [each.move.state[key] for each in moving for key in rule.declares(each.batch.layers[0].shape)]
+    kept = [(each.move.state, rule.declares(each.batch.layers[0].shape)) for each in moving]
+    own = [state[key] for state, keys in kept for key in keys if key in state]
     before = [tensor.clone() for tensor in own]
     steps = rule.steps([each.move for each in moving])
     if len(steps) != len(moving):
         raise ValueError(f"{type(rule).__name__}.steps must return a step a move, got {len(steps)} for {len(moving)}")
-    flags = [step.is_finite for step in steps if step.is_finite is not None]
-    unchecked = [pair for pair in zip(moving, steps, strict=True) if pair[1].is_finite is None]
-    flags += finite([tensor for each, step in unchecked for tensor in (each.move.gradient, step.direction)])
-    flags += finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
-    outcome = Outcome(flags)
+    others = finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
+    outcome = Outcome(flags([each.move for each in moving], steps) + others)
     for tensor, old in zip(own, before, strict=True):
         outcome.restore(tensor, old)
     for group in groups:
         if group["weight_decay"] and group["kind"] == METRIC:
-            kept = {id(p) for each in moving if each.move.is_head and not group["decays_heads"] for p in each.moved}
-            moved = {id(p) for each in moving for p in each.moved} - kept
+            fixed = {id(p) for each in moving if each.move.is_head and not group["decays_heads"] for p in each.moved}
+            moved = {id(p) for each in moving for p in each.moved} - fixed
             outcome.multiply(
                 [held(p) for p in group["params"] if id(p) in moved], 1 - rate(group) * group["weight_decay"]
             )
     targets, changes = [], []
+    returned: list[tuple[Record, Tensor]] = []
     for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
         if "momentum" in move.state:
             outcome.replace(move.state["momentum"], move.velocity)
-        its, own_changes = batch.changes(parameters, outcome.change(_scaled(step)))
+        change = outcome.change(step.change())
+        if batch.layers[0] in sharing.returned:
+            returned += zip(batch.records, change if len(change) else [change] * len(batch.records), strict=True)
+            continue
+        its, own_changes = batch.changes(parameters, change)
         targets += its
         changes += own_changes
+    its, own_changes = sharing.parts(returned)
+    targets += its
+    changes += own_changes
     if targets:
         torch._foreach_sub_(targets, changes)
     for group, given in rest:
@@ -153,12 +171,14 @@ def take(
     return outcome
 
 
-def _scaled(step: Step) -> Tensor:
-    """Return what is subtracted from the layers' matrices."""
-    scale = step.scale
-    if isinstance(scale, Tensor):
-        scale = scale.to(step.direction.dtype).view(-1, *(1,) * (step.direction.ndim - 1))
-    return step.direction * scale
+def _of_another(batch: Batch, structure: Structure) -> Move:
+    """Return the move of layers that another process owns, which computes it."""
+    layer = batch.layers[0]
+    nothing = torch.empty(0, dtype=layer.dtype, device=layer.weight.device)
+    if batch.gathers:
+        batch.gradient(layer.dtype)  # sends the owner what it needs
+    is_head = _is_head(batch.records[0])
+    return Move(batch.layers, structure, {}, nothing, nothing, nothing, 0.0, 0.0, is_head=is_head)
 
 
 def _is_head(record: Record) -> bool:

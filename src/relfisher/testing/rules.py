@@ -27,7 +27,8 @@ def check_rule(make: Callable[[], StepRule], steps: int = 4, rtol: float = 1e-10
 
     Every state must have the tensors that the rule declares, under keys of its own. Each step must move all weights and
     keep them finite. A gradient that is not finite must leave the weights and the rule's state unchanged. A copied
-    optimizer, and one into which the state is loaded, must continue with the same steps.
+    optimizer, and one into which the state is loaded, must continue with the same steps. If the rule declares
+    `is_layerwise`, it must take the same steps for one layer at a time.
 
     Args:
         make: the rule's class, or a function that returns a new rule.
@@ -47,6 +48,8 @@ def check_rule(make: Callable[[], StepRule], steps: int = 4, rtol: float = 1e-10
     model = _model()
     optimizer = _optimizer(model, rule)
     _run(model, optimizer, 0, steps)
+    if rule.is_layerwise:
+        _check_alone(model, make(), steps, rtol)
     _check_state(optimizer, rule)
     _check_not_finite(model, optimizer, rule)
     pair: tuple[nn.Module, RNGD] = copy.deepcopy((model, optimizer))
@@ -88,6 +91,15 @@ def _run(model: nn.Module, optimizer: RNGD, first: int, count: int) -> None:
         for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
             if not bool(torch.isfinite(parameter).all()) or torch.equal(parameter, old):
                 raise AssertionError(f"a step must move {name} and keep it finite, got {parameter.detach()}")
+
+
+def _check_alone(model: nn.Module, rule: StepRule, count: int, rtol: float) -> None:
+    steps, alone = rule.steps, _model()
+    rule.steps = lambda moves: [step for move in moves for step in steps([move])]  # type: ignore[method-assign]
+    with _optimizer(alone, rule) as optimizer:
+        _run(alone, optimizer, 0, count)
+    for (name, mine), theirs in zip(alone.named_parameters(), model.parameters(), strict=True):
+        same(f"{name} after steps of one layer at a time", mine.detach(), theirs.detach(), rtol)
 
 
 def _kept(optimizer: RNGD, rule: StepRule) -> dict[str, Tensor]:

@@ -73,6 +73,13 @@ class Step(NamedTuple):
     scale: float | Tensor
     is_finite: Tensor | None = None
 
+    def change(self) -> Tensor:
+        """Return what is subtracted from the layers' matrices."""
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            return self.direction if scale == 1 else self.direction * scale
+        return self.direction * scale.to(self.direction.dtype).view(-1, *(1,) * (self.direction.ndim - 1))
+
 
 class StepRule(ABC):
     """The base class of step rules.
@@ -93,6 +100,8 @@ class StepRule(ABC):
     default_fit: ClassVar[str] = "plain"
     #: True for Nesterov momentum: the gradient is added to its own momentum once more (Nesterov 1983).
     nesterov: ClassVar[bool] = False
+    #: True if the step of a layer depends on that layer alone, so that processes may share out the work.
+    is_layerwise: ClassVar[bool] = False
 
     def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the rule's tensors for a layer of the shape [*g, out, d], by key; none by default.

@@ -47,6 +47,7 @@ class NormalizedRule(StepRule):
     default_averaging = 0.1
     default_fit = "generalize"
     nesterov = True
+    is_layerwise = True
 
     def __init__(self, noise_floor: float = 0.1) -> None:
         check_interval("noise_floor", noise_floor, 0, math.inf)

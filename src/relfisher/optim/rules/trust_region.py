@@ -32,6 +32,7 @@ class TrustRegion(StepRule):
 
     name = "trust-region"
     default_lr = 0.3
+    is_layerwise = True
 
     def __init__(self, bound: float | None = 2e-3) -> None:
         if bound is not None:
