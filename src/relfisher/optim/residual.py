@@ -41,7 +41,7 @@ DAMPING = 1e-6
 MOST_OTHERS = 16
 MISMATCH = 0.02
 SAME = 0.02
-MOST_SAMPLES = 2**20
+SAMPLES, JOINT_SAMPLES, MOST_SAMPLES = 256, 1024, 2**20
 WARMUP = (0, 1, 2, 4, 8, 16)
 
 
@@ -80,8 +80,9 @@ class ResidualRNGD(torch.optim.Optimizer):
             learning rate 1e-2 in the first step.
         interval: with lr, the number of steps between updates of the metric; the first steps have more.
         decay: with lr, the share of the metric that is kept in an update, in [0, 1).
-        samples: the largest number of rows of residuals that a metric is computed from. Without a learning rate, it
-            doubles when a step cannot lower the loss though the points are those of the last step.
+        samples: the largest number of rows of residuals that a metric is computed from; by default 256, and 1,024
+            without a learning rate. Then it doubles when a step cannot lower the loss though the points are those of
+            the last step.
 
     Raises:
         ValueError: if an argument is out of range, or nothing is to be trained.
@@ -98,7 +99,7 @@ class ResidualRNGD(torch.optim.Optimizer):
         damping: float | None = None,
         interval: int = 20,
         decay: float = 0.8,
-        samples: int = 1024,
+        samples: int | None = None,
     ) -> None:
         check_instance("model", model, nn.Module)
         if lr is not None:
@@ -111,6 +112,8 @@ class ResidualRNGD(torch.optim.Optimizer):
             check_interval(name, share, 0, 1)
         if damping is None:
             damping = FIRST_DAMPING if lr is None else DAMPING
+        if samples is None:
+            samples = JOINT_SAMPLES if lr is None else SAMPLES
         check_interval("damping", damping, 0, math.inf)
         for name, number in (("interval", interval), ("samples", samples)):
             check_integer(name, number)
