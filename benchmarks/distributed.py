@@ -1,14 +1,24 @@
 """Measure what several processes that train a small transformer keep, send and take time for.
 
     python benchmarks/distributed.py [--out results/distributed] [--steps 200]
+    python benchmarks/distributed.py --picture
 
 The processes have one thread each and are joined by gloo. `AdamW` and `RNGD` are in `DistributedDataParallel`, where
 RNGD replicates or shares out its work, and after `fully_shard`. They take turns of ten steps, so that other load slows
 all of them alike. Bytes are what a process sends on average if messages go around in rings: 2 (N - 1) / N of a sum that
 all get, and (N - 1) / N of one that one gets or that is cut into parts, and of what is gathered from all.
+
+`--picture` measures nothing. It draws what a process of up to 1,024 keeps, and how long a step takes by a model, where
+all processes hold the whole network: of RNGD by its plan, of the others by the formulas of `shapes.py`. AdamW is
+replicated; Muon and Shampoo share out matrices, momentum included, and gather their steps, as RNGD does. Each process
+has 8,192 tokens, with 6 operations a parameter and token; a message takes its bytes over those of a link, and a latency
+for each doubling of the processes; a step is gathered in a message from each owner; and nothing overlaps. Products of
+optimizers are in float32, also Muon's; what works on each number alone takes no time. Shampoo's factors take a product
+each for statistics and step, and one in 200 steps 9 m^3 operations for the eigenvectors of a factor, and 2 m^3.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -17,7 +27,9 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from torch.distributed import barrier, get_rank
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
@@ -25,17 +37,31 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from relfisher import RNGD, MetricOptions, plan
+from relfisher.optim.sharing import Load, assigned
+from relfisher.studies.figures import STYLE, Look, encode, frame, label_ends
 from relfisher.studies.networks import Transformer
 from relfisher.studies.report import markdown
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from processes import counting, run_together
-from shapes import MODELS
+from shapes import INTERVAL, MODELS, layer_work, matrices, polar
 
 ALPHABET, CONTEXT, WIDTH, LAYERS, ROWS = 96, 64, 128, 4, 16
 WARM_UP, BLOCK = 20, 10
 WORLDS, MANY = (2, 3, 4), (8, 64, 256, 1024)
 EARLY = MetricOptions(warmup_refreshes=(0, 1, 2, 4, 8))  # what follows is as in the middle of a run
+PICTURED, WORLD_POWERS = ("GPT-2 124M", "Llama 7B"), 11
+TOKENS = 8192
+PASSES, PRODUCTS, FACTORIZATIONS = 200e12, 50e12, 5e12  # operations a second
+LINK, LATENCY = 50e9, 5e-6  # bytes a second and seconds
+UPDATES = 20  # steps between two statistics of a layer
+LOOKS = {
+    "RNGD": Look("#d1345b", width=2.6),
+    "AdamW": Look("#4d4d4d", ":"),
+    "Muon": Look("#56b4e9"),
+    "Shampoo": Look("#7b3294"),
+    "RNGD, averaging=0": Look("#d1345b", "--"),
+}
 ALL = MetricOptions(stats_samples=None, stats_interval=5, refresh_interval=10)
 
 
@@ -210,12 +236,106 @@ HEADER = (
 )  # fmt: skip
 
 
+def gathered(world, carried, beside, sent=None, everywhere=0):
+    """Return the bytes that the busiest process keeps, and the seconds that a step adds to passes and gradients.
+
+    Args:
+        world: the number of processes.
+        carried: what each owns, with the operations of a step, in those of products.
+        beside: the bytes that each keeps beside it.
+        sent: the bytes that each sends, if this is planned.
+        everywhere: operations of each process, whatever it owns.
+    """
+    sent = (1 - 1 / world) * sum(load.sent for load in carried) if sent is None else sent
+    owners = sum(load.sent > 0 for load in carried)
+    seconds = (max(load.refresh for load in carried) + everywhere) / PRODUCTS
+    return max(load.bytes for load in carried) + beside, seconds + sent / LINK + owners * math.log2(world) * LATENCY
+
+
+def peers(net, world):
+    """Return what Muon and Shampoo keep, and the seconds that their steps add."""
+    found, slower = matrices(net), PRODUCTS / FACTORIZATIONS
+    inner = {each: Load(4 * each.muon, polar(each.m, each.n), 4 * each.numbers) for each in found if each.is_inner}
+    factored = {
+        each: Load(
+            4 * each.shampoo,
+            sum(4 * side * each.numbers + int(11 * slower * side**3 / INTERVAL) for side in each.sides),
+            4 * each.numbers,
+        )
+        for each in found
+    }
+    empty = [Load()] * world
+    return {
+        "Muon": gathered(world, assigned(inner, empty)[1], sum(4 * each.muon for each in found if each not in inner)),
+        "Shampoo": gathered(world, assigned(factored, empty)[1], 0),
+    }
+
+
+def ours(net, world):
+    """Return what RNGD keeps, with and without its average, and the seconds that its steps add."""
+    planned = plan(net, torch.zeros(1, 1024, dtype=torch.long, device="meta"), world_size=world)
+    shares, carried = planned.shares, [Load()] * world
+    for layer in planned:
+        owner, size = 0 if shares is None else shares.owners[layer.name], 4 * math.prod(layer.shape)
+        work = layer_work(layer) + int(layer.chosen.refresh * PRODUCTS / FACTORIZATIONS / INTERVAL)
+        carried[owner] = carried[owner].plus(Load(layer.chosen.bytes + size, work, size))
+    sent = 0 if shares is None else shares.steps_sent + shares.statistics_sent / UPDATES
+    statistics = sum(layer.chosen.statistics for layer in planned) / UPDATES
+    kept, seconds = gathered(world, carried, planned.averaging_bytes + planned.fallback_bytes, sent, statistics)
+    return {"RNGD": (kept, seconds), "RNGD, averaging=0": (kept - planned.averaging_bytes, seconds)}
+
+
+def modelled(net, world):
+    """Return the bytes that the busiest process keeps and the seconds of a step, for each optimizer."""
+    numbers = sum(each.numbers for each in matrices(net))
+    sums = 2 * (1 - 1 / world) * 4 * numbers / LINK + 2 * math.log2(world) * LATENCY
+    both = 6 * numbers * TOKENS / PASSES + sums
+    found = {"AdamW": (8 * numbers, 0.0)} | peers(net, world) | ours(net, world)
+    return {name: (kept, both + added) for name, (kept, added) in found.items()}
+
+
+def picture():
+    """Return the figure of state and time against the number of processes."""
+    worlds = [2**power for power in range(WORLD_POWERS)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(13, 8.4), dpi=150)
+        for name, (left, right) in zip(PICTURED, figure.subplots(2, 2), strict=True):
+            with torch.device("meta"):
+                net = MODELS[name][0]()
+            found = [modelled(net, world) for world in worlds]
+            for axes, place, unit, shown in ((left, 0, 2**30, [*LOOKS]), (right, 1, 1, [*LOOKS][:-1])):
+                curves = {method: [each[method][place] / unit for each in found] for method in shown}
+                for method, curve in curves.items():
+                    look = LOOKS[method]
+                    axes.plot(worlds, curve, color=look.color, linestyle=look.dashes, linewidth=look.width)
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(worlds[::2], [f"{world:,}" for world in worlds[::2]])
+                axes.margins(x=0)
+                axes.set_ylim(bottom=0)
+                label_ends(axes, {method: LOOKS[method] for method in shown}, {m: c[-1] for m, c in curves.items()})
+            left.set(xlabel="processes", ylabel="state of the busiest process (GiB)", title=name)
+            right.set(xlabel="processes", ylabel="seconds a step, by a model", title=name)
+        caption = (
+            f"A model, not a measurement: {TOKENS:,} tokens a process; {PASSES / 1e12:.0f} TFLOP/s for passes, "
+            f"{PRODUCTS / 1e12:.0f} for an optimizer's products, {FACTORIZATIONS / 1e12:.0f} for factorizations; links "
+            f"of {LINK / 1e9:.0f} GB/s and {1e6 * LATENCY:.0f} microseconds; nothing overlaps."
+        )
+        frame(figure, "Processes that each hold the whole model", caption, left=0.07, right=0.9)
+        figure.subplots_adjust(bottom=0.12, wspace=0.7, hspace=0.45)
+    return figure
+
+
 def main():
     """Measure, and write the tables."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path, default=Path("results/distributed"))
     options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--picture", action="store_true")
     given = options.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.picture:
+        (given.out / "against.png").write_bytes(encode(picture())["png"])
+        return
     torch.set_num_threads(1)
     apart = {world: difference(world) for world in WORLDS}
     found = {world: run_together(world, timed, given.steps if world == 2 else BLOCK) for world in (2, 4)}
@@ -247,7 +367,6 @@ def main():
         f"{markdown(PLANNED, planned(), 2)}\nA layer is never divided, so that the busiest process of many has the "
         "largest layer.\n"
     )
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "table.md").write_text(text)
     print(text)
 

@@ -15,6 +15,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -117,19 +118,58 @@ def polar(m, n):
     return along if n > 1.5 * m else ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
+class Matrix(NamedTuple):
+    """A parameter as an m x n matrix; n is 0 if it is a vector.
+
+    Attributes:
+        numbers: how many it has.
+        is_inner: whether Muon trains it, rather than AdamW.
+    """
+
+    name: str
+    numbers: int
+    m: int
+    n: int
+    is_inner: bool
+
+    @property
+    def sides(self):
+        """The sides that SOAP and Shampoo have factors of."""
+        return [side for side in (self.m, self.n) if side <= WIDEST] if self.n else []
+
+    @property
+    def muon(self):
+        """The numbers that Muon keeps."""
+        return self.numbers * (1 if self.is_inner else 2)
+
+    @property
+    def shampoo(self):
+        """The numbers that Shampoo keeps."""
+        return self.numbers + 2 * sum(side**2 for side in self.sides)
+
+
+def matrices(model):
+    """Return the parameters of a model."""
+    ends = {id(p) for p in (*next(model.children()).parameters(), *list(model.children())[-1].parameters())}
+    found = []
+    for name, p in model.named_parameters():
+        m, n = (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, 0)
+        found.append(Matrix(name, p.numel(), m, n, bool(n) and id(p) not in ends))
+    return found
+
+
 def others(model):
     """Return the numbers per parameter that Muon, SOAP and Shampoo keep, and the operations of Muon's step."""
-    muon = soap = shampoo = work = total = 0
-    ends = {id(p) for p in (*next(model.children()).parameters(), *list(model.children())[-1].parameters())}
-    for parameter in model.parameters():
-        total += parameter.numel()
-        m, n = (parameter.shape[0], parameter.numel() // parameter.shape[0]) if parameter.ndim > 1 else (1, 0)
-        sides = 2 * sum(side**2 for side in (m, n) if side <= WIDEST) if n else 0
-        is_inner = n and id(parameter) not in ends
-        muon += parameter.numel() * (1 if is_inner else 2)
-        work += polar(m, n) if is_inner else 0
-        soap, shampoo = soap + 2 * parameter.numel() + sides, shampoo + parameter.numel() + sides
-    return [muon / total, soap / total, shampoo / total], work
+    found = matrices(model)
+    total, muon, shampoo = (sum(getattr(each, kept) for each in found) for kept in ("numbers", "muon", "shampoo"))
+    work = sum(polar(each.m, each.n) for each in found if each.is_inner)
+    return [muon / total, shampoo / total + 1, shampoo / total], work
+
+
+def layer_work(layer):
+    """Return the operations of RNGD's step for a layer of a plan."""
+    has_polar = layer.shape[-2] > 1 and "diagonal" not in layer.chosen.structure
+    return layer.chosen.step + (math.prod(layer.shape[:-2]) * polar(*layer.shape[-2:]) if has_polar else 0)
 
 
 def row(name):
@@ -140,9 +180,7 @@ def row(name):
     total = sum(parameter.numel() for parameter in model.parameters())
     planned = relfisher.plan(model, x)
     kept, muon = others(model)
-    shapes = [layer.shape for layer in planned if layer.shape[-2] > 1 and "diagonal" not in layer.chosen.structure]
-    products = sum(layer.chosen.step for layer in planned)
-    work = products + sum(math.prod(shape[:-2]) * polar(*shape[-2:]) for shape in shapes)
+    work = sum(layer_work(layer) for layer in planned)
     refresh = sum(layer.chosen.refresh for layer in planned) / INTERVAL
     kinds = {tuple(layer.shape): 0 for layer in planned}
     return [

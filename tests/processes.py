@@ -25,6 +25,22 @@ def run_together(world, task, *arguments, launched=False):
         return [torch.load(place, weights_only=False) if place.exists() else None for place in places]
 
 
+def as_first_of(world, task, *arguments):
+    """Return what the first of as many processes would, of which there are no others: nothing that it sends arrives.
+
+    Unless it gathers parts of equal length, of which it gets its own for all, it receives zeros.
+    """
+
+    def alone():
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # tells torch of this backend
+
+        distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        with patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros):
+            return task(*arguments)
+
+    return run_together(1, alone, launched=True)[0]
+
+
 @contextmanager
 def counting():
     """Yield a list that fills with the bytes of each message that this process sends, on average over a ring."""

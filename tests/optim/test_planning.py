@@ -1,20 +1,24 @@
 """plan and coverage: what they say before a run is what a run then does."""
 
 import copy
+import math
 
 import pytest
 import torch
 from builders import is_hooked, mlp, step, structures, structures_by_weight
-from processes import counting, run_together
+from processes import as_first_of, counting, run_together
 from scenarios import batches, made
 from torch import nn
 from torch.distributed import get_rank
+from torch.distributed.fsdp import fully_shard
+from torch.futures import Future
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from relfisher import RNGD, MetricOptions, coverage, plan
 from relfisher.optim import HealthWarning
+from relfisher.studies.networks import Transformer
 
 
 class Net(nn.Module):
@@ -145,12 +149,16 @@ AT_ONCE = MetricOptions(stats_interval=2, refresh_interval=2, warmup_refreshes=(
 
 def shared_out():
     """Return what a process sends in a step without statistics and with all, and what it keeps of which layers."""
-    model, (x, targets), sent = made("attention"), batches("attention", 0, get_rank())[0], []
-    net = DistributedDataParallel(model)
-    optimizer = RNGD(net, metric=AT_ONCE, replicate=False)
+    model, (x, targets) = made("attention"), batches("attention", 0, get_rank())[0]
+    return sent_and_kept(model, DistributedDataParallel(model), x, lambda z: functional.cross_entropy(z, targets))
+
+
+def sent_and_kept(model, net, x, loss):
+    """Return the same of a model, and of how it is wrapped."""
+    optimizer, sent = RNGD(net, metric=AT_ONCE, replicate=False), []
     for _ in range(3):
         optimizer.zero_grad()
-        functional.cross_entropy(net(x), targets).backward()
+        loss(net(x)).backward()
         with counting() as messages:
             optimizer.step()
         sent.append(sum(messages))
@@ -185,6 +193,57 @@ def test_processes_keep_and_send_what_was_planned(world):
     assert planned.gradients_sent == 2 * (world - 1) / world * sum(p.numel() * 8 for p in model.parameters())
     for text in (f"{world} processes that share out the work", "of the mean", "an update of all metrics"):
         assert text in str(planned)
+
+
+def unsent(_, bucket):
+    """Return gradients as they are, in place of their mean, which nobody could send."""
+    done = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def language():
+    """Return a language model whose largest layer is more than an eighth of it, and characters."""
+    torch.manual_seed(0)
+    return Transformer(400, 16, 32, 2, tied=True), torch.randint(400, (4, 16))
+
+
+def score(z):
+    return functional.cross_entropy(z.flatten(0, 1), torch.arange(64))
+
+
+def first_in(wrapper):
+    """Return what is sent and kept of the language model in the first process, with this wrapper."""
+    model, x = language()
+    if wrapper is DistributedDataParallel:
+        net = DistributedDataParallel(model)
+        net.register_comm_hook(None, unsent)
+    else:
+        for block in model.blocks:
+            fully_shard(block)
+        net = fully_shard(model)
+    return sent_and_kept(model, net, x, score)
+
+
+@pytest.mark.parametrize("world", [8, 64, 256, 1024])
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard])
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_of_many_processes_keeps_and_sends_what_was_planned(world, wrapper):
+    """Left out: what the others keep, and what is sent after `fully_shard`, of which a plan says nothing.
+
+    No other process is there, so that weights mean nothing, and their gradients are not summed.
+    """
+    model, x = language()
+    planned = plan(model, x, AT_ONCE, score, world_size=world)
+    plain, due, kept, mine = as_first_of(world, first_in, wrapper)
+    own = [layer for layer in planned if planned.shares.owners[layer.name] == 0]
+    assert len(mine) == len(own) == 1
+    bytes_ = sum(layer.chosen.bytes + 4 * math.prod(layer.shape) for layer in own)
+    assert kept == pytest.approx(bytes_, rel=0.05)
+    assert bytes_ == planned.shares.metric_bytes
+    if wrapper is DistributedDataParallel:
+        assert plain == pytest.approx(planned.shares.steps_sent)
+        assert due == pytest.approx(planned.shares.steps_sent + planned.shares.statistics_sent)
 
 
 def test_the_busiest_of_many_processes_has_little_more_than_the_mean():
