@@ -7,7 +7,14 @@ from torch import Tensor
 
 from relfisher.shapes import Float
 
-__all__ = ["add_product", "add_second_moments", "add_weighted_second_moments", "augment", "weighted_second_moments"]
+__all__ = [
+    "add_product",
+    "add_second_moments",
+    "add_weighted_second_moments",
+    "augment",
+    "has_finite_moments",
+    "weighted_second_moments",
+]
 
 # Up to this many inputs, the outer products of a chunk of the batch are formed and reduced by one matrix product. Above
 # it, one product per unit is as fast and needs no extra memory.
@@ -71,12 +78,17 @@ def add_second_moments(
     Returns:
         Whether the sum is finite; if False, the moments are unchanged.
     """
-    # An entry of a positive semi-definite matrix is bounded by its trace.
-    length = float(torch.linalg.vector_norm(augmented))
-    if not length * length <= torch.finfo(augmented.dtype).max:
+    if not has_finite_moments(augmented):
         return False
     add_product(moments, augmented.mT, augmented, keep=keep, share=share)
     return True
+
+
+def has_finite_moments(augmented: Float[Tensor, "*g n d"]) -> bool:
+    """Return whether sum_n x~_n x~_n' is finite."""
+    # An entry of a positive semi-definite matrix is bounded by its trace.
+    length = float(torch.linalg.vector_norm(augmented))
+    return length * length <= float(torch.finfo(augmented.dtype).max)
 
 
 def add_product(

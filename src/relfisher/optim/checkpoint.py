@@ -16,7 +16,7 @@ from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import check_progress
-from relfisher.optim.health import finite
+from relfisher.optim.health import all_finite
 from relfisher.optim.record import Record
 from relfisher.shards import held, is_part, parted, whole
 from relfisher.structures import Kept
@@ -224,7 +224,7 @@ def _check_states(states: object) -> None:
         if not isinstance(state, Mapping):
             raise ValueError(f"the saved state of parameter {place} must be tensors by name, got {state!r:.200}")
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not all(map(bool, finite([held(value)]))):
+            if isinstance(value, Tensor) and value.is_floating_point() and not all_finite([held(value)]):
                 raise ValueError(f"the saved {key} of parameter {place} must be finite, got NaN or infinite values")
 
 

@@ -127,11 +127,7 @@ class SharedRule(StepRule):
         """Return the steps that the owners computed, all of which can be taken or none."""
         rank, form = self._ranks.rank, self._form
         own = [move for move in moves if form.owner[move.layers[0]] == rank]
-        steps = self._rule.steps(own) if own else []
-        if len(steps) != len(own):
-            raise ValueError(
-                f"{type(self._rule).__name__}.steps must return a step a move, got {len(steps)} for {len(own)}"
-            )
+        steps = self._rule.checked_steps(own) if own else []
         mine = torch.empty(form.sizes[rank], dtype=torch.uint8, device=self._ranks.device)
         said = [0, *(self._events.own.get(layer, 0) for layer in form.layers[rank])]
         mine[: len(said)] = torch.tensor(said, dtype=torch.uint8)[: len(mine)]

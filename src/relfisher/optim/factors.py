@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relfisher.optim.health import all_finite
 from relfisher.optim.rowwise import RowDerivatives
 
-__all__ = ["all_finite", "preconditioned", "update_diagonal", "update_layer"]
+__all__ = ["preconditioned", "update_diagonal", "update_layer"]
 
 
 def update_layer(
@@ -58,11 +59,6 @@ def preconditioned(field: Tensor, state: dict[str, Any], damping: float) -> Tens
     left: Tensor = state["outputs_basis"]
     right: Tensor = state["inputs_basis"]
     return left @ ((left.mT @ field @ right) / damped) @ right.mT
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all numbers are finite."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def _drawn(rows: RowDerivatives, samples: int, generator: torch.Generator) -> RowDerivatives:

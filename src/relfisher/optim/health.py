@@ -13,7 +13,7 @@ from torch import Tensor
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rules import Move, Step
 
-__all__ = ["Health", "HealthWarning", "finite", "flags"]
+__all__ = ["Health", "HealthWarning", "all_finite", "finite", "flags"]
 
 
 class HealthWarning(UserWarning):
@@ -98,6 +98,11 @@ def flags(moves: Sequence[Move], steps: Sequence[Step]) -> list[Tensor]:
     unchecked = [pair for pair in zip(moves, steps, strict=True) if pair[1].is_finite is None]
     known = [step.is_finite for step in steps if step.is_finite is not None]
     return known + finite([tensor for move, step in unchecked for tensor in (move.gradient, step.direction)])
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all values of some tensors are finite, which the host waits for."""
+    return all(map(bool, finite(tensors)))
 
 
 def finite(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -225,7 +225,7 @@ class Ranks:
 
     def told(self, own: _T) -> list[_T]:
         """Return the objects of all processes, by rank."""
-        others = [own] * distributed.get_world_size(self.group)
+        others = [own] * self.world
         distributed.all_gather_object(others, own, self.group)
         return others
 
@@ -241,7 +241,7 @@ class Ranks:
                 warnings.warn(message, HealthWarning, stacklevel=5)
             return False
         self._parallel = None if parallel is None else weakref.ref(parallel)
-        if distributed.get_world_size(self.group) == 1:
+        if self.world == 1:
             return self.in_parts
         own = parts()
         for other in self.told(own):

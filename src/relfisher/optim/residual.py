@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relfisher.optim.factors import all_finite, preconditioned, update_diagonal, update_layer
+from relfisher.optim.factors import preconditioned, update_diagonal, update_layer
 from relfisher.optim.groups import rate
+from relfisher.optim.health import all_finite
 from relfisher.optim.joint import descend, next_damping, step_of_rows
 from relfisher.optim.rows import Rows, drawn_rows, scaled_parts, signs
 from relfisher.optim.rowwise import as_matrix, as_parts, has_metric, taped, trained_parts
@@ -162,12 +163,11 @@ class ResidualRNGD(torch.optim.Optimizer):
             if iteration % self._interval == 0 or iteration in WARMUP:
                 self._update(closure, iteration)
             parts = scaled_parts(_parts(closure()))
-            loss = torch.stack([part.square().sum() for part in parts]).sum()
+            loss = _loss(parts)
             group["iteration"] += 1
-            parameters = [parameter for block in self._blocks for parameter in block]
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         if all_finite(gradients):
-            self._move(dict(zip(map(id, parameters), gradients, strict=True)))
+            self._move(dict(zip(map(id, self._parameters), gradients, strict=True)))
         return loss.detach()
 
     @torch.no_grad()
@@ -198,11 +198,11 @@ class ResidualRNGD(torch.optim.Optimizer):
     def _step_jointly(self, closure: Residuals) -> Tensor:
         """Move all parameters by the step of some rows of residuals, as far as it lowers the loss."""
         (group,) = self.param_groups
-        others = [block[0] for block in self._blocks[len(self._layers) :]]
+        others = self._others
         generator = torch.Generator().manual_seed(group["iteration"])
         with taped(self._layers, self._model) as tape:
             parts = scaled_parts(_parts(closure()))
-            loss = _loss(parts)
+            loss = _loss(parts).detach()
             # Where the points are those of the last step, so is the loss.
             fixed = math.isclose(float(loss), group["after"], rel_tol=SAME)
             draw = partial(drawn_rows, parts, tape, self._layers, others, generator=generator)
@@ -214,11 +214,10 @@ class ResidualRNGD(torch.optim.Optimizer):
         group["iteration"] += 1
         if not moves or not all_finite([loss, *moves]):
             return loss
-        parameters = [parameter for block in self._blocks for parameter in block]
         split = torch.split(moves[-1], [other.numel() for other in others])
         whole = [*moves[:-1], *(part.view_as(other) for part, other in zip(split, others, strict=True))]
         step = [part for move, block in zip(whole, self._blocks, strict=True) for part in as_parts(move, block)]
-        taken = descend(parameters, step, lambda: float(_evaluated(closure)), float(loss))
+        taken = descend(self._parameters, step, lambda: _evaluated(closure), float(loss))
         length, group["after"] = taken or (0.0, float(loss))
         group["damping"] = next_damping(group["damping"], length)
         if fixed and not length:
@@ -239,9 +238,8 @@ class ResidualRNGD(torch.optim.Optimizer):
 
     def _check_rows(self, closure: Residuals, rows: Rows) -> None:
         """Raise ValueError unless the derivatives of all rows add up to the gradient."""
-        parameters = [parameter for block in self._blocks for parameter in block]
-        total = torch.stack([part.square().sum() for part in scaled_parts(_parts(closure()))]).sum()
-        gradients = iter(torch.autograd.grad(total, parameters, materialize_grads=True))
+        total = _loss(scaled_parts(_parts(closure())))
+        gradients = iter(torch.autograd.grad(total, self._parameters, materialize_grads=True))
         expected = torch.cat([as_matrix([next(gradients) for _ in block]).flatten() for block in self._blocks])
         layers, others = rows.combined(2 * rows.residuals)
         found = torch.cat([*(layer.flatten() for layer in layers), others])
@@ -251,6 +249,16 @@ class ResidualRNGD(torch.optim.Optimizer):
                 "learning rate, rows of the inputs must not mix, their order must be that of the residuals, all calls "
                 "of the closure in a step must return the same, and weights must be used by linear layers alone"
             )
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        """All trained parameters, block by block."""
+        return [parameter for block in self._blocks for parameter in block]
+
+    @property
+    def _others(self) -> list[Tensor]:
+        """The parameters outside of the layers."""
+        return [block[0] for block in self._blocks[len(self._layers) :]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the only group; raise ValueError if there is one."""
@@ -307,7 +315,7 @@ class ResidualRNGD(torch.optim.Optimizer):
             residuals = torch.cat([part.flatten() for part in scaled_parts(_parts(closure()))])
             total = (signs(residuals, generator) * residuals).sum()
             found = tape.backward(total)
-            others = [block[0] for block in self._blocks[len(self._layers) :]]
+            others = self._others
             derivatives = torch.autograd.grad(total, others, materialize_grads=True) if others else ()
         for layer, rows in zip(self._layers, found, strict=True):
             update_layer(self.state[layer.weight], rows, group["samples"], self._decay, generator)
@@ -332,10 +340,12 @@ def _parts(residuals: Any) -> list[Tensor]:
 
 def _loss(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of all squares."""
-    return torch.stack([part.detach().square().sum() for part in parts]).sum()
+    return torch.stack([part.square().sum() for part in parts]).sum()
 
 
-def _evaluated(closure: Residuals) -> Tensor:
+def _evaluated(closure: Residuals) -> float:
     """Return the loss of the residuals that a closure returns."""
     with torch.enable_grad():
-        return _loss(scaled_parts(_parts(closure())))
+        parts = scaled_parts(_parts(closure()))
+    with torch.no_grad():
+        return float(_loss(parts))

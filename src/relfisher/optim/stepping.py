@@ -13,7 +13,7 @@ from relfisher.optim.batches import Batch, Batches
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import METRIC, check_options, rate
-from relfisher.optim.health import finite, flags
+from relfisher.optim.health import all_finite, finite, flags
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
 from relfisher.optim.outcome import Outcome
@@ -135,9 +135,7 @@ def take(
     kept = [(each.move.state, rule.declares(each.batch.layers[0].shape)) for each in moving]
     own = [state[key] for state, keys in kept for key in keys if key in state]
     before = [tensor.clone() for tensor in own]
-    steps = rule.steps([each.move for each in moving])
-    if len(steps) != len(moving):
-        raise ValueError(f"{type(rule).__name__}.steps must return a step a move, got {len(steps)} for {len(moving)}")
+    steps = rule.checked_steps([each.move for each in moving])
     others = finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
     outcome = Outcome(flags([each.move for each in moving], steps) + others)
     for tensor, old in zip(own, before, strict=True):
@@ -199,7 +197,7 @@ def obstacle(curvature: Curvature, groups: Sequence[Group]) -> str | None:
     if not curvature.observer.waiting and not curvature.ranks.together:
         return None
     given = [held(p.grad) for group in groups for p in group["params"] if p.grad is not None]
-    return None if all(map(bool, finite(given))) else "a gradient is not finite"
+    return None if all_finite(given) else "a gradient is not finite"
 
 
 def _without_metric(moving: Iterable[Moving], groups: Iterable[Group]) -> list[tuple[Group, list[Tensor]]]:

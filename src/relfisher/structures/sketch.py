@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relfisher.moments import add_product
+from relfisher.moments import add_product, has_finite_moments
 from relfisher.shapes import Float
 
 __all__ = ["add_sketch", "is_low_rank", "is_sketch", "leading", "reconstructed", "sketch", "sketch_columns", "sketched"]
@@ -68,8 +68,7 @@ def add_sketch(
     Returns:
         Whether the sum is finite; if False, the sketch is unchanged.
     """
-    length = float(torch.linalg.vector_norm(augmented))
-    if not length * length <= torch.finfo(augmented.dtype).max:
+    if not has_finite_moments(augmented):
         return False
     rank, diagonal = total.shape[-1] // _SPARE, total[..., -1]
     products = augmented @ _signs(total.shape[-2], rank, total)

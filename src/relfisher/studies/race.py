@@ -91,9 +91,11 @@ class RaceStudy(TimedStudy[RaceRun]):
         """The methods by name, with their grids."""
         return PEERS
 
-    def tuning_run(self, method: str, lr: float, others: tuple[tuple[str, float], ...]) -> RaceRun:
+    def tuning_run(self, method: str, lr: float, **others: float) -> RaceRun:
         """Return the tuning run of a configuration."""
-        return RaceRun(f"race-{self.name}", method, lr, 0, self.options, others, self.tuning, TUNING_EVALUATIONS)
+        return RaceRun(
+            f"race-{self.name}", method, lr, 0, self.options, tuple(others.items()), self.tuning, TUNING_EVALUATIONS
+        )
 
 
 RaceOutcome = Outcome[RaceStudy, RaceRun, Record]

@@ -70,16 +70,12 @@ class TimedStudy(Study[R]):
         """The methods by name, with their grids."""
 
     @abstractmethod
-    def tuning_run(self, method: str, lr: float, others: tuple[tuple[str, float], ...]) -> R:
+    def tuning_run(self, method: str, lr: float, **others: float) -> R:
         """Return the tuning run of a configuration."""
 
     def candidates(self, group: str) -> list[R]:
         """Return the tuning runs of a method, one per configuration."""
-        found = []
-        for configuration in self.peers[group].configurations:
-            others = {name: value for name, value in configuration.items() if name != "lr"}
-            found.append(self.tuning_run(group, configuration["lr"], tuple(others.items())))
-        return found
+        return [self.tuning_run(group, **options) for options in self.peers[group].configurations]
 
     def repeats(self, best: R) -> list[R]:
         """Return the runs of a configuration, one per seed."""

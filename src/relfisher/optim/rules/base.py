@@ -116,6 +116,14 @@ class StepRule(ABC):
     def steps(self, moves: Sequence[Move]) -> list[Step]:
         """Return one step per move. Whatever waits for numbers of the device, such as `float()`, makes it slow."""
 
+    def checked_steps(self, moves: Sequence[Move]) -> list[Step]:
+        """Return `steps`, or raise ValueError if there is not one per move."""
+        steps = self.steps(moves)
+        if len(steps) != len(moves):
+            name = type(self).__name__
+            raise ValueError(f"{name}.steps must return a step a move, got {len(steps)} for {len(moves)}")
+        return steps
+
 
 def by_device(moves: Sequence[Move]) -> list[list[int]]:
     """Return the places of moves on each device, so that their numbers can be computed together."""

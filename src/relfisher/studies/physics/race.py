@@ -78,9 +78,11 @@ class ErrorStudy(TimedStudy[ErrorRun]):
         """Return the error at the end of a run."""
         return result.score if result.diverged or not isinstance(result, Record) else float(result.validation[-1])
 
-    def tuning_run(self, method: str, lr: float, others: tuple[tuple[str, float], ...]) -> ErrorRun:
+    def tuning_run(self, method: str, lr: float, **others: float) -> ErrorRun:
         """Return the tuning run of a configuration."""
-        return ErrorRun(f"error-{self.name}", method, lr, 0, self.options, others, self.tuning, TUNING_EVALUATIONS)
+        return ErrorRun(
+            f"error-{self.name}", method, lr, 0, self.options, tuple(others.items()), self.tuning, TUNING_EVALUATIONS
+        )
 
 
 ErrorOutcome = Outcome[ErrorStudy, ErrorRun, Solved]
