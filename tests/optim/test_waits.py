@@ -116,3 +116,18 @@ def test_the_warning_comes_with_the_next_update_of_the_metric():
     assert optimizer.health.skipped_steps == 1
     assert "skipped_steps=1" in repr(optimizer.health)
     assert moved(model, optimizer, torch.randn(5, 3)) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(("refreshed", "each"), [(1000, 2), (1, 4)])
+def test_a_step_with_statistics_reads_two_numbers_and_few_for_each_layer(refreshed, each):
+    """For each layer a number that is on the host anyway, and whether its samples are finite; as much for a refresh."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    metric = MetricOptions(structure="shared", stats_interval=1, refresh_interval=refreshed, warmup_refreshes=())
+    optimizer = RNGD(model, fit="plain", metric=metric)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(9, 6).double()).square().mean().backward()
+        with Counted() as counted:
+            optimizer.step()
+    assert counted.reads == 2 + 3 * each
