@@ -107,7 +107,7 @@ def test_modules_that_compute_otherwise_are_refused_with_the_reason() -> None:
     forward = replaced.forward
     replaced.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
     found = discover(nn.Sequential(Standardised(2, 3, 3), Doubled(2, 2), replaced, nn.Linear(2, 2)))
-    operations = [("0", "conv2d"), ("1", "linear"), ("3", None)]
+    operations = [("0", "conv2d"), ("1", "linear"), ("1.bias", "add"), ("3", None)]
     assert [(layer.name, layer.operation) for layer in found.layers] == operations
     assert found.refused["2.weight"] == found.refused["2.bias"] == "its forward was replaced"
 

@@ -230,13 +230,13 @@ class Partly(nn.Module):
         self.double()
 
     def forward(self, x):
-        return linear(x + self.table[0], self.weight)
+        return linear(x + self.table.softmax(0)[0], self.weight)
 
 
 def test_what_goes_elsewhere_is_said_once_and_trained_by_adamw():
     model = Partly()
     before = model.table.detach().clone()
-    with pytest.warns(UncoveredWarning, match=r"table, its module does not multiply inputs by it") as said:
+    with pytest.warns(UncoveredWarning, match=r"table, its module does not multiply inputs by it or add it") as said:
         optimizer = trained(model, 3)
     assert len(said) == 1
     assert [layer.role.refused is None for layer in optimizer.layers] == [True, False]
@@ -327,7 +327,7 @@ def test_products_of_positions_are_samples():
 )
 def test_other_products_are_left_to_adamw(function):
     model = nn.Sequential(Product(function, 6, 6, turned=True), nn.Tanh(), nn.Linear(6, 3)).double()
-    with pytest.warns(UncoveredWarning, match="multiply inputs by it, or not always in the same way"):
+    with pytest.warns(UncoveredWarning, match="multiply inputs by it or add it to them, or not always in the same way"):
         optimizer = trained(model, 2)
     assert optimizer.state[model[0].W].keys() >= {"exp_avg", "exp_avg_sq"}
 
@@ -427,7 +427,7 @@ def test_a_stack_of_matrices_has_the_metric_of_each(way):
     assert {each.by for each in relfisher.coverage(model, x)} == {"metric"}
 
 
-def test_a_bias_along_another_axis_is_none():
+def test_a_bias_along_another_axis_is_a_shift():
     """With as many samples as experts, [experts, units] could be added to [experts, samples, units]."""
     model = nn.Sequential(Experts(lambda x, weight, bias: x @ weight + bias, turned=True, bias="rows"))
     x = torch.randn(3, 3, 4, dtype=torch.float64)
@@ -435,7 +435,7 @@ def test_a_bias_along_another_axis_is_none():
     model(x).square().sum().backward()
     optimizer.step()
     assert optimizer.metric("0").parameter_shape == (3, 5, 4)
-    assert optimizer.state[model[0].bias].keys() >= {"exp_avg", "exp_avg_sq"}
+    assert optimizer.metric("0.bias").parameter_shape == (15, 1, 1)
 
 
 class Policy(nn.Module):
@@ -467,7 +467,7 @@ def test_coverage_says_what_training_does():
     assert by == {"weight": "metric", "table": "adamw"}
 
 
-def test_a_bias_that_is_added_elsewhere_is_left_to_adamw():
+def test_a_bias_that_is_added_elsewhere_has_a_metric_of_its_own():
     class Elsewhere(OwnForward):
         def forward(self, x):
             return 2 * linear(x, self.weight) + self.bias
@@ -476,11 +476,8 @@ def test_a_bias_that_is_added_elsewhere_is_left_to_adamw():
     optimizer = trained(model, 2)
     assert optimizer.layers[0].role.refused is None
     assert optimizer._curvature.metric("0").shape == (18, 18)
-    assert optimizer.state[model[0].bias].keys() >= {"exp_avg", "exp_avg_sq"}
-    assert {each.name: each.by for each in relfisher.coverage(model, inputs())} == {
-        "0.weight": "metric",
-        "0.bias": "adamw",
-    }
+    assert not any("exp_avg" in state for state in optimizer.state.values())
+    assert {each.by for each in relfisher.coverage(model, inputs())} == {"metric"}
 
 
 def test_recomputed_passes_and_those_for_evaluation_do_not_count():
@@ -623,7 +620,9 @@ class Codebook(nn.Module):
 
 
 def test_a_matrix_with_other_uses_is_left_to_adamw():
-    with pytest.warns(UncoveredWarning, match="codes, its module does not multiply inputs by it, or not always"):
+    with pytest.warns(
+        UncoveredWarning, match="codes, its module does not multiply inputs by it or add it to them, or not always"
+    ):
         optimizer = trained(nn.Sequential(Codebook(), nn.Linear(7, 3).double()), 2)
     assert any("exp_avg" in state for state in optimizer.state.values())
 

@@ -94,19 +94,19 @@ class Own(nn.Linear):
 
 
 class Mixture(nn.Module):
-    """Matrices of which torch has no layer, next to one of which it has."""
+    """Tables with limits that have no metric, next to layers that have one."""
 
     def __init__(self):
         super().__init__()
-        self.experts = nn.Parameter(torch.randn(4, 6, 6, 1, dtype=torch.float64))
-        self.low = nn.ParameterList([torch.randn(6, 6, 1, 1, dtype=torch.float64) for _ in range(4)])
-        self.scale, self.own, self.head = Scale(), Own(6, 6).double(), nn.Linear(6, 3).double()
+        self.tables = nn.ModuleList(nn.Embedding(12, 6, max_norm=9.0, dtype=torch.float64) for _ in range(4))
+        self.bags = nn.EmbeddingBag(24, 6, mode="max", dtype=torch.float64)
+        self.own, self.head = Own(6, 6).double(), nn.Linear(6, 3).double()
 
     def forward(self, x):
-        x = torch.bmm(x.expand(4, *x.shape), self.experts[..., 0]).mean(0)
-        for matrix in self.low:
-            x = x @ matrix[..., 0, 0]
-        return self.head(self.own(self.scale(x)))
+        places = torch.arange(len(x)) % 12
+        for table in self.tables:
+            x = x + table(places)
+        return self.head(self.own(x + self.bags(places[:, None])))
 
 
 def uncovered(make):
@@ -126,9 +126,11 @@ def test_what_adamw_trains_for_want_of_a_metric_is_said_once():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
 
     first, second = uncovered(run)
-    assert first.startswith("AdamW trains 6 of 10 parameters, 82 % of all numbers, for want of a metric. ")
-    own = "1 of Mixture (experts) and 4 of ParameterList (low.0, low.1, low.2, ...) and 1 of Scale (scale.weight): "
-    assert f"{own}its module has no metric of its own. " in first
+    assert first.startswith("AdamW trains 5 of 9 parameters, 87 % of all numbers, for want of a metric. ")
+    limited = (
+        "4 of Embedding (tables.0.weight, tables.1.weight, tables.2.weight, ...) and 1 of EmbeddingBag (bags.weight)"
+    )
+    assert f"{limited}: its module has no metric of its own. " in first
     assert "register_layer" in first
     assert "1 of no module (of shape [3]): not a parameter of the model" in second
 
@@ -140,9 +142,9 @@ def test_a_small_share_is_not_said():
 
 def test_more_than_the_largest_share_is_an_error_before_anything_is_changed():
     model = Mixture()
-    with pytest.raises(ValueError, match=r"max_share is 0.8, but AdamW would train 6 of 10 parameters, 82 %"):
+    with pytest.raises(ValueError, match=r"max_share is 0.8, but AdamW would train 5 of 9 parameters, 87 %"):
         RNGD(model, fallback=AdamWOptions(max_share=0.8))
-    RNGD(model, fallback=AdamWOptions(max_share=0.83))
+    RNGD(model, fallback=AdamWOptions(max_share=0.88))
     RNGD(mlp(), fallback=AdamWOptions(max_share=0.0), metric=MetricOptions(structure="fallback"))
     with pytest.raises(ValueError, match=r"fallback\.max_share must lie in .* got 2"):
         AdamWOptions(max_share=2)
@@ -155,7 +157,7 @@ def test_more_than_the_largest_share_at_the_first_step_is_an_error_before_anythi
             self.table, self.head = nn.Parameter(torch.ones(5, 6)), nn.Linear(6, 3)
 
         def forward(self, x):
-            return self.head(torch.tanh(x + self.table[0]))
+            return self.head(torch.tanh(x + self.table.softmax(0)[0]))
 
     model = Elsewhere().double()
     optimizer = RNGD(model, fallback=AdamWOptions(max_share=0.5))

@@ -36,6 +36,7 @@ class Net(nn.Module):
         self.spare = nn.Linear(3, 3)
         self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
         self.scale = nn.Parameter(torch.ones(6))
+        self.lost = nn.Embedding(11, 6, max_norm=9.0)
         self.head = nn.Linear(6, 11)
         self.twin = nn.Linear(6, 11)
         self.twin.weight = self.head.weight
@@ -43,7 +44,7 @@ class Net(nn.Module):
     def forward(self, tokens):
         h = self.norm(self.conv(self.embed(tokens).mT).mT)
         h = torch.tanh(self.hidden(h + self.attention(h, h, h)[0]))
-        h = self.normed(self.frozen(h)) * self.scale
+        h = self.normed(self.frozen(h)) * self.scale + self.lost(tokens[:, :-2])
         return self.head(h) + self.twin(h)
 
 
@@ -77,7 +78,8 @@ def test_coverage_says_how_each_parameter_is_trained():
     assert found["embed.weight"].structure == "diagonal"
     assert "tied" in found["head.weight"].reason
     assert by["normed.parametrizations.weight.original1"] == "metric"
-    assert "no metric" in found["scale"].reason
+    assert by["scale"] == "metric"
+    assert "no metric" in found["lost.weight"].reason
     assert found["spare.weight"].reason == "not reached by these inputs"
 
 
@@ -368,7 +370,7 @@ def test_tables_have_a_line_a_row():
 
 def test_models_are_called_with_keywords_too():
     model, tokens = net()
-    assert len(list(plan(model, (tokens,)))) == 8
+    assert len(list(plan(model, (tokens,)))) == 9
     assert str(plan(model, {"tokens": tokens})) == str(plan(model, (tokens,)))
 
 

@@ -91,7 +91,8 @@ def test_moments_of_low_precision_parameters_are_kept_in_float32(dtype):
 
     torch.manual_seed(0)
     model = Scaled().to(dtype)
-    optimizer = RNGD(model, weight_decay=0.0, fallback=AdamWOptions(lr=0.1))
+    metric = MetricOptions(structure={"scale": "fallback"})
+    optimizer = RNGD(model, weight_decay=0.0, fallback=AdamWOptions(lr=0.1), metric=metric)
     expected = model.scale.detach().float().requires_grad_()
     adamw = torch.optim.AdamW([expected], lr=0.1, weight_decay=0.0)
     (model(torch.randn(5, 4, dtype=dtype)).sum() * 1e-3).backward()

@@ -56,7 +56,7 @@ def scheduler_of(name, optimizer):
 @pytest.mark.parametrize("name", [*SCHEDULERS, "SequentialLR", "ChainedScheduler"])
 def test_every_scheduler_moves_the_learning_rates(name):
     model = every_kind()
-    optimizer = RNGD(model, momentum=0.5)
+    optimizer = RNGD(model, momentum=0.5, metric=MetricOptions(structure={"scale": "fallback"}))
     scheduler = scheduler_of(name, optimizer)
     seen = set()
     for seed in range(6):

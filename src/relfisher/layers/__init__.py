@@ -5,6 +5,7 @@ from relfisher.layers.chart import Chart, Computed, Leaf, Recorded
 from relfisher.layers.discover import Discovery, check_kinds, discover, keepers, layers_of, plain_name, register_layer
 from relfisher.layers.linear import LinearLayer, LinearOperation, column, own_parameters, whole
 from relfisher.layers.samples import Rows, Sampling
+from relfisher.layers.spread import SpreadOperation, settle_as_spread
 
 __all__ = [
     "Call",
@@ -20,6 +21,7 @@ __all__ = [
     "Recorded",
     "Rows",
     "Sampling",
+    "SpreadOperation",
     "check_kinds",
     "column",
     "discover",
@@ -28,5 +30,6 @@ __all__ = [
     "own_parameters",
     "plain_name",
     "register_layer",
+    "settle_as_spread",
     "whole",
 ]

@@ -150,6 +150,11 @@ class Layer(ABC):
         return None
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies inputs by one matrix, as `Linear` does."""
+        return False
+
+    @property
     def settled(self) -> bool:
         """Whether it is known what is trained, and in which shape; that of an operation shows when it first runs."""
         return self.operation is None or "_settled" in vars(self)

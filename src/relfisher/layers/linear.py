@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.chart import Chart
 from relfisher.layers.samples import Rows, Sampling
+from relfisher.layers.spread import SpreadOperation, is_spread, spread_rows
 from relfisher.moments import augment
 
 __all__ = [
@@ -46,6 +47,11 @@ class LinearLayer(Layer):
 
     kinds: ClassVar[Kinds] = (nn.Linear,)
 
+    @property
+    def is_linear(self) -> bool:
+        """True, but for an operation that turns out to be another one."""
+        return True
+
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
         """Return the weight and bias as one layer; none for the projection inside attention, which is never called."""
@@ -77,8 +83,8 @@ class LinearOperation(LinearLayer):
     """A matrix by which a module of any class multiplies: [out, in] as for `linear`, or [in, out] as for `matmul`.
 
     A stack of matrices [stack, out, in] or [stack, in, out], such as those of experts, is a layer in groups. Its first
-    product settles which it is, and whether the vector that is named as its bias is added. Until then it has the form
-    of `linear` if the bias fits.
+    use settles which it is, and whether the vector that is named as its bias is added, or that it is spread over
+    samples, such as a table of positions. Until then it has the form of `linear` if the bias fits.
     """
 
     kinds: ClassVar[Kinds] = ()
@@ -87,6 +93,11 @@ class LinearOperation(LinearLayer):
     def operation(self) -> str:
         """A function that multiplies by it."""
         return "linear"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies by its matrix, as far as it is known, rather than being spread over samples."""
+        return not is_spread(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -111,24 +122,29 @@ class LinearOperation(LinearLayer):
     def found_in(cls, name: str, module: Any) -> list[Layer]:
         """Return a layer for each matrix or stack of the module's own, with the units that are named as its bias.
 
-        Parameters in a list or a dictionary are the module's own.
+        All other parameters, biases among them, may be spread over samples. Parameters in a list or a dictionary are
+        the module's own.
         """
         own = own_parameters(module)
         biases = {_bias(key, own) for key, parameter in own.items() if parameter.ndim in (2, 3)}
         matrices = [key for key, parameter in own.items() if parameter.ndim in (2, 3) and key not in biases]
-        return [_operation(name, module, key, own) for key in matrices]
+        rest = [key for key in own if key not in matrices and own[key].is_contiguous()]
+        spread = [SpreadOperation.of(name, module, key, own[key]) for key in rest]
+        return [*(_operation(name, module, key, own) for key in matrices), *spread]
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
-        """Return the inputs and the outputs, for each matrix of a stack."""
+        """Return the inputs and the outputs, for each matrix of a stack, or for each number that is spread."""
+        if not self.is_linear:
+            return spread_rows(call, sampling, self.shape[0])
         if len(self.shape) == 2:
             return super().rows(call, sampling)
         x, z = (each.transpose(0, 1) for each in sampling.rows(call.input(), self.pre_activation(call), trailing=2))
         return Rows(augment(x, len(self.parts) - 1), z)
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a module's own by name, those in its lists and dictionaries among them."""
-    own = dict(module.named_parameters(recurse=False))
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     for key, child in module.named_children():
         if isinstance(child, nn.ParameterList | nn.ParameterDict):
             own |= {f"{key}.{name}": parameter for name, parameter in child.named_parameters(recurse=False)}
@@ -144,7 +160,7 @@ def _swapped(tensor: Tensor) -> Tensor:
     return tensor.mT
 
 
-def _bias(key: str, own: Mapping[str, nn.Parameter]) -> str | None:
+def _bias(key: str, own: Mapping[str, Tensor]) -> str | None:
     """Return the name of the parameter [*stack, units] or [*stack, 1, units] that is named as the bias of a matrix."""
     *stack, rows, columns = own[key].shape
     shapes = [(*stack, *one, units) for units in (rows, columns) for one in ([], [1])]
@@ -152,7 +168,7 @@ def _bias(key: str, own: Mapping[str, nn.Parameter]) -> str | None:
     return next((each for each in named if each in own and each != key and tuple(own[each].shape) in shapes), None)
 
 
-def _operation(name: str, module: Any, key: str, own: Mapping[str, nn.Parameter]) -> LinearOperation:
+def _operation(name: str, module: Any, key: str, own: Mapping[str, Tensor]) -> LinearOperation:
     weight, bias = own[key], _bias(key, own)
     parts = [Part(key, whole)]
     if bias is not None:

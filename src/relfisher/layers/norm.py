@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.samples import Rows, Sampling
+from relfisher.layers.spread import SPREAD, scalars
 from relfisher.moments import augment
 
 __all__ = [
@@ -27,21 +28,16 @@ __all__ = [
 ]
 
 
-def channels(tensor: Tensor) -> Tensor:
-    """Reshape a parameter of any shape to [channels, 1, 1]: groups with one unit and one input each."""
-    return tensor.reshape(-1, 1, 1)
-
-
 class _Affine(Layer):
     """A scale, a shift, or both, for each normalized channel."""
 
-    structures = ("shared", "neuron", "diagonal")
+    structures = SPREAD
 
     @classmethod
     def found_in(cls, name: str, module: Any) -> list[Layer]:
         """Return the scale and shift as one layer; none if the module has neither."""
         kept = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
-        parts = tuple(Part(key, channels) for key in kept)
+        parts = tuple(Part(key, scalars) for key in kept)
         return [cls(name, module, parts, (getattr(module, kept[0]).numel(), 1, len(parts)))] if parts else []
 
     def normalized(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Call, Layer, Rows, Sampling
+from relfisher.layers import Call, Layer, Rows, Sampling, SpreadOperation
 from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
@@ -325,7 +325,8 @@ class Observer:
             del self._samplers[layer]
             self._active.pop(layer, None)
         self._learn(refused)
-        told = [layer for layer in unseen if not is_inside(layer, self._layers[layer.module])]
+        matrices = [layer for layer in unseen if not isinstance(layer, SpreadOperation)]  # others are small
+        told = [layer for layer in matrices if not is_inside(layer, self._layers[layer.module])]
         for kind, layers in ((messages.TiedWarning, tied), (messages.UncoveredWarning, told)):
             messages.tell_refused({layer: refused[layer].refused or "" for layer in layers}, kind)
 

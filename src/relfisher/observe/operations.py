@@ -12,12 +12,13 @@ from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Call, Layer, LinearOperation
+from relfisher.layers import Call, Layer, LinearOperation, SpreadOperation
 from relfisher.observe.activations import canonical_name
 from relfisher.observe.computations import Computations
 from relfisher.observe.hooks import Hook
 from relfisher.observe.products import Products
 from relfisher.observe.roles import Role
+from relfisher.observe.spreads import Spreads
 
 __all__ = ["Operations", "is_inside", "unseen_role"]
 
@@ -107,9 +108,11 @@ class _Watch(TorchFunctionMode):
     def __init__(self, layers: Sequence[Layer], see: See) -> None:
         super().__init__()
         matrices = [layer for layer in layers if isinstance(layer, LinearOperation)]
-        self._layers = [layer for layer in layers if layer not in matrices]
+        vectors = [layer for layer in layers if isinstance(layer, SpreadOperation)]
+        self._layers = [layer for layer in layers if layer not in (*matrices, *vectors)]
         self._computations = Computations(layers[0].module)
         self._products = Products(matrices, self._computations, see)
+        self._spreads = Spreads([*matrices, *vectors], self._computations, see)
         self._see = see
         self._seen: set[Layer] = set()
         self._mixed: set[Layer] = set()
@@ -126,7 +129,13 @@ class _Watch(TorchFunctionMode):
         self._products.before(name, args, kwargs)
         result = func(*args, **kwargs)
         self._computations.after(func, args, kwargs, result)
-        self._products.after(name, args, kwargs, result)
+        with torch._C.DisableTorchFunction():  # what is done here is no use of a tensor
+            if not (
+                self._products.after(name, args, kwargs, result)
+                or self._spreads.after(func, name, args, kwargs, result)
+            ):
+                self._products.note_use(args, kwargs, result)
+                self._spreads.note_use(args, kwargs, result)
         for layer in [layer for layer in self._layers if layer.operation == name]:
             call, before = Call(args, kwargs, result), layer.parts
             if layer.is_of(call, self._computations.chart):
@@ -139,7 +148,7 @@ class _Watch(TorchFunctionMode):
     def finish(self) -> set[Layer]:
         """See what the module returned; return the layers that it used in different ways."""
         self._products.finish()
-        return self._products.mixed | self._mixed
+        return self._products.mixed | self._spreads.mixed | self._mixed
 
 
 def _sharing(layers: Sequence[Layer]) -> set[Layer]:
@@ -160,6 +169,6 @@ def is_inside(layer: Layer, others: Iterable[Layer]) -> bool:
 def unseen_role(layer: Layer) -> Role:
     """Return the role of a layer whose module ran without its operation."""
     missing = f"pass it to {layer.operation}"
-    if isinstance(layer, LinearOperation):
-        missing = "multiply inputs by it, or not always in the same way"
+    if isinstance(layer, LinearOperation | SpreadOperation):
+        missing = "multiply inputs by it or add it to them, or not always in the same way"
     return Role(layer.own_response, refused=f"its module does not {missing}")

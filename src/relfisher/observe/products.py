@@ -95,19 +95,17 @@ class Products:
                 else:
                     self._found(matrix, found, z)
 
-    def after(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note what a function made."""
-        if not self._matrices:
-            return
+    def after(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
+        """Note what a function made; return whether it made a product, or added its bias."""
         if self._adding is not None:
             (matrix, found), self._adding = self._adding, None
             self._found(matrix, found, result)
-        elif args and id(args[0]) in self._matrices and _is_turned(args[0], result):
+            return True
+        if args and id(args[0]) in self._matrices and _is_turned(args[0], result):
             self._turned[id(result)] = args[0], result
         elif args and id(args[0]) in self._biases and _is_view(args[0], result):
             self._reshaped[id(result)] = args[0], result
-        elif not any(self._note(found, result) for found in products(name, args, kwargs, result)):
-            self._note_use(args, kwargs, result)
+        return any(self._note(found, result) for found in products(name, args, kwargs, result))
 
     def finish(self) -> None:
         """See the products that nothing has used."""
@@ -117,7 +115,7 @@ class Products:
     def _bias(self, given: Any) -> Any:
         return self._reshaped.get(id(given), (given,))[0]
 
-    def _note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    def note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note matrices that a function takes together with data, other than to multiply by them."""
         given = list(tensors_in([*args, *kwargs.values()]))
         if not any(each.requires_grad for each in tensors_in(result if isinstance(result, tuple) else [result])):

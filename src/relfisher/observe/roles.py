@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer, LinearLayer
+from relfisher.layers import Layer
 from relfisher.observe.trace import Trace
 from relfisher.responses import UnitResponse
 
@@ -57,7 +57,7 @@ def _role(trace: Trace, layer: Layer) -> Role:
         return Role(layer.own_response, refused=f"tied: {misused} uses its parameters outside its own calls")
     if not layer.followed:
         return Role(layer.own_response, reads_input=reads_input)
-    if not isinstance(layer, LinearLayer):
+    if not layer.is_linear:
         return Role(trace.takers.response(layer), reads_input=reads_input)
     is_head = None if trace.takers.is_output(layer) else trace.takers.is_softmax(layer)
     return Role(trace.takers.response(layer), trace.takers.following(layer), is_head, reads_input)
@@ -66,7 +66,7 @@ def _role(trace: Trace, layer: Layer) -> Role:
 def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:
     """Return whether a layer is scored outside the model, so that only its gradients show how."""
     unknown = role.refused is None and role.is_head is None and layer.out > 1
-    return unknown and isinstance(layer, LinearLayer) and trace.takers.is_output(layer)
+    return unknown and layer.is_linear and trace.takers.is_output(layer)
 
 
 def is_softmax_gradient(gradient: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from relfisher.observe.hooks import Hook
 from relfisher.optim.outcome import Outcome
+from relfisher.optim.running import RunningStatistics
 from relfisher.shards import held, reshard, sharding
 from relfisher.structures import Kept
 
@@ -63,6 +64,7 @@ class Averaging:
         self._optimizer = weakref.ref(optimizer)
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
+        self._running = RunningStatistics(nn.Module() if model is None else model)
         hooked = [] if model is None else [model, *model.children()]
         self._handles = [module.register_forward_pre_hook(Hook(self._enter), prepend=True) for module in hooked]
 
@@ -85,6 +87,11 @@ class Averaging:
     def to_average(self) -> None:
         """Put the average into the model."""
         self._move(torch._foreach_sub_, at_iterate=False)
+
+    def skip(self) -> None:
+        """Put the average into the model, as it was before the passes of a step that is not taken."""
+        self.to_average()
+        self._running.restore()
 
     @contextmanager
     def stepping(self) -> Iterator[Callable[[Outcome], None]]:
@@ -113,6 +120,7 @@ class Averaging:
                     group["averaged"] += 1
                     new = min(1.0, 1 / (group["averaging"] * group["averaged"]))
                     outcome.multiply(leads, 1 - new)
+                    self._running.average(outcome, new)  # of the first group, if they differ
                 torch._foreach_sub_(params, leads)
             for group in self._groups():
                 group["at_iterate"] = False
@@ -139,6 +147,7 @@ class Averaging:
         if waits and module.training and torch.is_grad_enabled():
             with torch._C.DisableTorchFunction():
                 self.to_iterate()
+                self._running.remember()
 
     @torch.no_grad()
     def _move(self, change: Callable[[list[Tensor], list[Tensor]], None], *, at_iterate: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relfisher.layers import Layer, discover, own_parameters
+from relfisher.layers import Layer, SpreadOperation, discover, own_parameters
 from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
@@ -110,7 +110,7 @@ class Binding:
             self._told += tell(found, self._told)
 
     def refuse(self, layers: Mapping[Layer, str], model: nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Note layers that turned out to have no metric, with the reasons, of which there was a warning.
+        """Note layers that turned out to have no metric, with the reasons; there was a warning about matrices.
 
         Raises:
             ValueError: if AdamW would train too many parameters then.
@@ -121,8 +121,16 @@ class Binding:
             kept = {id(p) for layer in self.place if layer not in self._lost for p in layer.parameters}
             lost = [(p, reason) for layer, reason in layers.items() for p in layer.parameters if id(p) not in kept]
             self.refused = {**self.refused, **{names[id(parameter)]: reason for parameter, reason in lost}}
-            self._told += [parameter for parameter, _ in lost]
+            self._told += [p for layer in layers if not isinstance(layer, SpreadOperation) for p in layer.parameters]
             self.tell(model, groups)
+
+    @property
+    def shown(self) -> dict[Layer, int]:
+        """The place of each layer, but for those that others contain, such as a bias that belongs to its matrix."""
+        kept = [layer for layer in self.place if layer not in self._lost]
+        open_ = {layer for layer in self.place if layer in self._lost or not layer.settled}
+        inside = {layer for layer in open_ for other in kept if _is_part(layer, other)}
+        return {layer: place for layer, place in self.place.items() if layer not in inside}
 
     def covered(self) -> set[Tensor]:
         """Return the parameters of all assigned layers."""
@@ -150,6 +158,11 @@ def _homes(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> dict
         if layer not in found and first is not None and groups[first]["kind"] == METRIC:
             found[layer] = first
     return found
+
+
+def _is_part(layer: Layer, other: Layer) -> bool:
+    """Return whether the parameters of a layer are some of those of another one."""
+    return layer.module is other.module and set(layer.names) < set(other.names)
 
 
 def _not_owned(layer: Layer, groups: Iterable[Mapping[str, Any]]) -> frozenset[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from relfisher.layers import Layer, LinearLayer, check_kinds
+from relfisher.layers import Layer, check_kinds
 from relfisher.observe import Role
 from relfisher.optim.assignment import Rule, check_rules
 from relfisher.optim.matching import ROLES, check_keys, entry
@@ -236,5 +236,5 @@ class Inversions:
         if self._power is not None:
             return own, entry(self._power, layer, role) if isinstance(self._power, Mapping) else self._power
         given = own is not None or self._for_all
-        raw = not given and role is not None and role.reads_input and isinstance(layer, LinearLayer)
+        raw = not given and role is not None and role.reads_input and layer.is_linear
         return own, self._raw_power if raw else None

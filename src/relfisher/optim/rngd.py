@@ -176,7 +176,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         records = self._curvature.records
         return tuple(
             LayerView(layer.name, records[layer].role, records[layer].structure, place)
-            for layer, place in self._binding.place.items()
+            for layer, place in self._binding.shown.items()
         )
 
     def metric(self, name: str) -> Metric:
@@ -264,7 +264,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         problem = self._curvature.agree(obstacle(self._curvature, self.param_groups))
         if problem is not None:
             self._curvature.observer.drop()
-            self._averaging.to_average()
+            self._averaging.skip()
             self.health.skipped(self._iteration, problem)
             return loss
         if self._curvature.observer.waiting:

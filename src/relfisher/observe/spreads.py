@@ -1,0 +1,187 @@
+"""Parameters that are spread over samples: multiply data element by element, are added to them or put beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from relfisher.layers import Call, Chart, Layer, settle_as_spread
+from relfisher.observe.activations import RESHAPING
+from relfisher.observe.computations import Computations
+from relfisher.observe.takers import tensors_in
+
+__all__ = ["Spreads"]
+
+See = Callable[[Layer, Call, Tensor], None]
+
+# These change where numbers stand, and how often.
+_MOVING = RESHAPING.union(
+    "expand expand_as broadcast_to repeat tile repeat_interleave index_select flip roll get".split()
+)
+
+# Attributes that do.
+_TURNS = ("T", "mT")
+
+# These leave numbers where they are.
+_KEEPING = frozenset("contiguous clone to type float double half bfloat16 cpu cuda".split())
+
+# Functions that normalize by themselves, then multiply by a weight and add a bias.
+_NORMS = {"layer_norm": functional.layer_norm, "rms_norm": functional.rms_norm}
+
+
+class _Own(NamedTuple):
+    """A tensor that holds the numbers of a parameter.
+
+    Attributes:
+        layer: the layer of the parameter.
+        places: the place of each number in the parameter, in the shape of the tensor.
+        counted: all places in order, of which these may be a view.
+        chart: how the tensor is computed from parameters; None if it is moved alone.
+        tensor: the tensor.
+    """
+
+    layer: Layer
+    places: Tensor
+    counted: Tensor
+    chart: Chart | None
+    tensor: Tensor
+
+
+class Spreads:
+    """The parameters that are spread over samples inside of one call of their module.
+
+    Args:
+        layers: the layers that may turn out to be spread.
+        computations: how tensors are computed from parameters.
+        see: called with each layer, the call with its input and places, and the output.
+
+    Attributes:
+        mixed: the layers with other uses.
+    """
+
+    def __init__(self, layers: Iterable[Layer], computations: Computations, see: See) -> None:
+        self._layers = {id(layer.weight): layer for layer in layers if layer.weight.is_contiguous()}
+        self._named = {layer.parts[0].attribute: layer for layer in self._layers.values()}
+        self._moved: dict[int, _Own] = {}
+        self._uses: dict[Layer, tuple[Chart | None, bool]] = {}
+        self._computations = computations
+        self._see = see
+        self.mixed: set[Layer] = set()
+
+    def after(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> bool:
+        """Note what a function made; return whether it moved or spread a parameter."""
+        if not self._layers or (name == "get" and func.__self__.__name__ not in _TURNS):  # type: ignore[attr-defined]
+            return False
+        first = self._own(args[0]) if args else None
+        if first is not None and first.chart is None and name in _MOVING:
+            self._move(first, func, name, args, kwargs, result)
+            return True
+        match name, args:
+            case (("add" | "sub" | "mul"), (one, other)) if not kwargs:
+                return self._join(name, one, other, result) or self._join(name, other, one, result)
+            case (("cat" | "concat" | "concatenate"), ([*parts], *_)):
+                return self._beside(parts, kwargs.get("dim", args[1] if len(args) > 1 else 0), result)
+            case _ if name in _NORMS:
+                return self._normalize(name, args, kwargs, result)
+        return False
+
+    def note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note parameters that a function takes together with data in another way."""
+        given = list(tensors_in([*args, *kwargs.values()]))
+        made = tensors_in(result if isinstance(result, tuple) else [result])
+        if any(each.requires_grad for each in made) and not all(self._computations.holds(each) for each in given):
+            for each in given:
+                own = self._moved.get(id(each))
+                names = self._computations.names(each)
+                self.mixed |= {self._named[key] for key in names if key in self._named}
+                self.mixed |= set() if own is None else {own.layer}
+
+    def _own(self, tensor: Any) -> _Own | None:
+        """Return of which parameter a tensor holds the numbers; None if of none."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) in self._moved:
+            return self._moved[id(tensor)]
+        layer, chart = self._layers.get(id(tensor)), None
+        if layer is None:
+            chart = self._computations.chart(tensor)
+            layer = None if chart is None else self._named.get(chart.attribute)
+        if layer is None:
+            return None
+        counted = torch.arange(tensor.numel(), device=tensor.device)
+        return _Own(layer, counted.view(tensor.shape), counted, chart, tensor)
+
+    def _move(
+        self,
+        own: _Own,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        """Note where the numbers of a parameter stand after a function."""
+        moved = own.places if name in _KEEPING else func(own.places, *args[1:], **kwargs)
+        several = isinstance(result, tuple | list)
+        for each, places in zip(result if several else [result], moved if several else [moved], strict=True):
+            self._moved[id(each)] = own._replace(places=places, tensor=each)
+
+    def _join(self, name: str, one: Any, other: Any, result: Tensor) -> bool:
+        """See the sum or the product of a parameter with data; return False if it is none."""
+        own = self._own(one)
+        if own is None or not self._is_data(other) or (name == "mul" and other is result):
+            return False
+        if not (other.requires_grad or _repeats(own.places, result)):  # noise on a weight, maybe
+            return False
+        return self._spread(own, other if name == "mul" else None, result, result)
+
+    def _beside(self, parts: Sequence[Any], axis: int, result: Tensor) -> bool:
+        """See the parameters that are put beside data; return False if there are none."""
+        found = [self._own(part) for part in parts]
+        if not any(found) or not any(self._is_data(part) for part in parts):
+            return False
+        start = 0
+        for part, own in zip(parts, found, strict=True):
+            if own is not None:
+                self._spread(own, None, result.detach().narrow(axis, start, part.shape[axis]), result)
+            start += part.shape[axis]
+        return True
+
+    def _normalize(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
+        """See the weight and the bias of a function that normalizes data; return False if they are no parameters."""
+        names = ("input", "normalized_shape", "weight", *(("bias",) if name == "layer_norm" else ()), "eps")
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        weight, bias = self._own(given.get("weight")), self._own(given.get("bias"))
+        if (weight is None and bias is None) or not self._is_data(given["input"]):
+            return False
+        rest = {key: given[key] for key in ("normalized_shape", "eps") if key in given}
+        if weight is not None:
+            x = _NORMS[name](given["input"].detach(), **rest)  # type: ignore[operator]  # both take these
+            self._spread(weight, x, result, result)
+        if bias is not None:
+            self._spread(bias, None, result, result)
+        return True
+
+    def _is_data(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and self._own(tensor) is None and not self._computations.holds(tensor)
+
+    def _spread(self, own: _Own, x: Tensor | None, output: Tensor, z: Tensor) -> bool:
+        """See a use of a parameter: its output, and the tensor that holds it."""
+        use = own.chart, x is None
+        if self._uses.setdefault(own.layer, use) == use and settle_as_spread(own.layer, own.chart):
+            self._see(own.layer, Call((own.places, x, own.counted), {}, output), z)
+        else:
+            self.mixed.add(own.layer)
+        return True
+
+
+def _repeats(places: Tensor, z: Tensor) -> bool:
+    """Return whether several elements of z take the same number."""
+    spread = places.expand(z.shape)
+    return any(size > 1 and not stride for size, stride in zip(spread.shape, spread.stride(), strict=True))
