@@ -127,6 +127,17 @@ def test_layers_without_entries_are_left_out():
     assert set(found.refused.values()) == {"a parameter of its module is empty"}
 
 
+def test_complex_parameters_are_refused_with_the_reason():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filters = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
+
+    found = discover(nn.Sequential(Spectrum(), nn.Linear(2, 2)))
+    assert [layer.name for layer in found.layers] == ["1"]
+    assert found.refused == {"0.filters": "its dtype is torch.complex64"}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_and_traced_models_are_refused():
     scripted = torch.jit.script(nn.Linear(2, 3))

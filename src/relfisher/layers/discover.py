@@ -252,9 +252,10 @@ def _discovered(model: nn.Module, extra: Extra) -> Discovery:
             covered.update(id(parameter) for parameter in layer.parameters)
         if reason is not None:
             found.refused.update({names[id(parameter)]: reason for parameter in module.parameters(recurse=False)})
+    unfit = {names[id(parameter)]: _unfit(parameter) for parameter in model.parameters()}
     for identity, name in names.items():
         if identity not in covered:
-            found.refused.setdefault(name, "its module has no metric of its own")
+            found.refused.setdefault(name, unfit[name] or "its module has no metric of its own")
         else:
             found.refused.pop(name, None)
     return found
