@@ -152,7 +152,7 @@ def take(
     for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
         if "momentum" in move.state:
             outcome.replace(move.state["momentum"], move.velocity)
-        change = outcome.change(step.change())
+        change = outcome.change(step.direction, step.scale)
         if batch.layers[0] in sharing.returned:
             returned += zip(batch.records, change if len(change) else [change] * len(batch.records), strict=True)
             continue
