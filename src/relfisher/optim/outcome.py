@@ -51,19 +51,20 @@ class Outcome:
         # Both ends are exact; `where` would take five times as long on a CPU.
         kept.lerp_(_without_nonfinite(new), self._number(kept, 1.0, 0.0).to(kept.dtype))
 
-    def change(self, direction: Tensor, scale: float | Tensor) -> Tensor:
+    def change(self, direction: Tensor, scale: float | Tensor, room: Tensor | None = None) -> Tensor:
         """Return the change of a tensor by a scaled direction, which is 0 if the step is not taken.
 
         Args:
             direction: the direction, [layers, ...].
             scale: one number for all layers, or one for each, [layers].
+            room: a tensor that may hold the result.
         """
         if isinstance(scale, Tensor):
             number = torch.where(self.on(scale.device), scale.to(direction.dtype), 0)
             number = number.view(-1, *(1,) * (direction.ndim - 1))
         else:
             number = self._number(direction, scale, 0.0)
-        return _without_nonfinite(direction) * number
+        return torch.mul(_without_nonfinite(direction), number, out=room)
 
     def multiply(self, tensors: Sequence[Tensor], factor: float) -> None:
         """Multiply tensors by a factor."""
