@@ -107,14 +107,12 @@ class Averaging:
             for group in self._groups():
                 self.complete(group, optimizer.state)  # parameters that were frozen so far
         averages = self._averages(at_iterate=True)
-        for _, params, leads in averages:  # for the time of the step, the leads hold x
-            torch._foreach_neg_(leads)
-            torch._foreach_add_(leads, params)
+        for _, params, leads in averages:  # for the time of the step, the leads hold -x
+            torch._foreach_sub_(leads, params)
         try:
             yield taken.append
         finally:
             for group, params, leads in averages:
-                torch._foreach_neg_(leads)
                 torch._foreach_add_(leads, params)
                 for outcome in taken:
                     group["averaged"] += 1

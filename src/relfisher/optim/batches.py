@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +27,12 @@ __all__ = ["Batch", "Batches"]
 # A batch has up to as many parameters: more would take memory and save nothing.
 _TOGETHER = 1 << 22
 
+# The tensor of the gradients is kept from step to step if it has up to as many numbers.
+_KEPT = 1 << 18
+
 Moving = Sequence[Tensor | None]
 View = Callable[[Tensor], Tensor]
+Facts = tuple[Any, ...]
 
 
 class Batch:
@@ -35,22 +41,24 @@ class Batch:
     Args:
         records: of layers of equal shape, dtype and device. Several layers must not be computed from other parameters.
         keys: the keys of the tensors that are stacked.
+
+    Attributes:
+        layers: the layers.
+        is_computed: whether the layer is computed from other parameters.
     """
 
     def __init__(self, records: Sequence[Record], keys: Sequence[str]) -> None:
         self.records = tuple(records)
+        self.layers = tuple(record.layer for record in records)
+        self.is_computed = is_computed(self.layers[0])
         self._keys = tuple(keys)
         self._stacked: dict[str, tuple[Tensor, list[Tensor]]] = {}
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers."""
-        return tuple(record.layer for record in self.records)
+        self._kept: _Matrix | None = None
 
     @property
     def gathers(self) -> bool:
         """Whether the gradient is computed from parameters that processes must make whole together."""
-        return is_computed(self.records[0].layer) and self.records[0].is_in_parts
+        return self.is_computed and self.records[0].is_in_parts
 
     def state(self, states: Sequence[State]) -> State:
         """Return the tensors of the layers' states, stacked [L, ...]; those of a state become views of them."""
@@ -59,7 +67,7 @@ class Batch:
     def _together(self, key: str, states: Sequence[State]) -> Tensor:
         own = [state[key] for state in states]
         stacked, views = self._stacked.get(key, (None, []))
-        if stacked is None or any(mine is not view for mine, view in zip(own, views, strict=True)):
+        if stacked is None or not all(map(is_, own, views)):
             if len(own) == 1:
                 stacked, views = own[0].unsqueeze(0), own
             else:
@@ -70,23 +78,36 @@ class Batch:
             self._stacked[key] = stacked, views
         return stacked
 
-    def gradient(self, dtype: torch.dtype) -> tuple[Float[Tensor, "l *g out d"], list[Tensor], list[Tensor]]:
-        """Return a tensor for the gradients, with 0 for parts without any, its parts, and what belongs into them."""
-        layer = self.records[0].layer
-        shape, device = (len(self.records), *layer.shape), layer.weight.device
-        if is_computed(layer):
+    def gradient(
+        self, moving: Sequence[Moving], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "l *g out d"], list[Tensor], list[Tensor]]:
+        """Return a tensor for the gradients, with 0 for parts without any, its parts, and what belongs into them.
+
+        It is the same tensor in each step, if it is small.
+
+        Args:
+            moving: the parameters of each layer; None for those that do not move.
+            dtype: the dtype of the tensor.
+        """
+        if self.is_computed:
             found = self.records[0].gradient()
             assert found is not None  # something moves
             return found.to(dtype).unsqueeze(0), [], []
-        gradients = [record.gradients() for record in self.records]
-        partly = any(each is None for each in gradients[0])
-        matrix = (torch.zeros if partly else torch.empty)(shape, dtype=dtype, device=device)
+        matrix = self._matrix(dtype)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for columns, given in self._parts(matrix, gradients):
-            targets += columns
-            sources += [view(gradient) for view, gradient in given]
-        return matrix, targets, sources
+        gradients = [record.gradients(own) for record, own in zip(self.records, moving, strict=True)]
+        for columns, views, own in zip(matrix.columns, self._views, zip(*gradients, strict=True), strict=True):
+            if own[0] is None:
+                torch._foreach_zero_(list(columns))
+            else:
+                targets += columns
+                sources += [view(gradient) for view, gradient in zip(views, own, strict=True)]
+        return matrix.whole, targets, sources
+
+    def room(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the tensor of the gradients, if it is kept, for the changes that follow from them."""
+        return None if self._kept is None or self._kept.whole.dtype != dtype else self._kept.whole
 
     def changes(self, moving: Sequence[Moving], step: Float[Tensor, "l *g out d"]) -> tuple[list[Tensor], list[Tensor]]:
         """Return what this process holds of the parameters, or views of it, and its changes.
@@ -95,59 +116,84 @@ class Batch:
             moving: the parameters of each layer; None for those that do not move.
             step: the changes of the layers' matrices.
         """
-        if is_computed(self.records[0].layer) or self.records[0].is_in_parts:
+        if self.is_computed or self.records[0].is_in_parts:
             pairs = [pair for record, own in zip(self.records, step, strict=True) for pair in record.changes(own)]
             return [target for target, _ in pairs], [change for _, change in pairs]
+        kept = self._kept
+        parts = kept.columns if kept is not None and kept.whole is step else self._columns(step)
         targets: list[Tensor] = []
         changes: list[Tensor] = []
-        for columns, parameters in self._parts(step, moving):
-            targets += [view(parameter) for view, parameter in parameters]
-            changes += columns
+        for columns, views, parameters in zip(parts, self._views, zip(*moving, strict=True), strict=True):
+            if parameters[0] is not None:
+                targets += [view(parameter) for view, parameter in zip(views, parameters, strict=True)]
+                changes += columns
         return targets, changes
 
-    def _parts(
-        self, matrix: Float[Tensor, "l *g out d"], given: Sequence[Moving]
-    ) -> Iterator[tuple[Sequence[Tensor], list[tuple[View, Tensor]]]]:
-        """Return the columns of each part that moves, one tensor per layer, and the views and values of the layers."""
-        columns = matrix.split_with_sizes(self.records[0].layer.widths, dim=-1)
-        views = zip(*self._views, strict=True)
-        for own, seen, parameters in zip(columns, views, zip(*given, strict=True), strict=True):
-            if parameters[0] is not None:
-                pairs = zip(seen, parameters, strict=True)
-                found = [(view, parameter) for (view, _), parameter in pairs if parameter is not None]
-                yield own.view(len(self.records), *seen[0][1]).unbind(0), found
+    def _matrix(self, dtype: torch.dtype) -> _Matrix:
+        """Return a matrix [L, *g, out, d] without values, and its columns."""
+        if self._kept is not None and self._kept.whole.dtype == dtype:
+            return self._kept
+        shape = (len(self.layers), *self.layers[0].shape)
+        whole = torch.empty(shape, dtype=dtype, device=self.layers[0].weight.device)
+        made = _Matrix(whole, self._columns(whole))
+        self._kept = made if whole.numel() <= _KEPT else None
+        return made
+
+    def _columns(self, matrix: Float[Tensor, "l *g out d"]) -> list[Sequence[Tensor]]:
+        """Return the columns of each part, one tensor per layer, in the shapes of their views."""
+        parts = zip(matrix.split_with_sizes(self.layers[0].widths, dim=-1), self._shapes, strict=True)
+        return [columns.view(len(self.layers), *shape).unbind(0) for columns, shape in parts]
 
     @cached_property
-    def _views(self) -> list[list[tuple[View, tuple[int, ...]]]]:
+    def _seen(self) -> list[list[tuple[View, tuple[int, ...]]]]:
         return [_views(layer) for layer in self.layers]
+
+    @cached_property
+    def _views(self) -> list[list[View]]:
+        """The views of the layers, for each part."""
+        return [[view for view, _ in own] for own in zip(*self._seen, strict=True)]
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each part's view."""
+        return [shape for _, shape in self._seen[0]]
+
+
+class _Matrix(NamedTuple):
+    """A matrix for each layer, and the columns of each part, one tensor per layer."""
+
+    whole: Tensor
+    columns: Sequence[Sequence[Tensor]]
 
 
 class Batches:
     """The batches of an optimizer's layers, which last as long as what they are made of."""
 
     def __init__(self) -> None:
-        self._seen: list[Hashable] = []
+        self._seen: list[tuple[Record, Facts]] = []
         self._families: list[Batch] = []
         self._alone: dict[Record, Batch] = {}
 
     def moving(
-        self, seen: Mapping[Record, Hashable], kind: Callable[[Record], tuple[Hashable, Sequence[str]]]
+        self,
+        seen: list[tuple[Record, Facts]],
+        kind: Callable[[Record, Facts], tuple[Hashable, Sequence[str]]],
     ) -> list[tuple[Batch, list[Moving]]]:
         """Return the batches that move, with the parameters of each layer, and None for those that do not move.
 
         Layers whose parameters do not all move alike are batches of their own.
 
         Args:
-            seen: what a layer's kind depends on; as long as nothing of it changes, batches are the same.
+            seen: each layer with what its kind depends on; as long as nothing of it changes, batches are the same.
             kind: returns what is equal for layers of one batch, and the keys of the tensors that are stacked.
         """
-        if list(seen.items()) != self._seen:
-            self._seen = list(seen.items())
-            self._group({record: kind(record) for record in seen})
+        if seen != self._seen:
+            self._seen = seen
+            self._group({record: kind(record, facts) for record, facts in seen})
         found: list[tuple[Batch, list[Moving]]] = []
         for family in self._families:
             moving: list[Moving] = [record.moving() for record in family.records]
-            patterns = {tuple(parameter is None for parameter in each) for each in moving}
+            patterns = {tuple([parameter is None for parameter in each]) for each in moving}
             if len(patterns) == 1:
                 found += [] if all(*patterns) else [(family, moving)]
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -112,4 +111,6 @@ def finite(tensors: Sequence[Tensor]) -> list[Tensor]:
     for each in values:
         if each.numel():
             by_device.setdefault(each.device, []).append(each)
-    return [torch.stack(torch._foreach_norm(own, math.inf)).isfinite().all() for own in by_device.values()]
+    # Zero times what is not finite is not a number. The largest norm would take ten times as long on a CPU.
+    nothing = [torch._foreach_norm(torch._foreach_mul(own, 0.0)) for own in by_device.values()]
+    return [torch.stack(each).sum() == 0 for each in nothing]

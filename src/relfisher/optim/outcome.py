@@ -29,6 +29,7 @@ class Outcome:
             home = next(iter(self._taken))
             everywhere = _all([flag.to(home) for flag in self._taken.values()])
             self._taken = {device: everywhere.to(device) for device in self._taken}
+        self._numbers: dict[tuple[torch.device, torch.dtype, float, float], Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """Return the answer on a device, a boolean []."""
@@ -47,20 +48,45 @@ class Outcome:
 
     def replace(self, kept: Tensor, new: Tensor) -> None:
         """Write new values into a tensor."""
-        torch.where(self.on(kept.device), new, kept, out=kept)
+        # Both ends are exact; `where` would take five times as long on a CPU.
+        kept.lerp_(_without_nonfinite(new), self._number(kept, 1.0, 0.0).to(kept.dtype))
 
-    def change(self, step: Tensor) -> Tensor:
-        """Return the change of a tensor, which is 0 if the step is not taken."""
-        return torch.where(self.on(step.device), step, 0)
+    def change(self, direction: Tensor, scale: float | Tensor, room: Tensor | None = None) -> Tensor:
+        """Return the change of a tensor by a scaled direction, which is 0 if the step is not taken.
+
+        Args:
+            direction: the direction, [layers, ...].
+            scale: one number for all layers, or one for each, [layers].
+            room: a tensor that may hold the result.
+        """
+        if isinstance(scale, Tensor):
+            number = torch.where(self.on(scale.device), scale.to(direction.dtype), 0)
+            number = number.view(-1, *(1,) * (direction.ndim - 1))
+        else:
+            number = self._number(direction, scale, 0.0)
+        return torch.mul(_without_nonfinite(direction), number, out=room)
 
     def multiply(self, tensors: Sequence[Tensor], factor: float) -> None:
         """Multiply tensors by a factor."""
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
-            kinds.setdefault((tensor.device, _number(tensor.dtype)), []).append(tensor)
-        for (device, dtype), own in kinds.items():
-            number = torch.full((), factor, dtype=dtype, device=device)
-            torch._foreach_mul_(own, torch.where(self.on(device), number, 1.0))
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for own in kinds.values():
+            torch._foreach_mul_(own, self._number(own[0], factor, 1.0))
+
+    def _number(self, like: Tensor, taken: float, skipped: float) -> Tensor:
+        """Return a number [] by which a tensor can be multiplied, depending on whether the step is taken."""
+        key = like.device, _number(like.dtype), taken, skipped
+        if key not in self._numbers:
+            device, dtype = key[:2]
+            on = self.on(device)
+            self._numbers[key] = torch.where(on, torch.full((), taken, dtype=dtype, device=device), skipped)
+        return self._numbers[key]
+
+
+def _without_nonfinite(tensor: Tensor) -> Tensor:
+    """Return a tensor with 0 for values that are not finite."""
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -116,17 +116,19 @@ class Record:
         stuck = torch.tensor([not each for each in trainable], device=device)
         return stuck.repeat_interleave(torch.tensor(self.layer.widths, device=device))
 
-    def gradients(self) -> list[Tensor | None]:
-        """Return the whole loss gradients of the parameters; None for those that are not owned or have none."""
-        given = self.gathered or [parameter.grad for parameter in self.layer.parameters]
-        if self.not_owned:
-            pairs = zip(self.layer.names, given, strict=True)
-            given = [None if name in self.not_owned else gradient for name, gradient in pairs]
-        return [None if each is None else dense(whole(each)) for each in given]
+    def gradients(self, moving: Sequence[Any]) -> list[Tensor | None]:
+        """Return the whole loss gradients of the parameters that move; None for others.
+
+        Args:
+            moving: the result of `moving`.
+        """
+        given = self.gathered or [None if each is None else each.grad for each in moving]
+        pairs = zip(moving, given, strict=True)
+        return [None if own is None or each is None else dense(whole(each)) for own, each in pairs]
 
     def gradient(self) -> Float[Tensor, "*g out d"] | None:
         """Return the loss gradient as one matrix, with 0 for parts not owned; None if no part has a gradient."""
-        found = self.gradients()
+        found = self.gradients(self.moving())
         if all(gradient is None for gradient in found):
             return None
         with self._whole_values():
@@ -179,11 +181,11 @@ class Record:
 
     def moving(self) -> list[Any]:
         """Return the parameters, and None for those that are not owned or have no gradient."""
-        pairs = zip(self.layer.names, self.layer.parameters, strict=True)
-        return [
-            parameter if parameter.grad is not None and name not in self.not_owned else None
-            for name, parameter in pairs
-        ]
+        parameters = self.layer.parameters
+        if not self.not_owned:
+            return [None if parameter.grad is None else parameter for parameter in parameters]
+        pairs = zip(self.layer.names, parameters, strict=True)
+        return [None if each.grad is None or name in self.not_owned else each for name, each in pairs]
 
 
 def named(records: Iterable[Record], name: str) -> Record:

@@ -64,20 +64,20 @@ def moving_layers(
         # A scheduler that starts low announces its highest learning rate.
         highest = group.get("max_lr") or group.get("initial_lr") or 0.0
         group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
-    seen = {}
+    seen: list[tuple[Record, tuple[Any, ...]]] = []
     for layer, index in place.items():
         record = curvature.records[layer]
         if record.structure is not None:
             weight, has_momentum = layer.weight, bool(groups[index]["momentum"])
             owner = curvature.sharing.owner.get(layer)
-            seen[record] = (record.structure, record.role, index, has_momentum, weight.dtype, weight.device, owner)
+            facts = record.structure, record.role, index, has_momentum, weight.dtype, weight.device, owner
+            seen.append((record, facts))
 
-    def kind(record: Record) -> tuple[Hashable, list[str]]:
-        structure, role, index, has_momentum, *_ = seen[record]
+    def kind(record: Record, facts: tuple[Any, ...]) -> tuple[Hashable, list[str]]:
+        structure, role, index, has_momentum, *_, owner = facts
         layer, flat = record.layer, inversions.is_flat(record.layer, role)
         keys = [] if flat else structure.factors(layer.shape, root=rule.needs_root)
         keys += [*rule.declares(layer.shape), *(Momentum.declares(layer.shape) if has_momentum else ())]
-        owner = curvature.sharing.owner.get(layer)
         return (structure.alike, index, flat, _is_head(record), layer.fan_in, owner), keys
 
     found, targets, sources = [], [], []
@@ -87,13 +87,13 @@ def moving_layers(
             assert structure is not None  # others have no batch
             group = groups[place[record.layer]]
             if not curvature.sharing.owns(record.layer):
-                found.append(Moving(batch, group, parameters, _of_another(batch, structure)))
+                found.append(Moving(batch, group, parameters, _of_another(batch, structure, parameters)))
                 continue
             states = [curvature.state(each, structure) for each in batch.records]
             if group["momentum"] and any("momentum" not in state for state in states):
                 for layer in batch.layers:
                     curvature.complete(layer, [Momentum])
-            latest, parts, own = batch.gradient(states[0]["metric"].dtype)
+            latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
             targets += parts
             sources += own
             lr = rate(group)
@@ -132,12 +132,13 @@ def take(
         ValueError: if the rule does not return a step for each move.
     """
     rest = _without_metric(moving, groups)
-    kept = [(each.move.state, rule.declares(each.batch.layers[0].shape)) for each in moving]
+    moves = [each.move for each in moving]
+    kept = [(move.state, rule.declares(move.layers[0].shape)) for move in moves]
     own = [state[key] for state, keys in kept for key in keys if key in state]
-    before = [tensor.clone() for tensor in own]
-    steps = rule.checked_steps([each.move for each in moving])
+    before = torch._foreach_clone(own) if own else []
+    steps = rule.checked_steps(moves)
     others = finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
-    outcome = Outcome(flags([each.move for each in moving], steps) + others)
+    outcome = Outcome(flags(moves, steps) + others)
     for tensor, old in zip(own, before, strict=True):
         outcome.restore(tensor, old)
     for group in groups:
@@ -152,7 +153,7 @@ def take(
     for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
         if "momentum" in move.state:
             outcome.replace(move.state["momentum"], move.velocity)
-        change = outcome.change(step.change())
+        change = outcome.change(step.direction, step.scale, batch.room(step.direction.dtype))
         if batch.layers[0] in sharing.returned:
             returned += zip(batch.records, change if len(change) else [change] * len(batch.records), strict=True)
             continue
@@ -169,12 +170,12 @@ def take(
     return outcome
 
 
-def _of_another(batch: Batch, structure: Structure) -> Move:
+def _of_another(batch: Batch, structure: Structure, parameters: Sequence[Sequence[Tensor | None]]) -> Move:
     """Return the move of layers that another process owns, which computes it."""
     layer = batch.layers[0]
     nothing = torch.empty(0, dtype=layer.dtype, device=layer.weight.device)
     if batch.gathers:
-        batch.gradient(layer.dtype)  # sends the owner what it needs
+        batch.gradient(parameters, layer.dtype)  # sends the owner what it needs
     is_head = _is_head(batch.records[0])
     return Move(batch.layers, structure, {}, nothing, nothing, nothing, 0.0, 0.0, is_head=is_head)
 

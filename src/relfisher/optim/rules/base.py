@@ -135,4 +135,8 @@ def by_device(moves: Sequence[Move]) -> list[list[int]]:
 
 def norms(fields: Sequence[Tensor]) -> Tensor:
     """Return the norms of the layers of several moves, [all layers]."""
-    return torch.stack(torch._foreach_norm([own for field in fields for own in field.unbind(0)]))
+    return torch.stack(torch._foreach_norm([own for field in fields for own in _layers(field)]))
+
+
+def _layers(field: Tensor) -> Sequence[Tensor]:
+    return (field,) if len(field) == 1 else field.unbind(0)

@@ -78,9 +78,14 @@ class NormalizedRule(StepRule):
         """
         steps: dict[int, Step] = {}
         for places in by_device(moves):
-            measured = _measured(places, moves, directions, made_of)
-            is_finite = torch.isfinite(measured).all()
-            scales = self._scales([moves[place] for place in places], *measured.unbind())
+            own = [moves[place] for place in places]
+            fields = [directions[place] for place in places]
+            if made_of is not directions:
+                fields += [made_of[place] for place in places]
+            measured = norms([*fields, *(move.velocity for move in own), *(move.latest for move in own)])
+            is_finite = measured.amax() < math.inf
+            rows = measured.view(-1, sum(len(move.layers) for move in own)).unbind()
+            scales = self._scales(own, rows[0], *rows[-3:])
             steps |= {
                 place: Step(directions[place], scale, is_finite) for place, scale in zip(places, scales, strict=True)
             }
@@ -95,31 +100,21 @@ class NormalizedRule(StepRule):
         stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
         for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
             torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
-        scales = longer * shortening / lengths.where(lengths > 0, math.inf)
+        scales = (longer * shortening / lengths).nan_to_num(0.0, 0.0)
         full = [move.lr * self.rms(move) * _root(move) for move in moves]
         return torch._foreach_mul(scales.split_with_sizes(counts), full)
 
     def _shortening(self, stats: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new statistics of the sizes of steps, and the factors of these steps, which are at most 1."""
         count, total, mean = stats.unbind(1)
-        weight = ((count + 1) / _YOUNG).clamp(max=1.0).square()
+        count = count + 1
+        weight = (count / _YOUNG).clamp(max=1.0).square()
         total = total + weight
-        mean = mean + weight / total * (sizes.log() - mean)
-        floor = self.noise_floor * mean.exp()
+        mean = torch.addcmul(mean, weight / total, sizes.log() - mean)
         moves = sizes > 0
-        new = torch.stack([count + 1, total, mean], 1).where(moves.unsqueeze(1), stats)
+        new = torch.stack([count, total, mean], 1).where(moves.unsqueeze(1), stats)
         # What is kept, and is not finite, has no effect.
-        return new, (sizes / floor).nan_to_num(1.0).clamp(max=1.0).where(moves, 0.0)
-
-
-def _measured(
-    places: Sequence[int], moves: Sequence[Move], directions: Sequence[Tensor], made_of: Sequence[Tensor]
-) -> Tensor:
-    """Return the norms of directions, of what they are made of, of momenta and of latest gradients, [4, layers]."""
-    lengths = norms([directions[place] for place in places])
-    sizes = lengths if made_of is directions else norms([made_of[place] for place in places])
-    velocities = norms([moves[place].velocity for place in places])
-    return torch.stack([lengths, sizes, velocities, norms([moves[place].latest for place in places])])
+        return new, (sizes / (self.noise_floor * mean.exp())).nan_to_num(1.0).clamp(max=1.0).where(moves, 0.0)
 
 
 def _share(moves: Sequence[Move], like: Tensor) -> float | Tensor:
@@ -150,8 +145,9 @@ def coherence(velocity: Tensor, latest: Tensor, uncorrelated: Tensor, share: Ten
         Both, as in `NormalizedRule`. What is not finite gives a coherence of 1.
     """
     uncorrelated = torch.hypot(share * uncorrelated, latest)
-    ratio = (velocity / uncorrelated.where(uncorrelated > 0, math.inf)).nan_to_num(1.0)
-    return ratio.clamp(min=1.0).clamp(max=((1 + share) / (1 - share)) ** 0.5), uncorrelated
+    ratio = (velocity / uncorrelated).nan_to_num(1.0, posinf=1.0)
+    most = ((1 + share) / (1 - share)) ** 0.5
+    return (ratio.clamp(1.0, most) if isinstance(most, float) else ratio.clamp(min=1.0).minimum(most)), uncorrelated
 
 
 class Normalized(NormalizedRule):
