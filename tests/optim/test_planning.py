@@ -290,8 +290,8 @@ def test_auto_takes_neuron_blocks_where_units_saturate_and_no_linear_layer_takes
         return next(iter(plan(model, x, metric=MetricOptions(structure_bytes=bytes_), fit="plain"))).chosen.structure
 
     blocks = 2 * 4 * 61**2 * 4
-    assert chosen(4 * blocks) == ("shared" if activation is nn.ReLU else "neuron")
-    assert chosen(4 * blocks - 1) == "shared"
+    assert chosen(64 * blocks) == ("shared" if activation is nn.ReLU else "neuron")
+    assert chosen(64 * blocks - 1) == "shared"
 
 
 @pytest.mark.parametrize(

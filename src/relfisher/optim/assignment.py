@@ -37,7 +37,7 @@ _BUILT_IN = frozenset(_NAMED)
 _OTHERS = ("auto", "published", FALLBACK)
 
 # Exact blocks pay off on saturating units as long as their refresh is cheap enough.
-_EXACT_SHARE = 4
+_EXACT_SHARE = 64
 
 # The rank of wide inverses with "auto"; the paper's network learns as well with it as with full inverses.
 _RANK = 64
@@ -113,7 +113,7 @@ def assign(
     applies: exact blocks for layers with one unit per group (the channels of a normalization); the diagonal for layers
     whose gradient the metric leaves as it is, since it is not needed for their steps; the Kronecker factors
     of (25) or (26) if the output factor is no larger than the input factor and both fit into the budget; exact blocks
-    if the units saturate (tanh, sigmoid) and the blocks fit into a quarter of the budget; the shared block if it fits;
+    if the units saturate (tanh, sigmoid) and the blocks fit into a 64th of the budget; the shared block if it fits;
     the diagonal. With "auto", shared blocks and Kronecker factors of width 512 or more are kept as sketches, and
     inverted along 64 leading eigenvectors. The names stand for full inverses; `SharedBlock(rank)` and
     `KroneckerFactors(rank=rank)` take any rank. If a layer does not support a built-in structure, it uses its first
