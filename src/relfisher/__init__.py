@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Preconditioner,
         ResidualRNGD,
         coverage,
+        expect,
         plan,
         register_rule,
         register_structure,
@@ -66,6 +67,7 @@ __all__ = [
     "balance",
     "compare",
     "coverage",
+    "expect",
     "fisher",
     "layer_metric",
     "module_metric",
@@ -95,7 +97,8 @@ _NAMES = {
     ),
     "observe": "module_metric register_activation",
     "optim": (
-        "RNGD AdamWOptions MetricOptions Preconditioner ResidualRNGD coverage plan register_rule register_structure"
+        "RNGD AdamWOptions MetricOptions Preconditioner ResidualRNGD coverage expect plan register_rule "
+        "register_structure"
     ),
     "optim.rules": "StepRule TrustRegion",
     "structures": "Inversion Structure",

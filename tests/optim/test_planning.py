@@ -2,14 +2,15 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from builders import is_hooked, mlp, step, structures, structures_by_weight
 from processes import as_first_of, counting, run_together
-from scenarios import batches, made
+from scenarios import SCENARIOS, batches, copied, made
 from torch import nn
-from torch.distributed import get_rank
+from torch.distributed import get_rank, get_world_size
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn import functional
@@ -53,11 +54,14 @@ def net():
     return Net(), torch.randint(11, (4, 9))
 
 
+HOST = ("ema_weight", "updates", "trainable", "is_head", "log_norm_stats")
+BESIDE = ("lead", "exp_avg", "exp_avg_sq", "step")
+
+
 def taken(optimizer):
     """Return the bytes of the state, but for the few numbers of a layer that stay on the host."""
     pairs = [pair for state in optimizer.state.values() for pair in state.items()]
-    host = "ema_weight", "updates", "trainable", "is_head", "log_norm_stats"
-    return sum(value.numel() * value.element_size() for key, value in pairs if key not in host)
+    return sum(value.numel() * value.element_size() for key, value in pairs if key not in HOST)
 
 
 def train(model, optimizer, x):
@@ -166,11 +170,42 @@ def sent_and_kept(model, net, x, loss):
         sent.append(sum(messages))
     states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
     mine = [name for name, state in states.items() if "metric" in state]
-    beside = ("lead", "exp_avg", "exp_avg_sq", "step")
-    kept = taken(optimizer) - sum(
-        value.nbytes for state in states.values() for key, value in state.items() if key in beside
-    )
-    return sent[1], sent[2], kept, mine
+    tensors = [(key, getattr(value, "_local_tensor", value)) for each in states.values() for key, value in each.items()]
+    beside = sum(value.nbytes for key, value in tensors if key in BESIDE[:-1])
+    kept = sum(value.nbytes for key, value in tensors if key not in HOST + BESIDE)
+    return sent[1], sent[2], kept, mine, beside
+
+
+IN_PARTS = ("attention", "blocks", "normed")
+
+
+def shared_out_in_parts():
+    """Return what a process with parts of each of some models sends and keeps, also of AdamW and the average."""
+    shards = [(name, SCENARIOS[name].shard) for name in IN_PARTS]
+    if get_world_size() == 4:
+        shards.append(("blocks", copied))
+    found = []
+    for name, shard in shards:
+        model, (x, targets) = shard(made(name)), batches(name, 0, 0)[0]
+        found.append(sent_and_kept(model, model, x, partial(functional.cross_entropy, target=targets)))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.filterwarnings("ignore")
+def test_processes_with_parts_keep_and_send_what_was_planned(world):
+    found = run_together(world, shared_out_in_parts)
+    meshes = [(name, (world,)) for name in IN_PARTS] + [("blocks", (2, 2))] * (world == 4)
+    for place, (name, mesh) in enumerate(meshes):
+        model, (x, targets) = made(name), batches(name, 0, 0)[0]
+        planned = plan(model, x, AT_ONCE, partial(functional.cross_entropy, target=targets), mesh=mesh).shares
+        plain, due, kept, _, beside = zip(*(each[place] for each in found), strict=True)
+        assert sum(plain) / world == pytest.approx(planned.steps_sent), (name, mesh)
+        assert sum(due) / world == pytest.approx(planned.steps_sent + planned.statistics_sent), (name, mesh)
+        assert max(kept) == pytest.approx(planned.metric_bytes, rel=0.05), (name, mesh)
+        assert max(beside) == planned.beside_bytes, (name, mesh)
+        assert planned.world_size == world
+        assert "of what parameters and gradients take" in str(planned)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -179,7 +214,8 @@ def test_processes_keep_and_send_what_was_planned(world):
     model, (x, targets) = made("attention"), batches("attention", 0, 0)[0]
     planned = plan(model, x, AT_ONCE, lambda z: functional.cross_entropy(z, targets), world_size=world).shares
     found = run_together(world, shared_out)
-    for rank, (plain, due, _, mine) in enumerate(found):
+    for rank, (plain, due, _, mine, beside) in enumerate(found):
+        assert beside == planned.beside_bytes
         assert plain == pytest.approx(planned.steps_sent)
         assert due == pytest.approx(planned.steps_sent + planned.statistics_sent)
         weights = {
@@ -190,8 +226,9 @@ def test_processes_keep_and_send_what_was_planned(world):
         }
         assert weights >= set(mine), rank
         assert len(mine) == list(planned.owners.values()).count(rank)
-    assert max(kept for _, _, kept, _ in found) == pytest.approx(planned.metric_bytes, rel=0.05)
-    assert sum(kept for _, _, kept, _ in found) == pytest.approx(world * planned.mean_bytes, rel=0.05)
+    kept = [each[2] for each in found]
+    assert max(kept) == pytest.approx(planned.metric_bytes, rel=0.05)
+    assert sum(kept) == pytest.approx(world * planned.mean_bytes, rel=0.05)
     assert planned.gradients_sent == 2 * (world - 1) / world * sum(p.numel() * 8 for p in model.parameters())
     for text in (f"{world} processes that share out the work", "of the mean", "an update of all metrics"):
         assert text in str(planned)
@@ -231,21 +268,29 @@ def first_in(wrapper):
 @pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard])
 @pytest.mark.filterwarnings("ignore")
 def test_the_first_of_many_processes_keeps_and_sends_what_was_planned(world, wrapper):
-    """Left out: what the others keep, and what is sent after `fully_shard`, of which a plan says nothing.
+    """Left out: what the others keep. Plans say what processes send on average; the first may have larger parts.
 
     No other process is there, so that weights mean nothing, and their gradients are not summed.
     """
     model, x = language()
-    planned = plan(model, x, AT_ONCE, score, world_size=world)
-    plain, due, kept, mine = as_first_of(world, first_in, wrapper)
+    mesh = None if wrapper is DistributedDataParallel else (world,)
+    planned = plan(model, x, AT_ONCE, score, world_size=world, mesh=mesh)
+    plain, due, kept, mine, beside = as_first_of(world, first_in, wrapper)
     own = [layer for layer in planned if planned.shares.owners[layer.name] == 0]
     assert len(mine) == len(own) == 1
     bytes_ = sum(layer.chosen.bytes + 4 * math.prod(layer.shape) for layer in own)
     assert kept == pytest.approx(bytes_, rel=0.05)
     assert bytes_ == planned.shares.metric_bytes
-    if wrapper is DistributedDataParallel:
-        assert plain == pytest.approx(planned.shares.steps_sent)
-        assert due == pytest.approx(planned.shares.steps_sent + planned.shares.statistics_sent)
+    assert beside == planned.shares.beside_bytes
+    sent = planned.shares.steps_sent
+    if mesh is not None:  # of layers, it sends its parts of the gradients, and all of its own steps
+        moved = {row.name for row in coverage(model, x, AT_ONCE, score) if row.by == "metric"}
+        with_metric = [p for name, p in model.named_parameters() if name in moved]
+        first = sum(4 * -(-len(p) // world) * p[0].numel() for p in with_metric)
+        steps = sum(4 * math.prod(layer.shape) for layer in own)
+        sent += (1 - 1 / world) * (first + steps - 2 * 4 * sum(p.numel() for p in with_metric) / world)
+    assert plain == pytest.approx(sent)
+    assert due == pytest.approx(sent + planned.shares.statistics_sent)
 
 
 def test_the_busiest_of_many_processes_has_little_more_than_the_mean():
@@ -261,6 +306,9 @@ def test_the_busiest_of_many_processes_has_little_more_than_the_mean():
     assert plan(model, torch.randn(2, 64)).shares is None
     with pytest.raises(ValueError, match="world_size must be"):
         plan(model, torch.randn(2, 64), world_size=0)
+    for mesh in ((), (2, 2)):
+        with pytest.raises(ValueError, match="mesh must be"):
+            plan(model, torch.randn(2, 64), world_size=3, mesh=mesh)
 
 
 def test_auto_keeps_to_its_bytes():

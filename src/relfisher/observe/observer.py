@@ -138,6 +138,11 @@ class Observer:
         return taken
 
     @property
+    def has_seen(self) -> bool:
+        """Whether a pass that trains has reached any layer."""
+        return bool(self.roles or self._outputs or self._missed or self._unresolved)
+
+    @property
     def waiting(self) -> bool:
         """Whether `take` has anything to return."""
         return bool(self._unresolved) or any(sampler.counted for sampler in self._active.values())

@@ -2,6 +2,7 @@
 
 from relfisher.observe import UncoveredWarning
 from relfisher.optim.assignment import assign, register_structure
+from relfisher.optim.expected import expect
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import AdamWOptions, MetricOptions
 from relfisher.optim.owners import OwnerWarning
@@ -25,6 +26,7 @@ __all__ = [
     "UncoveredWarning",
     "assign",
     "coverage",
+    "expect",
     "plan",
     "register_rule",
     "register_structure",

@@ -59,6 +59,7 @@ def loading(optimizer: torch.optim.Optimizer, curvature: Curvature, state_dict: 
 
     def before(_: object, state_dict: dict[str, Any]) -> None:
         saved = check(optimizer.param_groups, state_dict, declared(optimizer.param_groups, curvature, structures=False))
+        _check_complete(curvature, state_dict, saved)
         for record in curvature.records.values():
             _check_layer(curvature, record, saved.get(record.key, {}))
         found.update(state_dict)
@@ -160,6 +161,28 @@ def moved(saved: Mapping[str, Any], like: Tensor, kept: Mapping[str, Kept]) -> d
         key: parted(value, like) if key in in_parts else whole(value) if isinstance(value, Tensor) else value
         for key, value in found.items()
     }
+
+
+def _check_complete(curvature: Curvature, state_dict: Mapping[str, Any], saved: Mapping[Tensor, Any]) -> None:
+    """Raise ValueError if a state of an optimizer that has taken steps has nothing of any layer that is trained.
+
+    `torch.distributed.checkpoint.load` leaves out what an optimizer does not have.
+
+    Args:
+        curvature: the metrics.
+        state_dict: the state.
+        saved: what it has for each parameter.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    steps = max((group["iteration"] for group in state_dict["param_groups"]), default=0)
+    states = [saved.get(record.key) or {} for record in curvature.records.values() if any(record.trainable())]
+    if steps and states and not any({"updates", "exp_avg"} & state.keys() for state in states):
+        raise ValueError(
+            f"state_dict is of {steps} steps, but has no metric of any layer: torch.distributed.checkpoint loads only "
+            "what an optimizer has, so call relfisher.expect(model, optimizer, metadata) before"
+        )
 
 
 def _check_layer(curvature: Curvature, record: Record, saved: Mapping[str, Any]) -> None:

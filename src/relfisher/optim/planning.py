@@ -17,7 +17,7 @@ from relfisher.optim.averaging import averaged
 from relfisher.optim.groups import names_of
 from relfisher.optim.options import Inversions, MetricOptions, fit_named
 from relfisher.optim.renamed import reject
-from relfisher.optim.shares import Shares, shares
+from relfisher.optim.shares import Passes, Shares, shares
 from relfisher.optim.tables import size, table
 from relfisher.responses import Response
 from relfisher.structures import Structure
@@ -140,6 +140,7 @@ def plan(
     responses: Responses | None = None,
     fit: str = "generalize",
     world_size: int = 1,
+    mesh: tuple[int, ...] | None = None,
     **unknown: Any,
 ) -> Plan:
     """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses, fit=fit)`.
@@ -154,17 +155,25 @@ def plan(
         responses: as for `RNGD`.
         fit: as for `RNGD`; it says whether the metric is needed where raw inputs are read.
         world_size: the number of processes that share out the work, as with `RNGD(model, replicate=False)`.
+        mesh: for `fully_shard`, the shape of the mesh of processes: (N,), or (copies, parts) where groups of processes
+            hold the same parts; None for `DistributedDataParallel`. The number of processes follows from it.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
         One row per layer with trained parameters.
 
     Raises:
-        ValueError: if a key of `structure` matches no layer, or the loss is not one finite number.
+        ValueError: if a key of `structure` matches no layer, the loss is not one finite number, or the mesh is none.
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("plan", unknown)
     check_integer("world_size", world_size)
+    if mesh is not None:
+        if len(mesh) not in (1, 2) or world_size not in (1, math.prod(mesh)):
+            raise ValueError(f"mesh must be (N,) or (copies, parts) of world_size processes, got {mesh}")
+        for count in mesh:
+            check_integer("mesh", count)
+        world_size = math.prod(mesh)
     found = _surveyed(model, inputs, metric, loss, responses, fit)
     rows = []
     for layer, chosen in found.structures.items():
@@ -185,13 +194,19 @@ def plan(
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     averaging = sum(p.numel() * p.element_size() for p in model.parameters() if averaged(p))
     fallback = sum(2 * parameter.numel() * parameter.element_size() for parameter in rest)
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    without = {id(parameter) for parameter in rest}
+    following = (found.roles[layer].following for layer in found.structures)
+    passes = Passes(
+        [p for p in model.parameters() if p.requires_grad],
+        {p: p.element_size() * (averaged(p) + 2 * (id(p) in without)) for p in model.parameters()},
+        list(dict.fromkeys(layer.module for layer in following if layer is not None)),
+    )
     return Plan(
         tuple(rows),
         averaging_bytes=averaging,
         momentum_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
         fallback_bytes=fallback,
-        shares=shares(found.structures, world_size, averaging + fallback, gradients) if world_size > 1 else None,
+        shares=shares(found.structures, world_size, passes, mesh) if world_size > 1 else None,
     )
 
 

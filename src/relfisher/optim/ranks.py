@@ -77,10 +77,10 @@ class Ranks:
         model = self._model()
         self.settle()
         if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
-            if mesh_of(model) != self._mesh:
+            if self.is_late():
                 raise ValueError(
                     "the model was sharded after the optimizer was made, which has other parameters: call fully_shard "
-                    "first, and then RNGD(model)"
+                    "first"
                 )
             self.together = self._found(model, parts)
         parallel = None if self._parallel is None else self._parallel()
@@ -94,6 +94,18 @@ class Ranks:
     def in_parts(self) -> bool:
         """Whether each process holds a part of the parameters."""
         return self._mesh is not None
+
+    def is_late(self) -> bool:
+        """Return whether the model was sharded since this was made, before the first step."""
+        model = self._model()
+        if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
+            return bool(mesh_of(model) != self._mesh)
+        return False
+
+    def look_again(self) -> None:
+        """Find out anew which processes hold parts of the model."""
+        model = self._model()
+        self._mesh = None if model is None else mesh_of(model)
 
     def settle(self) -> None:
         """Let the model have the parts that are optimized, also if a pass has left its parameters whole."""

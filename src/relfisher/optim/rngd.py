@@ -17,9 +17,11 @@ from relfisher.optim.batches import Batches
 from relfisher.optim.binding import Binding
 from relfisher.optim.checkpoint import loading, saving
 from relfisher.optim.curvature import Curvature
+from relfisher.optim.expected import is_trial
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import ADAMW, METRIC, check_options, listed
 from relfisher.optim.health import Health
+from relfisher.optim.late import replaced
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
 from relfisher.optim.owners import model_of
@@ -261,6 +263,9 @@ class RNGD(Watching, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._catch_up()
+        if is_trial(self.param_groups, self._curvature):
+            return loss
         problem = self._curvature.agree(obstacle(self._curvature, self.param_groups))
         if problem is not None:
             self._curvature.observer.drop()
@@ -311,6 +316,7 @@ class RNGD(Watching, torch.optim.Optimizer):
 
         If several processes share out the work, all of them must ask for it.
         """
+        self._catch_up()
         with saving(self, self._curvature):
             return super().state_dict()
 
@@ -323,6 +329,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         Raises:
             ValueError: if it belongs to another kind of optimizer or other parameters, or if metrics have other shapes.
         """
+        self._catch_up()
         with loading(self, self._curvature, state_dict):
             super().load_state_dict(state_dict)
 
@@ -335,6 +342,14 @@ class RNGD(Watching, torch.optim.Optimizer):
         super().__setstate__(state)
         if "_curvature" in state:
             self._curvature.states = self.state
+            self._release()
+
+    def _catch_up(self) -> None:
+        """Train the parameters that the model has, if it was sharded since it was given."""
+        if replaced(self.param_groups, self._curvature):
+            self._averaging.close()
+            self.state.clear()
+            self._settle()
             self._release()
 
     def _release(self) -> None:
