@@ -165,10 +165,18 @@ def test_a_run_goes_on_from_a_state_that_is_loaded_before_the_first_pass():
         lambda p, x, _: x * p + p,
         lambda p, x, _: x.clone().mul_(p),
         lambda p, x, _: x / p,
+        lambda p, x, _: x * torch.view_as_complex(p[:2]).real,
         lambda p, x, _: functional.softmax(x + 0 * p, -1) + p.cumsum(0),
         lambda p, x, _: x @ (torch.outer(p, p) + torch.ones(WIDTH, WIDTH, dtype=p.dtype)),
     ],
-    ids=["two uses", "inputs in place", "another function", "computed by other functions", "noise on a weight"],
+    ids=[
+        "two uses",
+        "inputs in place",
+        "another function",
+        "another kind of numbers",
+        "computed by other functions",
+        "noise on a weight",
+    ],
 )
 def test_other_uses_are_left_to_adamw(function):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Own(function, WIDTH)).double()

@@ -127,10 +127,14 @@ class Spreads:
         result: Any,
     ) -> None:
         """Note where the numbers of a parameter stand after a function."""
-        moved = own.places if name in _KEEPING else func(own.places, *args[1:], **kwargs)
+        try:
+            moved = own.places if name in _KEEPING else func(own.places, *args[1:], **kwargs)
+        except (RuntimeError, TypeError):  # a view in another dtype, maybe
+            return
         several = isinstance(result, tuple | list)
         for each, places in zip(result if several else [result], moved if several else [moved], strict=True):
-            self._moved[id(each)] = own._replace(places=places, tensor=each)
+            if each.shape == places.shape and places.dtype == torch.int64:
+                self._moved[id(each)] = own._replace(places=places, tensor=each)
 
     def _join(self, name: str, one: Any, other: Any, result: Tensor) -> bool:
         """See the sum or the product of a parameter with data; return False if it is none."""
