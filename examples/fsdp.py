@@ -37,7 +37,7 @@ def train(checkpoint: Path) -> float:
     for layer in (model[1], model[3]):
         fully_shard(layer)
     fully_shard(model)
-    optimizer = RNGD(model)  # after fully_shard, which puts other parameters into the model
+    optimizer = RNGD(model)
     done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
