@@ -23,7 +23,9 @@ from relfisher.optim.options import MetricOptions
 from relfisher.optim.ownership import Owner, Ownership
 from relfisher.optim.ranks import Ranks
 from relfisher.optim.record import Record, gathered, named
+from relfisher.optim.refreshing import Refresh, failed
 from relfisher.optim.sharing import Sharing
+from relfisher.optim.turns import Turns
 from relfisher.structures import Inversion, State, Structure
 
 __all__ = ["Curvature"]
@@ -80,6 +82,7 @@ class Curvature:
         self.model = weakref.ref(model)
         self._options = options
         self._schedule = options.schedule
+        self._turns = Turns()
         self._is_flat = is_flat
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
@@ -116,7 +119,9 @@ class Curvature:
         self.observer.add(new)
         if self._options.bias_correction:  # otherwise the average starts at the identity
             self.observer.uninitialized.update(new)
-        for layer, structure in self.assigned({layer: Role(layer.own_response) for layer in new}).items():
+        structures = self.assigned({layer: Role(layer.own_response) for layer in new})
+        self._turns.add(structures)
+        for layer, structure in structures.items():
             record = self.records[layer]
             if layer.settled and not self.sharing.wanted and any(p.requires_grad for p in layer.parameters):
                 self._create(record, structure)
@@ -235,9 +240,12 @@ class Curvature:
             self._settle(roles)
         pending = self.ranks.pending(self.observer, self.sharing.owner)
         self.events.begin(iteration, pending)
-        for place, (layer, record) in enumerate(self.records.items()):
-            batch, structure = pending.get(layer), record.structure
-            due = self._schedule.refresh_due(iteration, place, len(self.records))
+        turns = self._turns.refreshes
+        turns = [own for place, own in enumerate(turns) if self._schedule.refresh_due(iteration, place, len(turns))]
+        refreshed = {layer for own in turns for layer in own}
+        refreshes: list[Refresh] = []
+        for layer, record in self.records.items():
+            batch, structure, due = pending.get(layer), record.structure, layer in refreshed
             trainable = record.trainable()
             changed = trainable != (record.trainable_before or trainable)
             if structure is None or not (batch or due or changed):
@@ -255,8 +263,10 @@ class Curvature:
                 reading = self.observer.readings[layer]
                 if not reading.average_in(layer, batch, state, self._options.ema_decay):
                     self.events.note(layer, DROPPED)
-            if (due or first or changed) and not structure.refresh(state, inversion(record), record.frozen()):
-                self.events.note(layer, FAILED)
+            if (due or first or changed) and any(trainable) and float(state["ema_weight"]):
+                refreshes.append(Refresh(record, structure, state, inversion(record)))
+        for layer in failed(refreshes):
+            self.events.note(layer, FAILED)
         if not self.sharing.active:
             self.events.count(self.events.own)
         return {layer: role.refused for layer, role in roles.items() if role.refused is not None}
@@ -307,12 +317,9 @@ class Curvature:
 
     def advance(self, iteration: int) -> None:
         """Set the next iteration."""
-        modules = dict.fromkeys(layer.module for layer in self.records)  # the layers of a module share computations
-        self.observer.due = {
-            module
-            for place, module in enumerate(modules)
-            if self._schedule.statistics_due(iteration, place, len(modules))
-        }
+        turns = self._turns.statistics
+        due = [own for place, own in enumerate(turns) if self._schedule.statistics_due(iteration, place, len(turns))]
+        self.observer.due = {module for own in due for module in own}
 
     def tell_without_metric(self, iteration: int) -> None:
         """Warn once per layer that has a gradient but was never seen and, at iteration 0, about layers with neither."""

@@ -80,8 +80,8 @@ class MetricOptions:
         refresh_interval: the number of iterations between refreshes of the inverse.
         warmup_refreshes: additional iterations at which the metric is updated and the inverse refreshed.
         bias_correction: True starts the moving average empty and corrects its bias; False starts it at the identity.
-        stagger: True spreads the layers' updates and refreshes over the intervals, so that no single step is slow;
-            False does them all at once.
+        stagger: True spreads the layers' updates and refreshes over the intervals, so that no single step is slow, and
+            layers of a kind share a turn, so that most steps have neither; False does them all at once.
         layers: additional kinds of layers, which take precedence over registered ones.
 
     Raises:

@@ -22,7 +22,7 @@ class Schedule:
         refresh_interval: the number of iterations between refreshes of a layer's inverse.
         warmup_refreshes: additional iterations at which the metric is updated and all inverses are refreshed, while the
             average has few batches.
-        staggered: True spreads the layers' updates and refreshes over the intervals, so that no single step is slow.
+        staggered: True spreads the turns of layers over the intervals, so that no single step is slow.
 
     Raises:
         ValueError: if an interval is not a whole number >= 1, or a warm-up iteration is not a whole number >= 0.
@@ -39,26 +39,26 @@ class Schedule:
         for iteration in self.warmup_refreshes:
             check_integer("warmup_refreshes", iteration, 0)
 
-    def statistics_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
+    def statistics_due(self, iteration: int, place: int = 0, turns: int = 1) -> bool:
         """Return whether the forward pass of this iteration updates the metric of a layer; see `refresh_due`."""
-        phase = self._phase(place, layers, self.stats_interval)
+        phase = self._phase(place, turns, self.stats_interval)
         return iteration % self.stats_interval == phase or iteration in self.warmup_refreshes
 
-    def refresh_due(self, iteration: int, place: int = 0, layers: int = 1) -> bool:
+    def refresh_due(self, iteration: int, place: int = 0, turns: int = 1) -> bool:
         """Return whether the inverse of a layer is refreshed before this iteration's step.
 
         Args:
             iteration: the iteration, counted from 0.
-            place: the index of the layer, counted from 0.
-            layers: the number of layers.
+            place: the index of the layer's turn, counted from 0.
+            turns: the number of turns.
         """
         if iteration in self.warmup_refreshes:
             return True
-        phase = self._phase(place, layers, self.refresh_interval)
+        phase = self._phase(place, turns, self.refresh_interval)
         if self.staggered and self.stats_interval > 1:
             phase = (phase + 1) % self.refresh_interval  # avoid the steps that collect the layer's statistics
         return iteration >= phase and (iteration - phase) % self.refresh_interval == 0
 
-    def _phase(self, place: int, layers: int, interval: int) -> int:
-        """Return the offset of a layer in an interval over which all layers are spread."""
-        return place * interval // layers if self.staggered else 0
+    def _phase(self, place: int, turns: int, interval: int) -> int:
+        """Return the offset of a turn in an interval over which all turns are spread."""
+        return place * interval // turns if self.staggered else 0

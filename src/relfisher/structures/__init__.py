@@ -5,6 +5,7 @@ from relfisher.structures.diagonal import Diagonal
 from relfisher.structures.inverse import Factor, Inversion
 from relfisher.structures.kronecker import KroneckerFactors
 from relfisher.structures.neuron import NeuronBlocks
+from relfisher.structures.refresh import refresh_together
 from relfisher.structures.shared import SharedBlock
 from relfisher.structures.state import Cost, Kept, Samples, State, Statistics
 
@@ -21,4 +22,5 @@ __all__ = [
     "State",
     "Statistics",
     "Structure",
+    "refresh_together",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -21,8 +20,9 @@ from relfisher.moments import add_second_moments
 from relfisher.shapes import Float
 from relfisher.structures.inverse import Factor, Inversion, LowRank
 from relfisher.structures.operator import AppliedMetric
+from relfisher.structures.refresh import refresh_together
 from relfisher.structures.sketch import add_sketch, is_low_rank, is_sketch, reconstructed, sketch_columns, sketched
-from relfisher.structures.state import Cost, Kept, Samples, State, Statistics
+from relfisher.structures.state import Cost, Kept, Samples, State, Statistics, factor_key, scale_key
 
 __all__ = ["Structure"]
 
@@ -105,7 +105,7 @@ class Structure(ABC):
             kept[name] = Kept(size)
             key = factor_key(name, root=root)
             if is_sketch(size, self.rank):
-                kept[key], kept[_scale(key)] = Kept((*size[:-1], int(self.rank or 0))), Kept(size[:-2])
+                kept[key], kept[scale_key(key)] = Kept((*size[:-1], int(self.rank or 0))), Kept(size[:-2])
             else:
                 kept[key] = Kept(size)
         return kept
@@ -130,8 +130,8 @@ class Structure(ABC):
         state["ema_weight"].fill_(float(identity))
         for name, size in self.shapes(shape).items():
             key = factor_key(name, root=root)
-            if _scale(key) in state:
-                state[_scale(key)].fill_(1.0)
+            if scale_key(key) in state:
+                state[scale_key(key)].fill_(1.0)
             else:
                 state[key].copy_(self.identity(size, dtype, device))
             if identity:
@@ -215,37 +215,9 @@ class Structure(ABC):
         Returns:
             Whether all blocks are good.
         """
-        weight = float(state["ema_weight"])
-        if weight == 0 or (frozen is not None and bool(frozen.all())):
+        if float(state["ema_weight"]) == 0 or (frozen is not None and bool(frozen.all())):
             return True  # no statistics yet, or no trainable column
-        root = "root" in state
-        inversion = replace(inversion if len(self.tensors) == 1 else inversion.halved(), rank=self.rank)
-        found: list[tuple[str, Tensor, Tensor]] = []
-        known: list[Tensor] = []
-        for name in self.tensors:
-            key = factor_key(name, root=root)
-            metric = state[name] / weight
-            diagonals = self.diagonals(metric)
-            if frozen is not None and name == "metric":
-                diagonals = diagonals[..., ~frozen]
-                metric = metric if _scale(key) in state else self.without(metric, frozen)
-            known.append(diagonals.any())
-            amounts = inversion.amounts(diagonals)
-            if _scale(key) in state:
-                stuck = frozen if name == "metric" else None
-                low, good = inversion.leading(metric, amounts, root=root, frozen=stuck)
-                found += [(key, low.basis, good), (_scale(key), low.scale, good)]
-            else:
-                found.append((key, *self.inverted(metric, amounts, inversion, root=root)))
-        # No information yet: the next layer's weights are 0, or no unit was active.
-        is_known = torch.stack(known).all()
-        good = found[0][2]
-        for _, _, each in found[1:]:
-            good = good & each  # factors of the same block are replaced together
-        for key, factor, _ in found:
-            flags = (good & is_known)[(..., *(None,) * (factor.ndim - good.ndim))]
-            torch.where(flags, factor, state[key], out=state[key])
-        return bool((good | ~is_known).all())
+        return bool(refresh_together(self, [state], inversion, frozen))
 
     def precondition(self, state: State, gradient: Float[Tensor, "*g out d"]) -> Float[Tensor, "*g out d"]:
         """Return (G + damping)^-power times the gradient, as of the last good refresh."""
@@ -268,7 +240,7 @@ class Structure(ABC):
         factors: dict[str, Factor] = {}
         for name in self.tensors:
             key = factor_key(name, root=root)
-            scale = state.get(_scale(key))
+            scale = state.get(scale_key(key))
             factors[name] = state[key] if scale is None else LowRank(state[key], scale)
         return factors
 
@@ -330,14 +302,3 @@ class Structure(ABC):
     def transposed(self, blocks: Tensor) -> Tensor:
         """Return the transposed blocks."""
         return blocks.mT
-
-
-def factor_key(name: str, *, root: bool) -> str:
-    """Return the key of the factor of a tensor."""
-    form = "root" if root else "inverse"
-    return form if name == "metric" else f"{name}_{form}"
-
-
-def _scale(key: str) -> str:
-    """Return the key of the scale of a low-rank factor."""
-    return f"{key}_scale"

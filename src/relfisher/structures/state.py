@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relfisher.responses import UnitResponse
 
-__all__ = ["Cost", "Kept", "Samples", "State", "Statistics"]
+__all__ = ["Cost", "Kept", "Samples", "State", "Statistics", "factor_key", "scale_key"]
 
 State = dict[str, Tensor]
 
@@ -67,3 +67,14 @@ class Statistics(NamedTuple):
         for name, total in self.totals.items():
             total.add_(other.totals[name])
         return Statistics(self.totals, self.samples + other.samples)
+
+
+def factor_key(name: str, *, root: bool) -> str:
+    """Return the key of the factor of a tensor."""
+    form = "root" if root else "inverse"
+    return form if name == "metric" else f"{name}_{form}"
+
+
+def scale_key(key: str) -> str:
+    """Return the key of the scale of a low-rank factor."""
+    return f"{key}_scale"
