@@ -257,3 +257,13 @@ def affine(named, layer):
 
 def is_hooked(model):
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+#: The keys of the few numbers of a layer.
+FEW = ("ema_weight", "updates", "trainable", "is_head", "log_norm_stats", "uncorrelated", "step")
+
+
+def taken(optimizer):
+    """Return the bytes of the state, but for the few numbers of a layer."""
+    pairs = [pair for state in optimizer.state.values() for pair in state.items()]
+    return sum(value.numel() * value.element_size() for key, value in pairs if key not in FEW)

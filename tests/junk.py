@@ -162,6 +162,8 @@ TABLE = {
         "metric": set(),
         "responses": {"none"},
         "fallback": set(),
+        "state_bytes": {"none", "huge"},
+        "state_dtype": {"none"},
     },
     rf.RNGD: {"model": set()},
     preconditioned: {

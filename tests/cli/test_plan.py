@@ -54,6 +54,8 @@ def test_plan_prints_a_row_a_layer(capsys):
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--world-size", "2"]) == 0
     assert "2 processes that share out the work" in capsys.readouterr().out
+    assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--state-bytes", "1.5x adam"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:4] == ["2", "2x5", "LinearGaussian", "diagonal"]
     assert call(["plan", "--model", "factories:with_inputs"]) == 0
     assert "diagonal" in capsys.readouterr().out
     assert call(["plan", "--model", "factories:tokens", "--inputs", "4x5:9"]) == 0
@@ -114,6 +116,11 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (["--model", "factories:bare", "--inputs", "5x6:" + "9" * 30], "is not a shape"),
         (["--model", "factories:bare", "--inputs", "x".join("2" * 9)], "up to 8 whole numbers"),
         (["--model", "factories:bare", "--mebibytes", "0"], "'--mebibytes': '0' is not a whole number from 1 to"),
+        (["--model", "factories:bare", "--inputs", "5x6", "--state-bytes", "many"], "bytes, or such as '1x adam', got"),
+        (
+            ["--model", "factories:bare", "--inputs", "5x6", "--state-bytes", "9"],
+            "'--state-bytes': state_bytes must be",
+        ),
         (["--model", "factories:bare", "--samples", "-1"], "'--samples': '-1' is not a whole number from 0 to"),
     ],
 )

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from builders import is_hooked, mlp, step, structures, structures_by_weight
+from builders import FEW, is_hooked, mlp, step, structures, structures_by_weight, taken
 from processes import as_first_of, counting, run_together
 from scenarios import SCENARIOS, batches, copied, made
 from torch import nn
@@ -54,14 +54,7 @@ def net():
     return Net(), torch.randint(11, (4, 9))
 
 
-HOST = ("ema_weight", "updates", "trainable", "is_head", "log_norm_stats")
-BESIDE = ("lead", "exp_avg", "exp_avg_sq", "step")
-
-
-def taken(optimizer):
-    """Return the bytes of the state, but for the few numbers of a layer that stay on the host."""
-    pairs = [pair for state in optimizer.state.values() for pair in state.items()]
-    return sum(value.numel() * value.element_size() for key, value in pairs if key not in HOST)
+BESIDE = ("lead", "exp_avg", "exp_avg_sq")
 
 
 def train(model, optimizer, x):
@@ -172,7 +165,7 @@ def sent_and_kept(model, net, x, loss):
     mine = [name for name, state in states.items() if "metric" in state]
     tensors = [(key, getattr(value, "_local_tensor", value)) for each in states.values() for key, value in each.items()]
     beside = sum(value.nbytes for key, value in tensors if key in BESIDE[:-1])
-    kept = sum(value.nbytes for key, value in tensors if key not in HOST + BESIDE)
+    kept = sum(value.nbytes for key, value in tensors if key not in FEW + BESIDE)
     return sent[1], sent[2], kept, mine, beside
 
 

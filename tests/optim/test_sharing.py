@@ -45,7 +45,7 @@ def test_owners_are_those_of_as_many_processes(monkeypatch):
 
 def test_messages_are_equally_long_unless_much_would_be_in_vain():
     own = layers(4)
-    size = load_of(own[0], SharedBlock()).sent
+    size = load_of(own[0], SharedBlock(), None).sent
     even = Message(dict(zip(own, (0, 1, 0, 1), strict=True)), 2)
     assert even.is_even
     assert even.sent() == sum(even.sizes) / 2

@@ -56,6 +56,7 @@ CASES = [
     ("normalized", {"total_steps": 100}),
     ("trust-region", {"averaging": 0.5, "momentum": 0.5}),
     ("spectral", {"averaging": 0.0, "weight_decay": 0.1}),
+    ("normalized", {"state_dtype": torch.bfloat16}),
 ]
 
 

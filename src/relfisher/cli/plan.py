@@ -51,11 +51,18 @@ def plan(
     world_size: Annotated[
         int, whole("--world-size", "Processes that share out the work, as with replicate=False.", most=1 << 16)
     ] = 1,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|Nx adam", help="Most bytes of the whole state, or of Adam's state, as '1x adam', with auto."
+        ),
+    ] = None,
 ) -> None:
     """Print what RNGD will keep and compute for each layer of a model, and the costs of other structures."""
     network, batch = _made(model)
     score = None if loss is None else _scoring(loss)
     from relfisher.optim.assignment import check_rules
+    from relfisher.optim.budget import LimitError, check_state_bytes
 
     if inputs is not None:
         batch = _batch(inputs)
@@ -65,13 +72,20 @@ def plan(
         check_rules(structure)
     except ValueError as error:
         raise ArgumentError("--structure", str(error)) from error
+    limit = int(state_bytes) if state_bytes is not None and SIZE.fullmatch(state_bytes) else state_bytes
+    try:
+        check_state_bytes(limit)
+    except ValueError as error:
+        raise ArgumentError("--state-bytes", str(error)) from error
     metric = relfisher.MetricOptions(
         structure=structure, structure_bytes=mebibytes << 20, stats_samples=samples or None
     )
     try:
-        planned = relfisher.plan(network, batch, metric, score, world_size=world_size)
+        planned = relfisher.plan(network, batch, metric, score, world_size=world_size, state_bytes=limit)
     except ArgumentError:
         raise
+    except LimitError as error:
+        raise ArgumentError("--state-bytes", str(error)) from error
     except Exception as error:
         given = "--model" if inputs is None else "--inputs"
         what = f"the inputs that {model} returns" if inputs is None else "them"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
 
 from relfisher.layers import Layer
 from relfisher.observe import Role
@@ -18,6 +21,9 @@ __all__ = [
     "assign",
     "candidates",
     "check_rules",
+    "choices",
+    "fitted",
+    "momentum_bytes",
     "number_bytes",
     "register_structure",
     "rule_for",
@@ -39,8 +45,9 @@ _OTHERS = ("auto", "published", FALLBACK)
 # Exact blocks pay off on saturating units as long as their refresh is cheap enough.
 _EXACT_SHARE = 64
 
-# The rank of wide inverses with "auto"; the paper's network learns as well with it as with full inverses.
-_RANK = 64
+# The rank of wide inverses with "auto", with which the paper's network learns as well as with full inverses; and lower
+# ones, for which a limit of the whole state may ask.
+_RANKS = (64, 32, 16, 8)
 
 
 def register_structure(kind: type[Structure]) -> type[Structure]:
@@ -129,25 +136,73 @@ def assign(
     Returns:
         One structure per layer.
     """
+    return {layer: found[0] for layer, found in choices(layers, rules, budget, is_flat).items()}
+
+
+def choices(
+    layers: Mapping[Layer, Role],
+    rules: Mapping[Layer, Rule],
+    budget: int,
+    is_flat: Callable[[Layer, Role], bool] | None = None,
+) -> dict[Layer, list[Structure]]:
+    """Return the structures that each layer may use, the best first: that of `assign`, and smaller ones with "auto".
+
+    Smaller are sketches of lower rank, of Kronecker factors and then of the shared block, and the diagonal.
+
+    Args:
+        layers: as for `assign`.
+        rules: as for `assign`.
+        budget: as for `assign`.
+        is_flat: as for `assign`.
+
+    Returns:
+        At least one structure per layer, each of which takes fewer bytes than those before.
+    """
     ends = (0, len(layers) - 1)
     return {
-        layer: _structure(
+        layer: _choices(
             layer, role, rules[layer], 0 if is_flat and is_flat(layer, role) else budget, at_an_end=place in ends
         )
         for place, (layer, role) in enumerate(layers.items())
     }
 
 
-def _structure(layer: Layer, role: Role, rule: Rule, budget: int, *, at_an_end: bool) -> Structure:
+def fitted(given: Mapping[Layer, Sequence[Structure]], room: int) -> dict[Layer, Structure]:
+    """Choose structures that take at most so many bytes together, or the smallest ones if that is not possible.
+
+    The layer whose metric takes most bytes gets its next smaller structure, until all fit. Among layers of equal size
+    it is the last by name, so that at most one kind of layers is divided.
+
+    Args:
+        given: the structures that each layer may use, as from `choices`.
+        room: the bytes.
+
+    Returns:
+        One structure per layer.
+    """
+    sizes = {layer: [state_bytes(layer, each) for each in found] for layer, found in given.items()}
+    place = dict.fromkeys(given, 0)
+    total = sum(each[0] for each in sizes.values())
+    while total > room:
+        larger = [layer for layer in given if place[layer] + 1 < len(sizes[layer])]
+        if not larger:
+            break
+        largest = max(larger, key=lambda layer: (sizes[layer][place[layer]], layer.name))
+        place[largest] += 1
+        total -= sizes[largest][place[largest] - 1] - sizes[largest][place[largest]]
+    return {layer: found[place[layer]] for layer, found in given.items()}
+
+
+def _choices(layer: Layer, role: Role, rule: Rule, budget: int, *, at_an_end: bool) -> list[Structure]:
     if isinstance(rule, Structure):
-        return rule
+        return [rule]
     if rule == "published":
         rule = "shared" if at_an_end else "neuron"
     if rule == "auto":
         return _automatic(layer, role, budget)
     if rule in _BUILT_IN and rule not in layer.structures:
         rule = layer.structures[0]
-    return _named(rule, role)
+    return [_named(rule, role)]
 
 
 def _named(name: str, role: Role, rank: int | None = None) -> Structure:
@@ -159,17 +214,29 @@ def _named(name: str, role: Role, rank: int | None = None) -> Structure:
     return _NAMED[name]()
 
 
-def _automatic(layer: Layer, role: Role, budget: int) -> Structure:
+def _automatic(layer: Layer, role: Role, budget: int) -> list[Structure]:
     if layer.out == 1 and "neuron" in layer.structures:
-        return NeuronBlocks()
-    factors = _seen_factors(role, _RANK)
-    if factors is not None and layer.out <= layer.d and state_bytes(layer, factors) <= budget:
-        return factors
+        return _shrinking(layer, [NeuronBlocks(), Diagonal()])
+    found: list[Structure] = []
+    factors = [each for each in (_seen_factors(role, rank) for rank in _RANKS) if each is not None]
+    if factors and layer.out <= layer.d and state_bytes(layer, factors[0]) <= budget:
+        found += factors
     saturating = isinstance(role.response, (SigmoidBernoulli, TanhBernoulli))
     if saturating and "neuron" in layer.structures and state_bytes(layer, NeuronBlocks()) <= budget // _EXACT_SHARE:
-        return NeuronBlocks()
-    first = _named(layer.structures[0], role, _RANK)
-    return first if state_bytes(layer, first) <= budget else Diagonal()
+        found.append(NeuronBlocks())
+    blocks = [_named(layer.structures[0], role, rank) for rank in _RANKS]
+    if state_bytes(layer, blocks[0]) <= budget:
+        found += blocks
+    return _shrinking(layer, [*found, Diagonal()])
+
+
+def _shrinking(layer: Layer, found: Iterable[Structure]) -> list[Structure]:
+    """Return the structures that take fewer bytes than all before."""
+    kept: list[Structure] = []
+    for each in found:
+        if not kept or state_bytes(layer, each) < state_bytes(layer, kept[-1]):
+            kept.append(each)
+    return kept
 
 
 def _seen_factors(role: Role, rank: int | None) -> KroneckerFactors | None:
@@ -183,9 +250,9 @@ def possible(layer: Layer, rule: Rule) -> list[Structure]:
     """Return structures of all shapes that a rule may choose for a layer, whatever its role."""
     role = Role(layer.own_response)
     if rule not in ("auto", "published"):
-        return [_structure(layer, role, rule, 0, at_an_end=False)]
+        return _choices(layer, role, rule, 0, at_an_end=False)
     names = dict.fromkeys([*layer.structures, Diagonal.name])
-    return [_named(name, role, rank) for name in names for rank in (None, _RANK)]
+    return [_named(name, role, rank) for name in names for rank in (None, *_RANKS)]
 
 
 def candidates(layer: Layer, role: Role) -> list[Structure]:
@@ -196,6 +263,11 @@ def candidates(layer: Layer, role: Role) -> list[Structure]:
 def state_bytes(layer: Layer, structure: Structure) -> int:
     """Return the memory of a layer's metric and inverse in bytes."""
     return structure.numbers(layer.shape) * number_bytes(layer)
+
+
+def momentum_bytes(layer: Layer, dtype: torch.dtype | None = None) -> int:
+    """Return the memory of a layer's momentum in bytes, in a dtype, or in that of its metric."""
+    return math.prod(layer.shape) * (dtype or layer.dtype).itemsize
 
 
 def number_bytes(layer: Layer) -> int:

@@ -8,26 +8,28 @@ of the share a of them,
 which weighs the i-th iterate in proportion to i^(1/a - 1): polynomial-decay averaging, Shamir & Zhang 2013. Averages of
 iterates go back to Polyak & Juditsky 1992. A gradient at z has seen the noise of the steps, which one at x has not.
 
-Only the lead z - x is stored. If weights are changed from outside, x and z move with them.
+Only the lead z - x is stored. If weights are changed from outside, x and z move with them. Where a lead in bfloat16 is
+rounded, x moves by the error, not z.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from relfisher.observe.hooks import Hook
 from relfisher.optim.outcome import Outcome
+from relfisher.optim.rounding import Rounding
 from relfisher.optim.running import RunningStatistics
 from relfisher.shards import held, reshard, sharding
 from relfisher.structures import Kept
 
-__all__ = ["Averaging", "averaged", "iterate", "to_iterate"]
+__all__ = ["Averaging", "Lead", "averaged", "iterate", "to_iterate"]
 
 
 def averaged(parameter: Tensor) -> bool:
@@ -48,6 +50,78 @@ def iterate(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     return parameter.detach() if lead is None else parameter.detach() + lead
 
 
+class Lead:
+    """The lead of z over x of each averaged parameter.
+
+    Args:
+        dtype: the dtype of the leads of real parameters; None for that of the parameter.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+
+    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
+        """Return the lead for a parameter of this shape."""
+        return {"lead": Kept(shape, dtype=self.dtype, parted=True)}
+
+    def dtype_for(self, parameter: Tensor) -> torch.dtype:
+        """Return the dtype of the lead of a parameter."""
+        return self.dtype if self.dtype is not None and parameter.is_floating_point() else parameter.dtype
+
+    def complete(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Create the missing leads of a group's parameters."""
+        for parameter in group["params"] if group["averaging"] else ():
+            if averaged(parameter) and "lead" not in states[parameter]:
+                states[parameter]["lead"] = torch.zeros_like(parameter, dtype=self.dtype_for(parameter))
+
+
+class _Averages(NamedTuple):
+    """Averaged parameters of a group, of those in parts what this process holds, and their leads in the state.
+
+    The leads are all in the precision of their parameters, or all in a lower one.
+    """
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    leads: list[Tensor]
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the leads are in a lower precision."""
+        return self.leads[0].dtype != self.parameters[0].dtype
+
+    def negated(self) -> list[Tensor]:
+        """Return -x, given that the parameters hold z, in place of the leads if they have the precision."""
+        if self.is_low:
+            return list(torch._foreach_sub(self.leads, self.parameters))
+        torch._foreach_sub_(self.leads, self.parameters)
+        return self.leads
+
+    def update(self, means: list[Tensor], outcomes: Sequence[Outcome], rounding: Rounding) -> None:
+        """Average the new z, which the parameters hold, into x, and let the parameters hold that.
+
+        Args:
+            means: -x before, which is replaced.
+            outcomes: those of the step.
+            rounding: how leads are rounded.
+        """
+        torch._foreach_add_(means, self.parameters)
+        for outcome in outcomes:
+            outcome.multiply(means, 1 - _share(self.group))
+            if self.is_low:
+                self._store(means, outcome, rounding)
+        torch._foreach_sub_(self.parameters, self.leads)
+
+    def _store(self, leads: list[Tensor], outcome: Outcome, rounding: Rounding) -> None:
+        """Round new leads; if the step is not taken, the old ones stay."""
+        for places in _alike(leads):
+            old = [self.leads[place] for place in places]
+            new = rounding.rounded(torch.cat([leads[place].flatten() for place in places]), old[0].dtype)
+            outcome.restore(new, torch.cat([each.flatten() for each in old]))
+            parts = torch.split(new, [each.numel() for each in old])
+            torch._foreach_copy_(old, [part.view(each.shape) for part, each in zip(parts, old, strict=True)])
+
+
 class Averaging:
     """Moves a model's weights between the average and the last iterate.
 
@@ -58,27 +132,17 @@ class Averaging:
         model: the model.
         optimizer: its optimizer. Its groups have the keys "averaging", the window's share of the run, "averaged", the
             number of iterates so far, and "at_iterate". Its states have a "lead" for each averaged parameter.
+        lead: how leads are kept.
     """
 
-    def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer, lead: Lead) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self._lead = lead
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         self._running = RunningStatistics(nn.Module() if model is None else model)
         hooked = [] if model is None else [model, *model.children()]
         self._handles = [module.register_forward_pre_hook(Hook(self._enter), prepend=True) for module in hooked]
-
-    @staticmethod
-    def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the lead of z over x for a parameter of this shape."""
-        return {"lead": Kept(shape, parted=True)}
-
-    @staticmethod
-    def complete(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Create the missing leads of a group's parameters."""
-        for parameter in group["params"] if group["averaging"] else ():
-            if averaged(parameter) and "lead" not in states[parameter]:
-                states[parameter]["lead"] = torch.zeros_like(parameter)
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
@@ -105,21 +169,19 @@ class Averaging:
         optimizer = self._optimizer()
         if optimizer is not None:
             for group in self._groups():
-                self.complete(group, optimizer.state)  # parameters that were frozen so far
+                self._lead.complete(group, optimizer.state)  # parameters that were frozen so far
         averages = self._averages(at_iterate=True)
-        for _, params, leads in averages:  # for the time of the step, the leads hold -x
-            torch._foreach_sub_(leads, params)
+        rounding = Rounding(2 * averages[0].group["iteration"] + 1 if averages else 0)
+        kept = [each.negated() for each in averages]
         try:
             yield taken.append
         finally:
-            for group, params, leads in averages:
-                torch._foreach_add_(leads, params)
-                for outcome in taken:
+            for outcome in taken:
+                for group in {id(each.group): each.group for each in averages}.values():
                     group["averaged"] += 1
-                    new = min(1.0, 1 / (group["averaging"] * group["averaged"]))
-                    outcome.multiply(leads, 1 - new)
-                    self._running.average(outcome, new)  # of the first group, if they differ
-                torch._foreach_sub_(params, leads)
+                    self._running.average(outcome, _share(group))  # of the first group, if they differ
+            for each, means in zip(averages, kept, strict=True):
+                each.update(means, taken, rounding)
             for group in self._groups():
                 group["at_iterate"] = False
 
@@ -153,28 +215,41 @@ class Averaging:
         gathering = None if self._gathering is None else self._gathering()
         if gathering is not None and any(group["at_iterate"] != at_iterate for group in self._groups()):
             reshard(gathering)
-        for group, params, leads in self._averages(at_iterate=not at_iterate):
-            if group["averaged"]:
-                change(params, leads)
+        for each in self._averages(at_iterate=not at_iterate):
+            if each.group["averaged"]:
+                change(each.parameters, each.leads)
         for group in self._groups():
             group["at_iterate"] = at_iterate
 
-    def _averages(self, *, at_iterate: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
-        """Return each group with an average that is at the iterate, or is not, with its parameters and their leads.
-
-        Of parameters in parts, it is the part that this process holds.
-        """
+    def _averages(self, *, at_iterate: bool) -> list[_Averages]:
+        """Return the averages of each group that is at the iterate, or is not."""
         optimizer, found = self._optimizer(), []
         for group in self._groups():
             if optimizer is not None and group["at_iterate"] == at_iterate:
                 states = [(p, optimizer.state[p]) for p in group["params"] if "lead" in optimizer.state.get(p, {})]
                 for parameter, state in states:
-                    state["lead"] = state["lead"].to(parameter)
-                if states:
-                    found.append((group, [held(p) for p, _ in states], [held(state["lead"]) for _, state in states]))
+                    state["lead"] = state["lead"].to(parameter.device, self._lead.dtype_for(parameter))
+                pairs = [(held(parameter), held(state["lead"])) for parameter, state in states]
+                for is_low in (False, True):
+                    own = [pair for pair in pairs if (pair[0].dtype != pair[1].dtype) == is_low]
+                    if own:
+                        found.append(_Averages(group, [z for z, _ in own], [lead for _, lead in own]))
         return found
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the groups that are averaged; none once the optimizer is gone."""
         optimizer = self._optimizer()
         return [] if optimizer is None else [group for group in optimizer.param_groups if group["averaging"]]
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of tensors of each device and dtype."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault((tensor.device, tensor.dtype), []).append(place)
+    return list(places.values())
+
+
+def _share(group: Mapping[str, Any]) -> float:
+    """Return the share of the last iterate of a group in its average."""
+    return min(1.0, 1 / float(group["averaging"] * group["averaged"]))

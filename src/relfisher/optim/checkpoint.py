@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from relfisher.optim.assembly import assembled
-from relfisher.optim.averaging import Averaging
 from relfisher.optim.curvature import Curvature
-from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import check_progress
 from relfisher.optim.health import all_finite
 from relfisher.optim.record import Record
+from relfisher.optim.rounding import LOW
 from relfisher.shards import held, is_part, parted, whole
 from relfisher.structures import Kept
 
@@ -88,7 +87,11 @@ def declared(
     """Return the declared tensors of each parameter, in the order of the groups, with or without structures'."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     found = {
-        parameter: {**Fallback.declares(tuple(parameter.shape)), **Averaging.declares(tuple(parameter.shape))}
+        parameter: {
+            key: kept
+            for owner in curvature.ownership.beside_layers
+            for key, kept in owner.declares(tuple(parameter.shape)).items()
+        }
         for parameter in parameters
     }
     for record in curvature.records.values():
@@ -200,9 +203,9 @@ def _check_layer(curvature: Curvature, record: Record, saved: Mapping[str, Any])
     ownership.check(record, saved)
     if role is None or role.is_head is None or not ownership.holds_statistics(saved):
         return
-    settled = curvature.assigned({layer: replace(role, is_head=bool(saved["is_head"]))})[layer]
-    if role.is_head != bool(saved["is_head"]) and not ownership.fits(layer, settled, saved):
-        raise ownership.mismatch(record, [settled], saved)
+    allowed = curvature.allowed({layer: replace(role, is_head=bool(saved["is_head"]))})[layer]
+    if role.is_head != bool(saved["is_head"]) and not any(ownership.fits(layer, each, saved) for each in allowed):
+        raise ownership.mismatch(record, allowed, saved)
 
 
 def _check_groups(mine: Iterable[Mapping[str, Any]], state_dict: object) -> None:
@@ -302,4 +305,10 @@ def _check_shapes(
                 raise ValueError(
                     f"state_dict does not match the parameters: the {key} of {name!r} has the shape "
                     f"{list(tensor.shape)}, but this optimizer needs {list(kept.shape)}"
+                )
+            low = kept.dtype == LOW and parameter.is_floating_point()
+            if tensor is not None and (tensor.dtype == LOW) != low:
+                raise ValueError(
+                    f"state_dict does not match: the {key} of {name!r} is {tensor.dtype}, so that this optimizer needs "
+                    f"state_dtype={LOW if tensor.dtype == LOW else None}"
                 )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from relfisher.layers import Layer
 from relfisher.metric import Metric
 from relfisher.observe import Observer, Reading, Responses, Role
-from relfisher.optim.assignment import FALLBACK, Rule, assign
+from relfisher.optim.assignment import FALLBACK, Rule, choices
+from relfisher.optim.budget import Budget
 from relfisher.optim.events import DROPPED, FAILED, Events
 from relfisher.optim.health import Health, HealthWarning
 from relfisher.optim.options import MetricOptions
@@ -45,6 +46,7 @@ class Curvature:
         beside: owners of tensors of single parameters, which are in the same states.
         is_flat: returns whether the metric leaves the gradient of a layer as it is.
         replicate: as for `Sharing`.
+        state_dtype: as for `Sharing`.
 
     Attributes:
         records: the records of the layers with a metric.
@@ -55,6 +57,7 @@ class Curvature:
         sharing: which of them keeps the metric of which layer.
         events: what happened to layers in the last update.
         ownership: who keeps which tensors in the states.
+        budget: the limit of the whole state; None for none.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Curvature:
         beside: Sequence[Owner] = (),
         is_flat: Callable[[Layer, Role], bool] | None = None,
         replicate: bool | None = True,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if empty is not None:
@@ -87,18 +91,20 @@ class Curvature:
         self.ownership = Ownership(root=root, owners=owners, optional=optional, beside=beside)
         self.observer = Observer(model, responses, options.stats_samples)
         self.ranks = Ranks(model)
-        self.sharing = Sharing(self.ranks, replicate)
+        self.sharing = Sharing(self.ranks, replicate, state_dtype)
         self.events = Events(health, self.observer)
+        self.budget: Budget | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the states, which belong to the optimizer."""
-        return {key: value for key, value in vars(self).items() if key not in ("states", "model")}
+        """Return everything but the states and the budget, which belong to the optimizer."""
+        return {key: value for key, value in vars(self).items() if key not in ("states", "model", "budget")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Go on with the copied model; the states must be set afterwards."""
         vars(self).update(state)
         self.model = self.observer.model
         self.states = defaultdict(dict)
+        self.budget = None
         for record in self.records.values():
             record.metric_in_use = None
 
@@ -116,15 +122,21 @@ class Curvature:
         records = {layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new}
         self.ownership.check_keys([*self.records.values(), *records.values()])
         self.records.update(records)
+        structures = self.assigned({layer: Role(layer.own_response) for layer in new})
         self.observer.add(new)
         if self._options.bias_correction:  # otherwise the average starts at the identity
             self.observer.uninitialized.update(new)
-        structures = self.assigned({layer: Role(layer.own_response) for layer in new})
         self._turns.add(structures)
+        self._provide(structures)
+
+    def _provide(self, structures: Mapping[Layer, Structure]) -> None:
+        """Create or replace the states of layers that have yet to run."""
         for layer, structure in structures.items():
             record = self.records[layer]
-            if layer.settled and not self.sharing.wanted and any(p.requires_grad for p in layer.parameters):
-                self._create(record, structure)
+            trained = any(parameter.requires_grad for parameter in layer.parameters)
+            if record.structure is None and layer.settled and not self.sharing.wanted and trained:
+                self.state(record, structure)
+                record.metric_in_use = None  # another structure may follow
 
     def disown(self, layer: Layer, not_owned: frozenset[str]) -> None:
         """Set the parameters of a layer that this optimizer does not own, and move the state to the first owned one."""
@@ -349,8 +361,10 @@ class Curvature:
                 self._remove(layer)
         kept = {layer: role for layer, role in roles.items() if role.refused is None}
         structures = self.assigned(kept)
-        self._share(structures)
-        for layer, structure in structures.items():
+        self._share({layer: structures[layer] for layer in kept})
+        self._provide({layer: each for layer, each in structures.items() if layer not in kept})
+        for layer in kept:
+            structure = structures[layer]
             record, role = self.records[layer], kept[layer]
             record.structure = structure
             waits = self.ranks.in_parts and role.following is not None
@@ -359,9 +373,16 @@ class Curvature:
                 self.state(record, structure)["is_head"] = torch.tensor(float(bool(role.is_head)))
 
     def assigned(self, roles: Mapping[Layer, Role]) -> dict[Layer, Structure]:
-        """Return the structures of layers with these roles."""
+        """Return the structures of layers with these roles; if the state has a limit, also of those without a role."""
+        if self.budget is None:
+            return {layer: found[0] for layer, found in self.allowed(roles).items()}
+        return self.budget.assigned(roles, self.records, self.allowed, self.ownership, self.states)
+
+    def allowed(self, roles: Mapping[Layer, Role]) -> dict[Layer, list[Structure]]:
+        """Return the structures that layers with these roles may use, the best first."""
         rules = {layer: self.records[layer].rule for layer in roles}
-        return assign(roles, rules, self._options.structure_bytes, self._is_flat)
+        found = choices(roles, rules, self._options.structure_bytes, self._is_flat)
+        return found if self.budget is not None else {layer: each[:1] for layer, each in found.items()}
 
     def _create(self, record: Record, structure: Structure) -> None:
         """Create the state of a metric without statistics."""

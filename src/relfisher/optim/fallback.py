@@ -14,7 +14,7 @@ from relfisher.optim.record import dense
 from relfisher.shards import held, is_part, zeros
 from relfisher.structures import Kept
 
-__all__ = ["Fallback"]
+__all__ = ["Fallback", "precise"]
 
 
 class Fallback:
@@ -29,7 +29,7 @@ class Fallback:
     @classmethod
     def create(cls, parameter: Tensor) -> dict[str, Tensor]:
         """Return the initial state of a parameter."""
-        kept, dtype = cls.declares(tuple(parameter.shape)), _precise(parameter)
+        kept, dtype = cls.declares(tuple(parameter.shape)), precise(parameter)
         return {
             key: zeros(parameter, dtype) if each.parted else each.zeros(dtype, parameter.device)
             for key, each in kept.items()
@@ -69,7 +69,7 @@ class Fallback:
             outcome: whether the step is taken.
         """
         for parameter, state in zip(parameters, states, strict=True):
-            moment, dtype = state.get("exp_avg"), _precise(parameter)
+            moment, dtype = state.get("exp_avg"), precise(parameter)
             if moment is None:
                 state.update(cls.create(parameter))
             elif (moment.device, moment.dtype) != (parameter.device, dtype):
@@ -79,11 +79,11 @@ class Fallback:
         own = [held(parameter) for parameter in parameters]
         moments = [_real(held(state["exp_avg_sq"])) for state in states]
         # In half precision the second moment would underflow, and eps vanish.
-        precise = [parameter.to(_precise(parameter)).contiguous() for parameter in own]
-        gradients = [held(dense(parameter.grad)).to(_precise(parameter)).contiguous() for parameter in parameters]
+        moved = [parameter.to(precise(parameter)).contiguous() for parameter in own]
+        gradients = [held(dense(parameter.grad)).to(precise(parameter)).contiguous() for parameter in parameters]
         beta1, beta2 = group["fallback_betas"]
         adamw(
-            [_real(parameter) for parameter in precise],
+            [_real(parameter) for parameter in moved],
             [_real(gradient) for gradient in gradients],
             [_real(held(state["exp_avg"])) for state in states],
             moments,
@@ -99,10 +99,10 @@ class Fallback:
             eps=group["fallback_eps"],
             maximize=False,
         )
-        for parameter, moved, moment in zip(own, precise, moments, strict=True):
+        for parameter, new, moment in zip(own, moved, moments, strict=True):
             moment.clamp_(max=torch.finfo(moment.dtype).max)  # infinity would never decay
-            if moved is not parameter:
-                parameter.copy_(moved)
+            if new is not parameter:
+                parameter.copy_(new)
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -110,6 +110,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _precise(parameter: Tensor) -> torch.dtype:
+def precise(parameter: Tensor) -> torch.dtype:
     """Return the dtype in which a parameter is stepped: float32 for a lower precision."""
     return torch.promote_types(parameter.dtype, torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from relfisher.optim.rules import Move
 from relfisher.structures import Kept
 
@@ -9,12 +11,18 @@ __all__ = ["Momentum"]
 
 
 class Momentum:
-    """The momentum of a layer's gradients."""
+    """The momentum of a layer's gradients.
 
-    @staticmethod
-    def declares(shape: tuple[int, ...]) -> dict[str, Kept]:
+    Args:
+        dtype: its dtype; None for that of the metric.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+
+    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
         """Return the momentum tensor of a layer of the shape [*g, out, d]."""
-        return {"momentum": Kept(shape)}
+        return {"momentum": Kept(shape, dtype=self.dtype)}
 
     @staticmethod
     def added(move: Move, *, nesterov: bool) -> Move:

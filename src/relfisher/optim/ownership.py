@@ -39,8 +39,8 @@ class Ownership:
     ) -> None:
         self.root = root
         self.owners = tuple(owners)
-        self._optional = tuple(optional)
-        self._beside = tuple(beside)
+        self.optional = tuple(optional)
+        self.beside_layers = tuple(beside)
 
     def declares(self, record: Record, *, structures: bool = True) -> dict[str, Kept]:
         """Return all tensors that the state of a layer may contain, by key, with or without its structure's."""
@@ -48,7 +48,7 @@ class Ownership:
         if not record.layer.settled:  # its shape is not known yet
             return kept
         kept["trainable"] = Kept((len(record.layer.names),), on_host=True, dtype=torch.float32)
-        for owner in (*self.owners, *self._optional):
+        for owner in (*self.owners, *self.optional):
             kept |= owner.declares(record.layer.shape)
         if structures and record.structure is not None:
             kept |= record.structure.declares(record.layer.shape, root=self.root)
@@ -67,7 +67,7 @@ class Ownership:
             taken = {"trainable", "is_head", *self.keys_beside(record.layer)}
             for structure in possible(record.layer, record.rule):
                 taken |= structure.declares(record.layer.shape, root=self.root).keys()
-            for owner in (*self._optional, *self.owners):
+            for owner in (*self.optional, *self.owners):
                 declared = owner.declares(record.layer.shape).keys()
                 if declared & taken:
                     names = ", ".join(map(repr, sorted(declared & taken)))
@@ -119,17 +119,17 @@ class Ownership:
 
     def beside(self, layer: Layer) -> set[str]:
         """Return the keys in a layer's state that do not belong to its structure."""
-        owners = (*self.owners, *self._optional)
+        owners = (*self.owners, *self.optional)
         owned = (key for owner in owners for key in owner.declares(layer.shape))
         return {"trainable", "is_head", *owned, *self.keys_beside(layer)}
 
     def keys_beside(self, layer: Layer) -> set[str]:
         """Return the keys in a parameter's state that belong to the parameter, not to its layer."""
-        return {key for owner in self._beside for key in owner.declares(layer.shape)}
+        return {key for owner in self.beside_layers for key in owner.declares(layer.shape)}
 
     def present(self, layer: Layer, state: Mapping[str, Tensor]) -> list[Owner]:
         """Return the owners of tensors that a layer's state has but need not have."""
-        return [owner for owner in self._optional if owner.declares(layer.shape).keys() <= state.keys()]
+        return [owner for owner in self.optional if owner.declares(layer.shape).keys() <= state.keys()]
 
     def listed(self, records: Iterable[Record], states: Mapping[Tensor, Mapping[str, Any]]) -> list[str]:
         """Return the names of the parameters that layers train, and of what is kept of those with statistics."""
@@ -148,6 +148,12 @@ class Ownership:
         """Return the structure that a state fits: the layer's, or one that it may get; None if there is none."""
         choices = possible(record.layer, record.rule) if record.structure is None else [record.structure]
         return next((structure for structure in choices if self.fits(record.layer, structure, state)), None)
+
+    def in_use(self, record: Record, given: Sequence[Structure], state: Mapping[str, Tensor]) -> list[Structure]:
+        """Return those of some structures that the statistics of a layer have; all if there are none."""
+        if not self.holds_statistics(state):
+            return list(given)
+        return [each for each in given if self.fits(record.layer, each, state)] or list(given)
 
     def fits(self, layer: Layer, structure: Structure, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state fits the structure and the layer's shape and dtype."""

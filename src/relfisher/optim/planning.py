@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from relfisher.layers import Layer, discover
-from relfisher.observe import Responses, Role, check_responses, survey
-from relfisher.optim.assignment import FALLBACK, assign, candidates, number_bytes, rule_for, state_bytes
-from relfisher.optim.averaging import averaged
+from relfisher.layers import Layer
+from relfisher.observe import Responses
+from relfisher.optim.assignment import candidates
+from relfisher.optim.assignment import state_bytes as bytes_of
+from relfisher.optim.averaging import Lead
+from relfisher.optim.budget import beside, check_state_bytes, fit_into, numbers_beside
 from relfisher.optim.groups import names_of
-from relfisher.optim.options import Inversions, MetricOptions, fit_named
+from relfisher.optim.options import MetricOptions
 from relfisher.optim.renamed import reject
+from relfisher.optim.rounding import check_state_dtype
 from relfisher.optim.shares import Passes, Shares, shares
+from relfisher.optim.surveying import surveyed
 from relfisher.optim.tables import size, table
 from relfisher.responses import Response
 from relfisher.structures import Structure
-from relfisher.validation import check_callable, check_instance, check_integer, check_scalar
+from relfisher.validation import check_integer, check_interval
 
 __all__ = ["Coverage", "LayerPlan", "ParameterCoverage", "Plan", "coverage", "plan"]
 
@@ -49,7 +53,7 @@ class Choice:
         """Return the cost of a structure for a layer with the given number of samples per batch."""
         cost = structure.cost(layer.shape)
         return cls(
-            structure.label(layer.shape), state_bytes(layer, structure), cost.step, cost.refresh, cost.sample * samples
+            structure.label(layer.shape), bytes_of(layer, structure), cost.step, cost.refresh, cost.sample * samples
         )
 
 
@@ -98,7 +102,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """The memory of the optimizer's state by default, except for a few scalars."""
+        """The memory of the optimizer's state, except for a few scalars."""
         return (
             sum(layer.chosen.bytes for layer in self.layers)
             + self.averaging_bytes
@@ -141,9 +145,14 @@ def plan(
     fit: str = "generalize",
     world_size: int = 1,
     mesh: tuple[int, ...] | None = None,
+    *,
+    momentum: float | None = None,
+    averaging: float | None = None,
+    state_bytes: float | str | None = None,
+    state_dtype: torch.dtype | None = None,
     **unknown: Any,
 ) -> Plan:
-    """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses, fit=fit)`.
+    """Predict the structures and costs of `RNGD(model, metric=metric, responses=responses, fit=fit, ...)`.
 
     Args:
         model: the model; it runs once, in evaluation mode, and is left unchanged.
@@ -157,13 +166,18 @@ def plan(
         world_size: the number of processes that share out the work, as with `RNGD(model, replicate=False)`.
         mesh: for `fully_shard`, the shape of the mesh of processes: (N,), or (copies, parts) where groups of processes
             hold the same parts; None for `DistributedDataParallel`. The number of processes follows from it.
+        momentum: as for `RNGD`; 0 for a state without it.
+        averaging: as for `RNGD`; 0 for a state without it.
+        state_bytes: as for `RNGD`; for all processes together.
+        state_dtype: as for `RNGD`.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Returns:
         One row per layer with trained parameters.
 
     Raises:
-        ValueError: if a key of `structure` matches no layer, the loss is not one finite number, or the mesh is none.
+        ValueError: if a key of `structure` matches no layer, the loss is not one finite number, the mesh is none, or
+            the state cannot be as small as `state_bytes`.
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("plan", unknown)
@@ -174,9 +188,19 @@ def plan(
         for count in mesh:
             check_integer("mesh", count)
         world_size = math.prod(mesh)
-    found = _surveyed(model, inputs, metric, loss, responses, fit)
+    check_state_bytes(state_bytes)
+    check_state_dtype(state_dtype)
+    for name, share in (("momentum", momentum), ("averaging", averaging)):
+        if share is not None:
+            check_interval(name, share, 0, 1, closed="both" if name == "averaging" else "left")
+    found = surveyed(model, inputs, metric, loss, responses, fit)
+    groups = [{"params": list(model.parameters()), "momentum": momentum != 0, "averaging": averaging != 0}]
+    place = dict.fromkeys(found.choices, 0)
+    lead = Lead(state_dtype)
+    rest = beside(groups, place, lead)
+    structures = found.structures if state_bytes is None else fit_into(found.choices, state_bytes, groups, place, lead)
     rows = []
-    for layer, chosen in found.structures.items():
+    for layer, chosen in structures.items():
         count, role = found.samples.get(layer, 0), found.roles[layer]
         counted = count if metric.stats_samples is None else min(count, metric.stats_samples)
         others = [each for each in candidates(layer, role) if each.label(layer.shape) != chosen.label(layer.shape)]
@@ -190,23 +214,18 @@ def plan(
                 tuple(Choice.of(layer, other, counted) for other in others),
             )
         )
-    covered = {id(parameter) for layer in found.structures for parameter in layer.parameters}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
-    averaging = sum(p.numel() * p.element_size() for p in model.parameters() if averaged(p))
-    fallback = sum(2 * parameter.numel() * parameter.element_size() for parameter in rest)
-    without = {id(parameter) for parameter in rest}
-    following = (found.roles[layer].following for layer in found.structures)
+    following = (found.roles[layer].following for layer in structures)
     passes = Passes(
         [p for p in model.parameters() if p.requires_grad],
-        {p: p.element_size() * (averaged(p) + 2 * (id(p) in without)) for p in model.parameters()},
+        numbers_beside(groups, place, lead),
         list(dict.fromkeys(layer.module for layer in following if layer is not None)),
     )
     return Plan(
         tuple(rows),
-        averaging_bytes=averaging,
-        momentum_bytes=sum(math.prod(layer.shape) * number_bytes(layer) for layer in found.structures),
-        fallback_bytes=fallback,
-        shares=shares(found.structures, world_size, passes, mesh) if world_size > 1 else None,
+        averaging_bytes=rest.averaging,
+        momentum_bytes=rest.momentum,
+        fallback_bytes=rest.fallback,
+        shares=shares(structures, world_size, passes, mesh, state_dtype) if world_size > 1 else None,
     )
 
 
@@ -289,7 +308,7 @@ def coverage(
         TypeError: if an argument or the loss has the wrong type, or an argument is unknown.
     """
     reject("coverage", unknown)
-    found = _surveyed(model, inputs, metric, loss, responses, fit)
+    found = surveyed(model, inputs, metric, loss, responses, fit)
     home = {id(parameter): layer for layer in found.structures for parameter in layer.parameters}
     names = names_of(model)
     rows = []
@@ -307,55 +326,3 @@ def coverage(
             label = found.structures[layer].label(layer.shape)
             rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label))
     return Coverage(tuple(rows))
-
-
-class _Survey(NamedTuple):
-    """Structures and roles of trained layers, sample counts of the layers that were reached, and reasons for refusals.
-
-    Layers are in the order of the forward pass, followed by those that it did not reach.
-    """
-
-    structures: dict[Layer, Structure]
-    roles: dict[Layer, Role]
-    samples: dict[Layer, int]
-    refused: dict[str, str]
-
-
-def _surveyed(
-    model: nn.Module,
-    inputs: Any,
-    metric: MetricOptions,
-    loss: Callable[[Any], Tensor] | None,
-    responses: Responses | None,
-    fit: str,
-) -> _Survey:
-    check_instance("model", model, nn.Module)
-    check_instance("metric", metric, MetricOptions)
-    if loss is not None:
-        check_callable("loss", loss)
-    check_responses(responses)
-    usual = fit_named(fit)
-    is_flat = Inversions(usual.damping, metric.power, usual.raw_power).is_flat
-    found = discover(model, metric.layers)
-    metric.check(found.layers)
-    rules = {layer: rule_for(layer, metric.structure) for layer in found.layers}
-    layers = [layer for layer in found.layers if rules[layer] != FALLBACK]
-    seen, samples = survey(model, layers, inputs, loss and partial(_score, loss), responses)
-    refused = {name: role.refused for layer, role in seen.items() if role.refused for name in layer.parameter_names}
-    trained = [
-        layer
-        for layer in layers
-        if not (layer in seen and seen[layer].refused)
-        if any(parameter.requires_grad for parameter in layer.parameters)
-    ]
-    reached = {layer: seen[layer] for layer in samples if layer in trained}
-    before = assign({layer: Role(layer.own_response) for layer in layers}, rules, metric.structure_bytes)
-    unseen = {layer: Role(layer.own_response) for layer in trained if layer not in reached}
-    structures = assign(reached, rules, metric.structure_bytes, is_flat) | {layer: before[layer] for layer in unseen}
-    return _Survey(structures, reached | unseen, samples, found.refused | refused)
-
-
-def _score(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
-    value = loss(output)
-    check_scalar("loss", value)
-    return value

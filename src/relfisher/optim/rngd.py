@@ -12,9 +12,10 @@ from torch import nn
 
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
-from relfisher.optim.averaging import Averaging
+from relfisher.optim.averaging import Averaging, Lead
 from relfisher.optim.batches import Batches
 from relfisher.optim.binding import Binding
+from relfisher.optim.budget import Budget, check_state_bytes
 from relfisher.optim.checkpoint import loading, saving
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.expected import is_trial
@@ -28,6 +29,7 @@ from relfisher.optim.owners import model_of
 from relfisher.optim.published import PUBLISHED
 from relfisher.optim.record import LayerView, Record
 from relfisher.optim.renamed import reject
+from relfisher.optim.rounding import check_state_dtype
 from relfisher.optim.rules import StepRule
 from relfisher.optim.rules.choice import rule_named
 from relfisher.optim.sharing import check_replicate
@@ -80,10 +82,16 @@ class RNGD(Watching, torch.optim.Optimizer):
         fallback: the AdamW options for parameters without a metric.
         replicate: for several processes: True if each keeps all metrics and computes all steps; False if they share
             this out between them, layer by layer; None to do so after `fully_shard`. See docs/distributed.md.
+        state_bytes: the most bytes that the whole state may take, but for a few scalars, or a multiple of those of
+            Adam's two moments, such as "1x adam". Structures that are "auto" are fitted into it: the largest metrics
+            get sketches of lower rank, then shared blocks, then diagonals. None for no limit. See `relfisher.plan`.
+        state_dtype: torch.bfloat16 keeps the momentum and the average in half of their memory, rounded by chance so
+            that the mean error is 0; None for single precision, or double for double. See `relfisher.optim.rounding`.
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Raises:
-        ValueError: if an argument is out of range, or there is nothing to train.
+        ValueError: if an argument is out of range, or there is nothing to train, or the state cannot be as small as
+            `state_bytes`; so does the first step if some layers turn out to have no metric.
         TypeError: if an argument has the wrong type or is unknown.
     """
 
@@ -104,6 +112,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         responses: Responses | None = None,
         fallback: AdamWOptions = AdamWOptions(),  # noqa: B008  # immutable
         replicate: bool | None = None,
+        state_bytes: float | str | None = None,
+        state_dtype: torch.dtype | None = None,
         **unknown: Any,
     ) -> None:
         reject("RNGD", unknown)
@@ -116,6 +126,8 @@ class RNGD(Watching, torch.optim.Optimizer):
         check_instance("metric", metric, MetricOptions)
         check_instance("fallback", fallback, AdamWOptions)
         check_responses(responses)
+        check_state_bytes(state_bytes)
+        check_state_dtype(state_dtype)
         self._rule = rule_named(step_rule)
         usual = fit_named(self._rule.default_fit if fit is None else fit)
         self._inversions = Inversions(usual.damping if damping is None else damping, metric.power, usual.raw_power)
@@ -136,6 +148,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._binding = Binding(model, metric, fallback.max_share)
         self._inversions.check(self._binding.known)
         self.health = Health()
+        self._lead = Lead(state_dtype)
         self._curvature = Curvature(
             model,
             self.health,
@@ -143,11 +156,14 @@ class RNGD(Watching, torch.optim.Optimizer):
             responses or {},
             root=self._rule.needs_root,
             owners=(self._rule,),
-            optional=(Momentum,),
-            beside=(Averaging, Fallback),
+            optional=(Momentum(state_dtype),),
+            beside=(self._lead, Fallback),
             is_flat=self._inversions.is_flat,
             replicate=check_replicate(replicate, self._rule),
+            state_dtype=state_dtype,
         )
+        self._state_bytes = state_bytes
+        self._limit()
         self._complete = False
         super().__init__(listed(model.parameters() if params is None else params), defaults)
         self._complete = True
@@ -232,11 +248,11 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._curvature.add(new, self._binding.rules, not_owned)
         for layer, place in self._binding.place.items():
             if self.param_groups[place]["momentum"]:
-                self._curvature.complete(layer, [Momentum])
+                self._curvature.complete(layer, self._curvature.ownership.optional)
         covered = self._binding.covered()
         for group in self.param_groups:
             Fallback.complete(group, self.state, covered)
-            Averaging.complete(group, self.state)
+            self._lead.complete(group, self.state)
         self._binding.tell(self._curvature.model(), self.param_groups)
 
     @overload
@@ -342,6 +358,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         super().__setstate__(state)
         if "_curvature" in state:
             self._curvature.states = self.state
+            self._limit()
             self._release()
 
     def _catch_up(self) -> None:
@@ -354,9 +371,14 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     def _release(self) -> None:
         """Hook the average to the model, and arrange the end of all hooks with that of the optimizer."""
-        self._averaging, self._batches = Averaging(self._curvature.model(), self), Batches()
+        self._averaging, self._batches = Averaging(self._curvature.model(), self, self._lead), Batches()
         for hooked in (self._averaging, self._curvature.observer):
             weakref.finalize(self, hooked.close)
+
+    def _limit(self) -> None:
+        """Let the structures of layers fit into the limit of the state."""
+        if self._state_bytes is not None:
+            self._curvature.budget = Budget(self, self._binding, self._state_bytes, self._lead)
 
     @property
     def _iteration(self) -> int:
@@ -378,4 +400,6 @@ _COPIED = (
     "health",
     "_inversions",
     "_rule",
+    "_state_bytes",
+    "_lead",
 )

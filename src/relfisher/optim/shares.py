@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from relfisher.layers import Layer, keepers
@@ -87,7 +88,11 @@ class Passes(NamedTuple):
 
 
 def shares(
-    structures: Mapping[Layer, Structure], world_size: int, passes: Passes, mesh: tuple[int, ...] | None = None
+    structures: Mapping[Layer, Structure],
+    world_size: int,
+    passes: Passes,
+    mesh: tuple[int, ...] | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Shares:
     """Return what each process does.
 
@@ -96,8 +101,9 @@ def shares(
         world_size: the number of processes.
         passes: what they hold and send of the parameters.
         mesh: the shape of the mesh of processes that hold parts of the parameters; None if each holds all of them.
+        state_dtype: the dtype of the momentum; None for that of the metrics.
     """
-    loads = {layer: load_of(layer, structure) for layer, structure in structures.items()}
+    loads = {layer: load_of(layer, structure, state_dtype) for layer, structure in structures.items()}
     owner, carried = assigned(loads, [Load()] * world_size)
     totals = sum(
         math.prod(shape) * number_bytes(layer)

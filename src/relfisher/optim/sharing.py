@@ -7,13 +7,14 @@ that nothing has to be sent for them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from relfisher.layers import Layer
+from relfisher.optim.assignment import momentum_bytes, state_bytes
 from relfisher.optim.events import Events
 from relfisher.optim.exchange import Message, SharedRule
 from relfisher.optim.ranks import Ranks
@@ -45,11 +46,10 @@ class Load(NamedTuple):
         return Load(*(one + two for one, two in zip(self, other, strict=True)))
 
 
-def load_of(layer: Layer, structure: Structure) -> Load:
-    """Return what a layer with a structure costs its owner."""
-    parameters, size = math.prod(layer.shape), layer.dtype.itemsize
-    kept = (structure.numbers(layer.shape) + parameters) * size
-    return Load(kept, structure.cost(layer.shape).refresh, parameters * size)
+def load_of(layer: Layer, structure: Structure, state_dtype: torch.dtype | None) -> Load:
+    """Return what a layer with a structure costs its owner, with its momentum in a dtype, or in that of its metric."""
+    kept = state_bytes(layer, structure) + momentum_bytes(layer, state_dtype)
+    return Load(kept, structure.cost(layer.shape).refresh, momentum_bytes(layer))
 
 
 def assigned(loads: Mapping[Layer, Load], so_far: Sequence[Load]) -> tuple[dict[Layer, int], list[Load]]:
@@ -103,15 +103,17 @@ class Sharing:
         ranks: the processes.
         replicate: True if each process keeps and computes everything, False if the work is shared out, and None to
             share it out where processes hold parts of the parameters.
+        state_dtype: the dtype of the momentum; None for that of the metric.
 
     Attributes:
         owner: the process that owns a layer, by its rank.
     """
 
-    def __init__(self, ranks: Ranks, replicate: bool | None) -> None:
+    def __init__(self, ranks: Ranks, replicate: bool | None, state_dtype: torch.dtype | None = None) -> None:
         self.owner: dict[Layer, int] = {}
         self._ranks = ranks
         self._replicate = replicate
+        self._state_dtype = state_dtype
         self._loads: list[Load] = []
         self._form: Message | None = None
         self._returned: dict[Layer, int] | None = None
@@ -178,7 +180,8 @@ class Sharing:
         Raises:
             ValueError: if the layers have owners among another number of processes.
         """
-        new = {layer: load_of(layer, each) for layer, each in structures.items() if layer not in self.owner}
+        lonely = {layer: each for layer, each in structures.items() if layer not in self.owner}
+        new = {layer: load_of(layer, each, self._state_dtype) for layer, each in lonely.items()}
         world, self._form, self._returned = self._ranks.world, None, None
         self._loads = self._loads or [Load()] * world
         if len(self._loads) != world:

@@ -18,6 +18,7 @@ from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import Inversions
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.record import Record
+from relfisher.optim.rounding import Rounding
 from relfisher.optim.rules import Move, StepRule
 from relfisher.optim.sharing import Sharing
 from relfisher.shards import held
@@ -77,7 +78,8 @@ def moving_layers(
         structure, role, index, has_momentum, *_, owner = facts
         layer, flat = record.layer, inversions.is_flat(record.layer, role)
         keys = [] if flat else structure.factors(layer.shape, root=rule.needs_root)
-        keys += [*rule.declares(layer.shape), *(Momentum.declares(layer.shape) if has_momentum else ())]
+        owners = (rule, *curvature.ownership.optional) if has_momentum else (rule,)
+        keys += [key for each in owners for key in each.declares(layer.shape)]
         return (structure.alike, index, flat, _is_head(record), layer.fan_in, owner), keys
 
     found, targets, sources = [], [], []
@@ -92,7 +94,7 @@ def moving_layers(
             states = [curvature.state(each, structure) for each in batch.records]
             if group["momentum"] and any("momentum" not in state for state in states):
                 for layer in batch.layers:
-                    curvature.complete(layer, [Momentum])
+                    curvature.complete(layer, curvature.ownership.optional)
             latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
             targets += parts
             sources += own
@@ -148,11 +150,13 @@ def take(
             outcome.multiply(
                 [held(p) for p in group["params"] if id(p) in moved], 1 - rate(group) * group["weight_decay"]
             )
+    rounding = Rounding(2 * groups[0]["iteration"])
     targets, changes = [], []
     returned: list[tuple[Record, Tensor]] = []
     for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
         if "momentum" in move.state:
-            outcome.replace(move.state["momentum"], move.velocity)
+            momentum = move.state["momentum"]
+            outcome.replace(momentum, rounding.rounded(move.velocity, momentum.dtype))
         change = outcome.change(step.direction, step.scale, batch.room(step.direction.dtype))
         if batch.layers[0] in sharing.returned:
             returned += zip(batch.records, change if len(change) else [change] * len(batch.records), strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher.optim import RNGD, HealthWarning, MetricOptions
-from relfisher.optim.averaging import Averaging
+from relfisher.optim.averaging import Lead
 from relfisher.optim.fallback import Fallback
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.rules import StepRule
@@ -41,7 +41,7 @@ def check_rule(make: Callable[[], StepRule], steps: int = 4, rtol: float = 1e-10
     shape = (3, 5)
     rule = make()
     taken = {"trainable", "is_head"} | KroneckerFactors().declares(shape, root=rule.needs_root).keys()
-    taken |= Averaging.declares(shape).keys() | Momentum.declares(shape).keys() | Fallback.declares(shape).keys()
+    taken |= Lead().declares(shape).keys() | Momentum().declares(shape).keys() | Fallback.declares(shape).keys()
     clash = sorted(rule.declares(shape).keys() & taken)
     if clash:
         raise AssertionError(f"the rule must declare keys of its own, but {', '.join(clash)} are others'")
