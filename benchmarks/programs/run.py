@@ -20,7 +20,11 @@ import torch
 from relfisher import RNGD
 
 HERE = Path(__file__).parent
-NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"digits", "program", "run"})
+NAMES = sorted(
+    path.stem
+    for path in HERE.glob("*.py")
+    if path.stem not in {"digits", "cart_pole", "graph", "names", "program", "run"}
+)
 EVALUATIONS = 20
 
 
@@ -38,16 +42,17 @@ def train(program, make, seed):
     task = program.make(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = make(task.model)
+        turns = [(*turn, make(turn[0])) for turn in (task.rival, (task.model, task.loss)) if turn is not None]
         curve, spent = [], 0.0
         for step in range(program.steps):
             start = time.process_time()
-            optimizer.zero_grad()
-            loss = task.loss(step)
-            loss.backward()
-            if task.clip is not None:
-                torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)
-            optimizer.step()
+            for model, loss_of, optimizer in turns:
+                optimizer.zero_grad()
+                loss = loss_of(step)
+                loss.backward()
+                if task.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+                optimizer.step()
             spent += time.process_time() - start
             if not torch.isfinite(loss):
                 break
@@ -56,15 +61,19 @@ def train(program, make, seed):
                 with torch.no_grad():
                     curve.append((step + 1, spent, task.error()))
                 task.model.train()
-    return {"curve": curve, "milliseconds": 1e3 * spent / program.steps, "share": adamw_share(optimizer)}
+    return {
+        "curve": curve,
+        "milliseconds": 1e3 * spent / program.steps,
+        "share": adamw_share([optimizer for _, _, optimizer in turns]),
+    }
 
 
-def adamw_share(optimizer):
+def adamw_share(optimizers):
     """Return the share of the numbers that RNGD leaves to AdamW; None for other optimizers."""
-    if not isinstance(optimizer, RNGD):
+    if not isinstance(optimizers[0], RNGD):
         return None
-    left = sum(p.numel() for p, state in optimizer.state.items() if "exp_avg" in state)
-    return left / sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    left = sum(p.numel() for each in optimizers for p, state in each.state.items() if "exp_avg" in state)
+    return left / sum(p.numel() for each in optimizers for group in each.param_groups for p in group["params"])
 
 
 def best(run):
