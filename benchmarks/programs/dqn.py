@@ -8,7 +8,7 @@ from program import Program, Task, adams
 from torch import nn
 from torch.nn.functional import smooth_l1_loss
 
-STEPS, CARTS, BATCH, DISCOUNT, FOLLOW = 2500, 8, 128, 0.99, 0.005
+STEPS, CARTS, BATCH, DISCOUNT, FOLLOW = 2000, 8, 128, 0.99, 0.005
 
 
 def make(seed):

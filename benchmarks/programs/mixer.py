@@ -4,7 +4,7 @@ from digits import classifying
 from program import Program, adam, adams, with_cosine
 from torch import nn
 
-STEPS, WIDTH, PATCHES, DEPTH = 400, 64, 16, 3
+STEPS, WIDTH, PATCHES, DEPTH = 300, 64, 16, 3
 
 
 def perceptron(width, hidden):

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from relfisher.studies.text import characters
 
-STEPS, BATCH, LENGTH, SIGNS = 600, 32, 16, 28
+STEPS, BATCH, LENGTH, SIGNS = 500, 32, 16, 28
 
 
 @cache

@@ -51,7 +51,7 @@ class Network(nn.Module):
 
 def make(seed):
     (images, _), (held_images, _) = split()
-    held, wanted = scenes(held_images, "flower.jpg", 200, torch.Generator().manual_seed(0))
+    held, wanted = scenes(held_images, "flower.jpg", 100, torch.Generator().manual_seed(0))
     model, generator = Network(), torch.Generator().manual_seed(seed)
 
     def loss(_):

@@ -6,7 +6,7 @@ from program import Program, adam, adams, with_cosine
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-STEPS, WIDTH, HEADS, DEPTH = 400, 64, 4, 3
+STEPS, WIDTH, HEADS, DEPTH = 300, 64, 4, 3
 
 
 class Block(nn.Module):

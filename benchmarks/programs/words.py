@@ -41,7 +41,7 @@ class Network(nn.Module):
 
 def make(seed):
     text = tokens()
-    held, text = text[: 300 * (LENGTH + 1)].view(-1, LENGTH + 1), text[300 * (LENGTH + 1) :]
+    held, text = text[: 100 * (LENGTH + 1)].view(-1, LENGTH + 1), text[100 * (LENGTH + 1) :]
     model, generator = Network(), torch.Generator().manual_seed(seed)
 
     def nats(rows):
