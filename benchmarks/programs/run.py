@@ -171,7 +171,7 @@ def draw(rows, path):
     axis.set(xscale="log", xlabel="validation error of RNGD(model), relative to", ylim=(-1, len(rows)))
     axis.set_yticks(places, [program.title for program, _, _ in ordered], fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper right", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
