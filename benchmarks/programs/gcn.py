@@ -1,11 +1,10 @@
 """A graph convolutional network on the graph of nearest neighbors of scikit-learn's digits, 20 labels a class."""
 
 import torch
-from program import Program, Task, adams
-from sklearn.datasets import load_digits
-from sklearn.neighbors import kneighbors_graph
+from graph import classifying, nodes
+from program import Program, adams
 from torch import nn
-from torch.nn.functional import cross_entropy, dropout, relu
+from torch.nn.functional import dropout, relu
 
 STEPS = 200
 
@@ -32,20 +31,9 @@ class Network(nn.Module):
 
 
 def make(seed):
-    data = load_digits()
-    x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
-    neighbors = torch.tensor(kneighbors_graph(data.data, 8).toarray(), dtype=torch.float32)
-    graph = ((neighbors + neighbors.t()) > 0).float() + torch.eye(len(x))
+    x, y, graph = nodes()
     degree = graph.sum(1).rsqrt()
-    model = Network((degree[:, None] * graph * degree).to_sparse())
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    labeled = torch.cat([order[y[order] == label][:20] for label in range(10)])
-    held_out = order[~torch.isin(order, labeled)][:1000]
-
-    def error():
-        return 1 - float((model(x)[held_out].argmax(1) == y[held_out]).float().mean())
-
-    return Task(model, lambda _: cross_entropy(model(x)[labeled], y[labeled]), error)
+    return classifying(Network((degree[:, None] * graph * degree).to_sparse()), x, y, seed)
 
 
 PROGRAM = Program(

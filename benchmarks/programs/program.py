@@ -18,12 +18,14 @@ class Task:
         loss: returns the loss of a step, given its number.
         error: returns the validation error; lower is better. It is called in evaluation mode, without gradients.
         clip: the norm to which gradients are clipped; None for none.
+        rival: another network and its loss; it takes its step before each one of the model, by an optimizer of its own.
     """
 
     model: nn.Module
     loss: Callable[[int], Tensor]
     error: Callable[[], float]
     clip: float | None = None
+    rival: tuple[nn.Module, Callable[[int], Tensor]] | None = None
 
 
 @dataclass(frozen=True)

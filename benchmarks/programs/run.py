@@ -20,7 +20,11 @@ import torch
 from relfisher import RNGD
 
 HERE = Path(__file__).parent
-NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"digits", "program", "run"})
+NAMES = sorted(
+    path.stem
+    for path in HERE.glob("*.py")
+    if path.stem not in {"digits", "cart_pole", "graph", "names", "program", "run"}
+)
 EVALUATIONS = 20
 
 
@@ -38,16 +42,17 @@ def train(program, make, seed):
     task = program.make(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = make(task.model)
+        turns = [(*turn, make(turn[0])) for turn in (task.rival, (task.model, task.loss)) if turn is not None]
         curve, spent = [], 0.0
         for step in range(program.steps):
             start = time.process_time()
-            optimizer.zero_grad()
-            loss = task.loss(step)
-            loss.backward()
-            if task.clip is not None:
-                torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)
-            optimizer.step()
+            for model, loss_of, optimizer in turns:
+                optimizer.zero_grad()
+                loss = loss_of(step)
+                loss.backward()
+                if task.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+                optimizer.step()
             spent += time.process_time() - start
             if not torch.isfinite(loss):
                 break
@@ -56,15 +61,19 @@ def train(program, make, seed):
                 with torch.no_grad():
                     curve.append((step + 1, spent, task.error()))
                 task.model.train()
-    return {"curve": curve, "milliseconds": 1e3 * spent / program.steps, "share": adamw_share(optimizer)}
+    return {
+        "curve": curve,
+        "milliseconds": 1e3 * spent / program.steps,
+        "share": adamw_share([optimizer for _, _, optimizer in turns]),
+    }
 
 
-def adamw_share(optimizer):
+def adamw_share(optimizers):
     """Return the share of the numbers that RNGD leaves to AdamW; None for other optimizers."""
-    if not isinstance(optimizer, RNGD):
+    if not isinstance(optimizers[0], RNGD):
         return None
-    left = sum(p.numel() for p, state in optimizer.state.items() if "exp_avg" in state)
-    return left / sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    left = sum(p.numel() for each in optimizers for p, state in each.state.items() if "exp_avg" in state)
+    return left / sum(p.numel() for each in optimizers for group in each.param_groups for p in group["params"])
 
 
 def best(run):
@@ -141,20 +150,29 @@ HEADER = (
 )
 
 
+def ratio(runs, other):
+    """Return the mean error of RNGD over that of another method."""
+    ours, theirs = (statistics.mean(best(run) for run in runs[method]) for method in ("RNGD", other))
+    return ours / theirs
+
+
 def draw(rows, path):
-    """Draw the errors of RNGD relative to those of the program and of the tuned optimizer."""
-    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)), layout="constrained")
-    for place, (program, tuned, runs) in enumerate(rows):
-        ours = statistics.mean(best(run) for run in runs["RNGD"])
-        for other, marker, color in (("own", "o", "tab:blue"), (tuned, "s", "tab:orange")):
-            label = {"own": "own settings", tuned: "tuned"}[other] if place == 0 else None
-            ratio = ours / statistics.mean(best(run) for run in runs[other])
-            axis.plot(ratio, place, marker, color=color, label=label)
-        axis.text(0.01, place + 0.25, program.title, transform=axis.get_yaxis_transform(), fontsize=7)
+    """Draw the errors of RNGD relative to those of the program and of the tuned optimizer, the lowest at the top."""
+    ordered = sorted(rows, key=lambda each: -ratio(each[2], "own"))
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.26 * len(rows)), layout="constrained")
+    places = range(len(ordered))
+    for place, (_, tuned, runs) in enumerate(ordered):
+        axis.plot([ratio(runs, "own"), ratio(runs, tuned)], [place, place], color="lightgrey", zorder=0)
+    own = [ratio(runs, "own") for _, _, runs in ordered]
+    axis.plot(own, places, "o", color="tab:blue", label="the program's own settings")
+    tuned = [ratio(runs, name) for _, name, runs in ordered]
+    axis.plot(tuned, places, "s", color="tab:orange", markersize=5, label="the best of the tuned")
     axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set(xscale="log", xlabel="validation error of RNGD(model), relative to", yticks=[])
+    axis.set(xscale="log", xlabel="validation error of RNGD(model), relative to", ylim=(-1, len(rows)))
+    axis.set_yticks(places, [program.title for program, _, _ in ordered], fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 def main():
@@ -172,8 +190,8 @@ def main():
     rows = [row(*each) for each in found.values()]
     counts = [[cells[place] for cells in rows] for place in (6, 7)]
     summary = " ".join(
-        f"Against {whom}: better on {each.count('better')}, level on {each.count('level')}, worse on "
-        f"{each.count('worse')} of {len(rows)}."
+        f"Against {whom}: not worse on {len(rows) - each.count('worse')} of {len(rows)} (better on "
+        f"{each.count('better')}, level on {each.count('level')}, worse on {each.count('worse')})."
         for whom, each in zip(("the programs' own settings", "the best of the tuned"), counts, strict=True)
     )
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)]
