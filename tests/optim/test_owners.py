@@ -132,3 +132,13 @@ def test_what_is_no_model_is_explained():
     code = "import relfisher; relfisher.RNGD(3)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "TypeError: model must be a torch.nn.Module, or its parameters, got 3" in run.stderr
+
+
+def test_models_of_deepspeed_are_refused_by_name():
+    marked = mlp()
+    marked[0].weight.ds_id = 0
+    engine = nn.Sequential(mlp())
+    engine.__class__ = type("Engine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})
+    for model in (marked, engine):
+        with pytest.raises(ValueError, match=r"DeepSpeed keeps them: use fully_shard"):
+            RNGD(model)

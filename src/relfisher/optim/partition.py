@@ -33,6 +33,11 @@ def mesh_of(model: nn.Module) -> Any:
             "model must have parameters that are layers', but FullyShardedDataParallel flattens them: use fully_shard "
             "of torch.distributed.fsdp, or DistributedDataParallel"
         )
+    if _is_of_deepspeed(model):
+        raise ValueError(
+            "model must have whole gradients in each process, but DeepSpeed keeps them: use fully_shard of "
+            "torch.distributed.fsdp, or DistributedDataParallel"
+        )
     if not parts:
         return None
     gathered = {id(each) for module in sharding(model) for each in module.parameters()}
@@ -49,6 +54,12 @@ def mesh_of(model: nn.Module) -> Any:
             "fully_shard(model) after its parts, without ignored parameters that are trained"
         )
     return mesh
+
+
+def _is_of_deepspeed(model: nn.Module) -> bool:
+    """Return whether DeepSpeed trains a model: by its engine, or with parameters that it has marked."""
+    engines = (type(each).__module__.partition(".")[0] for each in model.modules())
+    return "deepspeed" in engines or any(hasattr(each, "ds_id") for each in model.parameters())
 
 
 def _problem(parameter: Any, mesh: Any, first: str, *, is_gathered: bool) -> str | None:
