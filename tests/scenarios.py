@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -232,6 +233,7 @@ class Scenario(NamedTuple):
         count: the number of batches that a step accumulates.
         is_wrapped: whether it is tested in `DistributedDataParallel`.
         in_four: whether its parts are tested in four processes, too.
+        mask: returns which positions of the samples count; None for all.
     """
 
     shows: str
@@ -242,6 +244,7 @@ class Scenario(NamedTuple):
     count: int = 1
     is_wrapped: bool = True
     in_four: bool = False
+    mask: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 SCENARIOS = {
@@ -260,6 +263,9 @@ SCENARIOS = {
     "averaging": Scenario("`averaging=0.5`, `momentum=0`", deep, vectors, at_root, {"averaging": 0.5, "momentum": 0.0}),
     "accumulation": Scenario("several batches for a step", perceptron, vectors, count=3),
     "language": Scenario("an LSTM, an embedding that is tied to the head", Language, sentences, at_root),
+    "masked": Scenario(
+        "positions that `masked` leaves out", Language, sentences, at_root, mask=lambda words: words > 1
+    ),
     "attention": Scenario("a transformer layer", attentive, vectors),
     "narrow": Scenario("a bias of one unit, which most processes hold nothing of", narrow, vectors, in_four=True),
     "adapted": Scenario("frozen layers, adapters, bare matrices, vectors that AdamW trains", Adapted, vectors),
@@ -300,6 +306,12 @@ def batches(name, step, part):
     """Return the batches of one process in one step; their sizes differ between processes."""
     scenario, generator = SCENARIOS[name], torch.Generator().manual_seed(1000 * step + part)
     return [scenario.data(generator, 4 + 2 * part) for _ in range(scenario.count)]
+
+
+def masked(name, optimizer, x):
+    """Return a context in which the positions that a scenario masks do not count."""
+    mask = SCENARIOS[name].mask
+    return nullcontext() if mask is None else optimizer.masked(mask(x))
 
 
 def distance(one, other):

@@ -24,6 +24,7 @@ from scenarios import (
     batches,
     distance,
     made,
+    masked,
     perceptron,
     table,
     vectors,
@@ -64,7 +65,9 @@ def trained(name, parts, *, together=False, start=0, saved=None, replicate=None)
             several = batches(name, step, part)
             for place, (x, y) in enumerate(several, start=1):
                 with net.no_sync() if together and place < len(several) else nullcontext():
-                    (cross_entropy(net(x), y) / len(several) / len(parts)).backward()
+                    with masked(name, optimizer, x):
+                        outputs = net(x)
+                    (cross_entropy(outputs, y) / len(several) / len(parts)).backward()
         optimizer.step()
     return model, optimizer
 

@@ -17,6 +17,7 @@ from scenarios import (
     deep,
     distance,
     made,
+    masked,
     perceptron,
     sloped,
     sparing,
@@ -62,7 +63,9 @@ def train(model, optimizer, name, parts, start=0, *, in_parts=False):
                 if in_parts and SCENARIOS[name].shard is ahead:
                     for block in model.children():
                         block.unshard(async_op=True)
-                (cross_entropy(model(x), y) / len(several) / len(parts)).backward()
+                with masked(name, optimizer, x):
+                    outputs = model(x)
+                (cross_entropy(outputs, y) / len(several) / len(parts)).backward()
         if SCENARIOS[name].shard is sparing:  # gives zeros where there is no gradient
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
