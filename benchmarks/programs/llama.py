@@ -1,9 +1,10 @@
 """A small llama whose head is its embedding, on the characters of Python's standard library."""
 
 import torch
-from program import Program, Task, adam, adams, with_cosine
+from language import predicting
+from program import Program, adam, adams, with_cosine
 from torch import nn
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from relfisher.studies.text import characters
 
@@ -68,16 +69,7 @@ class Network(nn.Module):
 def make(seed):
     text = characters().long()
     held, text = text[: 100 * (LENGTH + 1)].view(-1, LENGTH + 1), text[100 * (LENGTH + 1) :]
-    model, generator = Network(), torch.Generator().manual_seed(seed)
-
-    def nats(rows):
-        return cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-
-    def loss(_):
-        starts = torch.randint(len(text) - LENGTH - 1, (BATCH, 1), generator=generator)
-        return nats(text[starts + torch.arange(LENGTH + 1)])
-
-    return Task(model, loss, lambda: float(nats(held)), clip=1.0)
+    return predicting(Network(), text, held, LENGTH, BATCH, seed, clip=1.0)
 
 
 PROGRAM = Program(

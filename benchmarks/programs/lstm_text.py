@@ -1,9 +1,9 @@
 """A language model of two LSTM layers on the characters of Python's standard library."""
 
 import torch
-from program import Program, Task, adams
+from language import predicting
+from program import Program, adams
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from relfisher.studies.text import characters
 
@@ -23,16 +23,7 @@ class Network(nn.Module):
 def make(seed):
     text = characters().long()
     held, text = text[:21_000].view(-1, LENGTH), text[21_000:]
-    model, generator = Network(), torch.Generator().manual_seed(seed)
-
-    def nats(rows):
-        return cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-
-    def loss(_):
-        starts = torch.randint(len(text) - LENGTH - 1, (BATCH, 1), generator=generator)
-        return nats(text[starts + torch.arange(LENGTH + 1)])
-
-    return Task(model, loss, lambda: float(nats(held)), clip=0.25)
+    return predicting(Network(), text, held, LENGTH, BATCH, seed, clip=0.25)
 
 
 PROGRAM = Program(

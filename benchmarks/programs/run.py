@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 NAMES = sorted(
     path.stem
     for path in HERE.glob("*.py")
-    if path.stem not in {"digits", "cart_pole", "graph", "names", "program", "run"}
+    if path.stem not in {"digits", "cart_pole", "graph", "language", "names", "program", "run"}
 )
 EVALUATIONS = 20
 
