@@ -10,7 +10,7 @@ from torch import nn
 from relfisher import RNGD
 from relfisher.studies.contest import CONTESTS, ContestOptions, ContestStudy, carry_out_run, plan
 from relfisher.studies.contest_report import courses, header, report, rows, target
-from relfisher.studies.contestants import CONTESTANTS, OURS, PARTS, RIVALS, Muon
+from relfisher.studies.contestants import CONTESTANTS, OURS, PARTS, RIVALS, AverageWhenEvaluated, Muon
 from relfisher.studies.engine import carry_out
 from relfisher.studies.peers import CONFIGURATIONS, UNTUNED, available
 from relfisher.studies.report import Invocation, write
@@ -49,7 +49,7 @@ def test_every_tuned_method_has_as_many_configurations_and_peers_choose_their_de
     for method in (UNTUNED, *PARTS):
         assert len(CONTESTANTS[method].configurations) == 1
     assert CONTESTANTS == {**RIVALS, **OURS, **PARTS}
-    assert [method for method in RIVALS if not RIVALS[method].scheduled] == ["Schedule-Free AdamW"]
+    assert [method for method in RIVALS if not RIVALS[method].scheduled] == ["Schedule-Free AdamW", "averaged Muon"]
 
 
 def test_parts_start_from_the_defaults():
@@ -129,6 +129,25 @@ def test_muon_moves_matrices_by_polar_factors_and_takes_convolutions():
     values = torch.linalg.svdvals(moved)
     assert 0.6 < values.min() <= values.max() < 1.3
     assert float((moved * weight.grad.flatten(1)).sum()) > 0
+
+
+def test_the_average_is_in_the_model_while_it_is_evaluated():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    AverageWhenEvaluated(model, optimizer)
+    x, iterates = torch.eye(3), []
+    for _ in range(25):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        iterates.append(model.weight.detach().clone())
+        model(x)
+    expected = iterates[0]
+    for step, iterate in enumerate(iterates, 1):
+        expected = expected + (iterate - expected) * min(1.0, 10 / step)
+    model.eval()
+    torch.testing.assert_close(model(x).T, expected)
+    model.train()
+    torch.testing.assert_close(model(x).T, iterates[-1], rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("noise")

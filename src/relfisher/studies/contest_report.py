@@ -246,9 +246,9 @@ def _notes(outcome: ContestOutcome) -> str:
         f"\nValidation: {measure}, mean over {study.seeds} seeds, measured "
         f"{study.options.epochs * study.options.evaluations} times in {study.options.epochs} epochs. Tuned methods "
         f"have {' or '.join(map(str, sorted(each))) or 'no'} configurations each, chosen by the best validation of the "
-        "first seed. Peers have a cosine to 0, but for Schedule-Free AdamW; RNGD has none, unless its name says so. "
-        f"{UNTUNED}, and the lines below RNGD, which change one part of it, are not tuned. Evaluation does not count "
-        "as time.\n"
+        "first seed. Peers have a cosine to 0, but for Schedule-Free AdamW and averaged Muon; RNGD has none, unless "
+        f"its name says so. {UNTUNED}, and the lines below RNGD, which change one part of it, are not tuned. "
+        "Evaluation does not count as time.\n"
     )
 
 

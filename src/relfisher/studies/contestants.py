@@ -8,18 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relfisher import RNGD, MetricOptions
 from relfisher.optim.rules import Move, Step
 from relfisher.optim.rules.spectral import Spectral, polar_factor
 from relfisher.studies.peers import PEERS, UNTUNED, Peer, installed, with_adamw
 
-__all__ = ["CONTESTANTS", "OURS", "PARTS", "RIVALS", "Muon"]
+__all__ = ["CONTESTANTS", "OURS", "PARTS", "RIVALS", "AverageWhenEvaluated", "Muon"]
 
 DECAYS = {"weight_decay": (0.1, 0.5)}
 REST_RATE = 2e-3
 MOMENTUM = 0.95
+WINDOW = 0.1
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,6 +91,46 @@ def _schedule_free(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]  # the package has no types
 
 
+class AverageWhenEvaluated:
+    """The average of the last tenth of a model's iterates, which the model holds while it is evaluated.
+
+    It is the average of RNGD, for other optimizers: after step t it moves by 1 / (t / 10) towards the iterate.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._iterates: list[Tensor] = [parameter.detach() for parameter in _trained(model)]
+        self._others = [iterate.clone() for iterate in self._iterates]
+        self._swapped = False
+        self._steps = 0
+        model.register_forward_pre_hook(self._follow)
+        optimizer.register_step_post_hook(self._average)
+
+    @torch.no_grad()
+    def _average(self, *_: object) -> None:
+        self._steps += 1
+        torch._foreach_lerp_(self._others, self._iterates, min(1.0, 1 / (WINDOW * self._steps)))
+
+    @torch.no_grad()
+    def _follow(self, module: nn.Module, _: object) -> None:
+        """Swap the two if the model is evaluated and holds the iterate, or trains and holds the average."""
+        if module.training == self._swapped:
+            kept = torch._foreach_clone(self._iterates)
+            torch._foreach_copy_(self._iterates, self._others)
+            torch._foreach_copy_(self._others, kept)
+            self._swapped = not self._swapped
+
+
+def _averaged_muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Create Muon whose model holds the average of its last iterates while it is evaluated."""
+    optimizer = _muon(model, **options)
+    AverageWhenEvaluated(model, optimizer)
+    return optimizer
+
+
 def _shampoo(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """Create Shampoo without momentum, which makes this one diverge, and with a damping that lets it take steps."""
     shampoo = installed("Shampoo")
@@ -125,6 +166,7 @@ RIVALS = {
     "BNB+AdamW": replace(ADAMW, normalization="before"),
     "Schedule-Free AdamW": Peer(_schedule_free, {"lr": (2e-3, 4e-3, 8e-3, 1.6e-2), **DECAYS}),
     "Muon": Peer(_muon, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "weight_decay": (0.05, 0.2)}, scheduled=True),
+    "averaged Muon": Peer(_averaged_muon, {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "weight_decay": (0.05, 0.2)}),
     "SOAP": Peer(_soap, {"lr": (1e-3, 2e-3, 4e-3, 8e-3), **DECAYS}, scheduled=True),
     "Shampoo": Peer(_shampoo, {"lr": (1e-2, 3e-2, 0.1, 0.2), "weight_decay": (1e-3, 1e-2)}, scheduled=True),
     "K-FAC": Peer(PEERS["K-FAC"].make, {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-3, 1e-1)}, scheduled=True),
