@@ -54,6 +54,9 @@ def test_plan_prints_a_row_a_layer(capsys):
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--world-size", "2"]) == 0
     assert "2 processes that share out the work" in capsys.readouterr().out
+    for mesh, world in (("2x2", []), ("4", ["--world-size", "4"])):
+        assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--mesh", mesh, *world]) == 0
+        assert "4 processes that share out the work" in capsys.readouterr().out
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--state-bytes", "1.5x adam"]) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[:4] == ["2", "2x5", "LinearGaussian", "diagonal"]
     assert call(["plan", "--model", "factories:with_inputs"]) == 0
@@ -120,6 +123,11 @@ def test_plan_limits_samples_as_the_optimizer_does(capsys):
         (
             ["--model", "factories:bare", "--inputs", "5x6", "--state-bytes", "9"],
             "'--state-bytes': state_bytes must be",
+        ),
+        (["--model", "factories:bare", "--inputs", "5x6", "--mesh", "2x2x2"], "'--mesh': '2x2x2' is not a number of"),
+        (
+            ["--model", "factories:bare", "--inputs", "5x6", "--mesh", "2x2", "--world-size", "3"],
+            "'--mesh': '2x2' is not a number of processes, or two joined by x",
         ),
         (["--model", "factories:bare", "--samples", "-1"], "'--samples': '-1' is not a whole number from 0 to"),
     ],

@@ -51,6 +51,12 @@ def plan(
     world_size: Annotated[
         int, whole("--world-size", "Processes that share out the work, as with replicate=False.", most=1 << 16)
     ] = 1,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|MxN", help="N processes of fully_shard, which hold a part each; or M groups with the same parts."
+        ),
+    ] = None,
     state_bytes: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +78,10 @@ def plan(
         check_rules(structure)
     except ValueError as error:
         raise ArgumentError("--structure", str(error)) from error
+    processes = None if mesh is None else _sizes(mesh, most=2)
+    if mesh is not None and (processes is None or world_size not in (1, math.prod(processes))):
+        allowed = "a number of processes, or two joined by x, such as 2x4 for 2 groups of 4, as many as --world-size"
+        raise ArgumentError("--mesh", f"{mesh!r} is not {allowed}")
     limit = int(state_bytes) if state_bytes is not None and SIZE.fullmatch(state_bytes) else state_bytes
     try:
         check_state_bytes(limit)
@@ -81,7 +91,9 @@ def plan(
         structure=structure, structure_bytes=mebibytes << 20, stats_samples=samples or None
     )
     try:
-        planned = relfisher.plan(network, batch, metric, score, world_size=world_size, state_bytes=limit)
+        planned = relfisher.plan(
+            network, batch, metric, score, world_size=world_size, mesh=processes, state_bytes=limit
+        )
     except ArgumentError:
         raise
     except LimitError as error:
@@ -157,11 +169,10 @@ def _batch(text: str) -> Tensor:
     from relfisher.memory import check_fits
 
     shape, colon, limit = text.lower().partition(":")
-    parts = shape.split("x")
-    if len(parts) > AXES or not all(map(SIZE.fullmatch, [*parts, *([limit] if colon else [])])):
+    sizes = _sizes(shape, AXES)
+    if sizes is None or (colon and not SIZE.fullmatch(limit)):
         allowed = f"up to {AXES} whole numbers joined by x, such as 50x784, and :N for whole numbers below N"
         raise ArgumentError("--inputs", f"{text!r} is not a shape, allowed are {allowed}, such as 4x9:100")
-    sizes = tuple(map(int, parts))
     count = math.prod(sizes)
     try:
         check_fits(f"a batch of {text}", count, torch.int64, torch.device("cpu"), "give a smaller one")
@@ -171,3 +182,9 @@ def _batch(text: str) -> Tensor:
         return torch.randn(sizes)
     # From N - 1, which an embedding with fewer rows lacks, down to 0 and around.
     return torch.arange(-1, -1 - count, -1).remainder(int(limit)).view(sizes)
+
+
+def _sizes(text: str, most: int) -> tuple[int, ...] | None:
+    """Return up to so many whole numbers above 0 that are joined by x; None for anything else."""
+    parts = text.lower().split("x")
+    return tuple(map(int, parts)) if len(parts) <= most and all(map(SIZE.fullmatch, parts)) else None
