@@ -25,6 +25,7 @@ LOOKS = {
     "BNB+AdamW": Look("#009e73"),
     "Schedule-Free AdamW": Look("#4d4d4d", ":"),
     "Muon": Look("#0072b2"),
+    "averaged Muon": Look("#0072b2", "--"),
     "SOAP": Look("#7b3294"),
     "Shampoo": Look("#7b3294", "--"),
     "K-FAC": Look("#a6761d"),

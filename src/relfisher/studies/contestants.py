@@ -102,8 +102,11 @@ class AverageWhenEvaluated:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._iterates: list[Tensor] = [parameter.detach() for parameter in _trained(model)]
+        trained = _trained(model)
+        self._iterates: list[Tensor] = [parameter.detach() for parameter in trained]
         self._others = [iterate.clone() for iterate in self._iterates]
+        for parameter, other in zip(trained, self._others, strict=True):
+            optimizer.state[parameter]["average"] = other
         self._swapped = False
         self._steps = 0
         model.register_forward_pre_hook(self._follow)
