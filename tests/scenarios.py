@@ -37,6 +37,18 @@ class Language(nn.Module):
         return self.head(self.lstm(self.embedding(x))[0]).flatten(0, 1)
 
 
+class Scored(nn.Module):
+    """The same with a function that multiplies by the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 5)
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+
+    def forward(self, x):
+        return linear(self.lstm(self.embedding(x))[0], self.embedding.weight).flatten(0, 1)
+
+
 class Experts(nn.Module):
     """Two experts, of which the sign of the first input of a batch chooses one."""
 
@@ -263,6 +275,7 @@ SCENARIOS = {
     "averaging": Scenario("`averaging=0.5`, `momentum=0`", deep, vectors, at_root, {"averaging": 0.5, "momentum": 0.0}),
     "accumulation": Scenario("several batches for a step", perceptron, vectors, count=3),
     "language": Scenario("an LSTM, an embedding that is tied to the head", Language, sentences, at_root),
+    "scored": Scenario("an embedding whose weight is the head in a function", Scored, sentences, at_root),
     "masked": Scenario(
         "positions that `masked` leaves out", Language, sentences, at_root, mask=lambda words: words > 1
     ),

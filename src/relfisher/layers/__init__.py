@@ -3,6 +3,7 @@
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.chart import Chart, Computed, Leaf, Recorded
 from relfisher.layers.discover import Discovery, check_kinds, discover, keepers, layers_of, plain_name, register_layer
+from relfisher.layers.embedding import EmbeddingLayer
 from relfisher.layers.linear import LinearLayer, LinearOperation, column, own_parameters, whole
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.layers.spread import SpreadOperation, settle_as_spread
@@ -12,6 +13,7 @@ __all__ = [
     "Chart",
     "Computed",
     "Discovery",
+    "EmbeddingLayer",
     "Kinds",
     "Layer",
     "Leaf",

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
+from relfisher.layers.chart import Chart
+from relfisher.layers.linear import LinearLayer, linear_rows, whole
 from relfisher.layers.samples import Rows, Sampling
 
-__all__ = ["EmbeddingBagLayer", "EmbeddingLayer", "EmbeddingOperation"]
+__all__ = ["EmbeddingBagLayer", "EmbeddingLayer", "EmbeddingOperation", "TableLayer"]
 
 
-class EmbeddingLayer(Layer):
-    """An embedding: G = I (x) diag(frequencies), exactly. Positions that hold `padding_idx` are ignored."""
+class TableLayer(Layer):
+    """The table of an embedding: G = I (x) diag(frequencies), exactly.
 
-    kinds: ClassVar[Kinds] = (nn.Embedding,)
+    Positions that hold `padding_idx` are ignored.
+    """
+
     structures = ("diagonal", "shared")
     sampled = False
 
@@ -50,7 +54,64 @@ class EmbeddingLayer(Layer):
         return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
 
 
-class EmbeddingOperation(EmbeddingLayer):
+class EmbeddingLayer(TableLayer):
+    """The table of an embedding, or of a head that is tied to it by a function.
+
+    The first pass shows whether a function outside of the embedding multiplies inputs by the table, as in
+    `linear(h, embed.weight)`. Then the layer is that head: the metric is that of a linear layer with this weight, and
+    what is looked up is ignored.
+    """
+
+    kinds: ClassVar[Kinds] = (nn.Embedding,)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known which of the two it is."""
+        return "_settled" in vars(self)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a head."""
+        return self.parts[0].view is whole
+
+    @property
+    def operation(self) -> str | None:
+        """A function that multiplies by the table of a head; None if it is none."""
+        return "linear" if self.is_linear else None
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs of a unit that one sample may have."""
+        return self.d if self.is_linear else 1
+
+    @property
+    def bias(self) -> None:
+        """None: the bias of a head that is a function is not the embedding's."""
+        return None
+
+    def settle_as(self, *, turned: bool, with_bias: bool, chart: Chart | None) -> bool:
+        """Take on the form of a head, unless it is settled that it is none.
+
+        Args:
+            turned: True if the table is taken as [in, out], which is no head.
+            with_bias: whether its bias is added.
+            chart: how the weight is computed from the table; a head has the table itself.
+
+        Returns:
+            Whether it has this form.
+        """
+        is_head = not turned and not with_bias and chart is None
+        found = is_head and self.settle((Part("weight", whole),), tuple(self.weight.shape))
+        if found:
+            vars(self).update(structures=LinearLayer.structures, sampled=True)
+        return found
+
+    def rows(self, call: Call, sampling: Sampling) -> Rows:
+        """Return the inputs and the outputs of a head, or the sparse one-hot inputs and the outputs."""
+        return linear_rows(self, call, sampling) if self.is_linear else super().rows(call, sampling)
+
+
+class EmbeddingOperation(TableLayer):
     """The table of an embedding with a forward pass of its own, which passes it to `torch.nn.functional.embedding`."""
 
     kinds: ClassVar[Kinds] = ()
@@ -61,7 +122,7 @@ class EmbeddingOperation(EmbeddingLayer):
         return "embedding"
 
 
-class EmbeddingBagLayer(EmbeddingLayer):
+class EmbeddingBagLayer(TableLayer):
     """A bag of embeddings: each bag is a sample, and its input holds the token counts.
 
     The diagonal ignores which tokens occur together; the shared block does not.

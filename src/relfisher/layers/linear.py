@@ -22,6 +22,7 @@ __all__ = [
     "LinearOperation",
     "TransposedLinearLayer",
     "column",
+    "linear_rows",
     "own_parameters",
     "whole",
 ]
@@ -63,8 +64,13 @@ class LinearLayer(Layer):
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the inputs and the outputs."""
-        x, z = sampling.rows(call.input(), self.pre_activation(call))
-        return Rows(augment(x, len(self.parts) - 1), z)
+        return linear_rows(self, call, sampling)
+
+
+def linear_rows(layer: Layer, call: Call, sampling: Sampling) -> Rows:
+    """Return the inputs of a matrix, followed by 1 if it has a bias, and the outputs."""
+    x, z = sampling.rows(call.input(), layer.pre_activation(call))
+    return Rows(augment(x, len(layer.parts) - 1), z)
 
 
 class TransposedLinearLayer(LinearLayer):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from relfisher.evaluation import undisturbed
 from relfisher.information import Joined
-from relfisher.layers import Call, Layer, Rows, Sampling, layers_of, plain_name
+from relfisher.layers import Call, EmbeddingLayer, Layer, Rows, Sampling, layers_of, plain_name
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook, unobserved
 from relfisher.observe.operations import Operations, unseen_role
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
+from relfisher.observe.tables import Tables
 from relfisher.observe.trace import Trace
 from relfisher.pullback import as_rows
 from relfisher.responses import Response
@@ -204,7 +205,10 @@ def survey(
             count = layer.rows(call, Sampling()).z.shape[-2]
         samples[layer] = samples.get(layer, 0) + count
 
-    return _run(model, named, inputs, see, loss, responses)[0], samples
+    def begin(layer: Layer) -> None:
+        samples.pop(layer, None)
+
+    return _run(model, named, inputs, see, loss, responses, begin)[0], samples
 
 
 @torch.enable_grad()
@@ -215,8 +219,22 @@ def _run(
     see: Callable[[Layer, Call], None],
     loss: Callable[[Any], Tensor] | None = None,
     responses: Responses | None = None,
+    begin: Callable[[Layer], None] | None = None,
 ) -> tuple[dict[Layer, Role], Trace, Any]:
-    """Run a model, pass on each call of a layer, and return the roles of layers, reached or refused, and more."""
+    """Run a model, pass on each call of a layer, and return the roles of layers, reached or refused, and more.
+
+    Args:
+        model: the model.
+        layers: the layers, by name.
+        inputs: as for `survey`.
+        see: called with each call of a layer.
+        loss: as for `survey`.
+        responses: as for `survey`.
+        begin: called with each table that turns out to be a head; None if none may.
+
+    Returns:
+        The roles, the trace, and the output.
+    """
     arguments = list(inputs.values()) if isinstance(inputs, Mapping) else list(_tuple(inputs))
     trace = Trace(layers.values(), model, inputs=arguments, responses=responses)
     reached: dict[Layer, Tensor] = {}
@@ -232,7 +250,8 @@ def _run(
 
     def hook_of(layer: Layer) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            reach(layer, Call(args, kwargs, output), layer.output(output))
+            if layer.operation is None:
+                reach(layer, Call(args, kwargs, output), layer.output(output))
 
         return hook
 
@@ -246,13 +265,22 @@ def _run(
         for layer in layers.values()
         if not layer.operation
     ] + [handle for module in inside for handle in operations.watch(module)]
+
+    def begin_head(layer: Layer) -> None:
+        reached.pop(layer, None)
+        if begin is not None:
+            begin(layer)
+
+    open_ = [each for each in layers.values() if isinstance(each, EmbeddingLayer) and begin]
+    tables = Tables(open_, reach, trace, begin_head)
     try:
-        with unobserved(), undisturbed(model), trace:
+        with unobserved(), undisturbed(model), trace, tables:
             output = model(**inputs) if isinstance(inputs, Mapping) else model(*arguments)
     finally:
         trace.remove_hooks()
         for handle in handles:
             handle.remove()
+    tables.finish()
     roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])
     roles |= {layer: unseen_role(layer) for layer in operations.missed()}
     heads = [layer for layer in reached if needs_gradient(trace, layer, roles[layer]) and reached[layer].requires_grad]

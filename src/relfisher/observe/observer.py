@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.layers import Call, Layer, Rows, Sampling, SpreadOperation
+from relfisher.layers import Call, EmbeddingLayer, Layer, Rows, Sampling, SpreadOperation
 from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
@@ -66,6 +66,7 @@ class Observer:
         self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._operations = Operations(self._layers, self._wanted, self._observe)
+        self._tables: list[EmbeddingLayer] = []
         self._samplers: dict[Layer, Sampler] = {}
         self._active: dict[Layer, Sampler] = {}  # samplers with held or counted samples since the last step
         self._new: dict[Layer, Role] = {}  # roles that `resolve` has not returned yet
@@ -99,7 +100,7 @@ class Observer:
             if module not in self._layers:
                 self._layers[module] = []
                 self.due.add(module)
-                if layer.operation:
+                if layer.operation and not isinstance(layer, EmbeddingLayer):
                     self._handles += self._operations.watch(module)
                 else:  # before the hook that ends the trace, in case the model itself is the layer
                     seer = Hook(self._seer(module))
@@ -107,8 +108,12 @@ class Observer:
             if layer.random and not any(other.random for other in self._layers[module]):
                 self._handles.append(module.register_forward_pre_hook(Hook(self._remember)))
             self._layers[module].append(layer)
-            streams = self._limit is None or not layer.sampled
-            self._samplers[layer] = Streamed(layer) if streams else Reserved(layer, self._limit or 0)
+            self._samplers[layer] = self._sampler(layer)
+            if isinstance(layer, EmbeddingLayer):
+                self._tables.append(layer)
+
+    def _sampler(self, layer: Layer) -> Sampler:
+        return Streamed(layer) if self._limit is None or not layer.sampled else Reserved(layer, self._limit)
 
     def resolve(self) -> dict[Layer, Role]:
         """Return new roles since the last call, also for layers that ran outside the model's own forward pass."""
@@ -218,7 +223,8 @@ class Observer:
                 return
             call = Call(args, kwargs, output, self._pass.random_states.pop(module, None))
             for layer in self._layers[module]:
-                self._observe(layer, call, layer.output(output))
+                if not layer.operation:
+                    self._observe(layer, call, layer.output(output))
 
         return see
 
@@ -245,7 +251,12 @@ class Observer:
             if layer.followed:
                 own.trace.show(layer, call, z)
         masked = own.mask is not None
-        z.register_hook(lambda gradient: self._count(batch, gradient, masked=masked))  # type: ignore[no-untyped-call]
+
+        def count(gradient: Tensor) -> None:
+            if self._samplers.get(layer) is sampler:  # otherwise it has been refused since, or is another layer
+                self._count(batch, gradient, masked=masked)
+
+        z.register_hook(count)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def _note_mask(self, layer: Layer, mask: Tensor, sampling: Sampling) -> None:
         """Note whether a mask was applied; warn once per layer if the mask was meant for it but did not fit."""
@@ -257,8 +268,6 @@ class Observer:
     def _count(self, batch: Batch, gradient: Tensor, *, masked: bool) -> None:
         """Count a batch after its gradients have flowed back, once."""
         layer = batch.layer
-        if layer not in self._samplers:
-            return  # the layer has been refused since
         if layer in self._outputs and bool(torch.isfinite(gradient).all()):
             if not bool(gradient.any()):
                 return  # not informative
@@ -288,14 +297,35 @@ class Observer:
         self._pass.model, self._pass.inputs = model, inputs
         if self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)
-        elif model in self._layers:
+        self._watch_tables()
+        if self._pass.trace is None and model in self._layers:
             self._enter_missed(model, args, kwargs)
+
+    def _watch_tables(self) -> None:
+        """Watch the tables of which the pass may show that they are heads, or has samples that are needed."""
+        if self._tables and torch.is_grad_enabled():
+            wanted = [each for each in self._tables if self._may_score(each)]
+            self._pass.start_tables(wanted, self._observe, self._begin)
+
+    def _may_score(self, table: EmbeddingLayer) -> bool:
+        """Return whether the pass may show that a table is a head, or has samples of a head that are needed."""
+        if not table.settled:
+            return self._pass.trace is not None
+        return table.is_linear and table in self._samplers and table.is_trained and self._wanted(table.module)
+
+    def _begin(self, table: Layer) -> None:
+        """Forget what a table has looked up, since it is a head."""
+        for known in (self.roles, self._new, self._active, self._pass.ran):
+            known.pop(table, None)
+        self._samplers[table] = self._sampler(table)
+        self._unresolved = [batch for batch in self._unresolved if batch.layer is not table]
 
     def _enter_missed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace the rest of the pass in which a layer runs that no traced pass has reached."""
         if not self._unknown().isdisjoint(self._layers[module]) and (
             trace := self._pass.start_trace(self._samplers, self._responses)
         ):
+            self._watch_tables()
             trace.enter(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:

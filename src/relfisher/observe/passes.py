@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from relfisher.layers import Layer
+from relfisher.layers import Call, EmbeddingLayer, Layer
 from relfisher.observe.activations import Responses
+from relfisher.observe.tables import Tables
 from relfisher.observe.trace import Trace
 
 __all__ = ["Pass", "counts"]
@@ -27,6 +28,7 @@ class Pass(threading.local):
         model: the model; None outside of its own forward pass.
         inputs: its inputs.
         trace: its trace; None if it is not traced.
+        tables: the watch of tables; None if none are watched.
         ran: the layers that ran in the traced pass, in order.
         random_states: the states of the generators before calls whose random numbers will be replayed.
         mask: the positions that count; None for all.
@@ -37,6 +39,7 @@ class Pass(threading.local):
         self.model: nn.Module | None = None
         self.inputs: list[Any] = []
         self.trace: Trace | None = None
+        self.tables: Tables | None = None
         self.ran: dict[Layer, None] = {}
         self.random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self.mask: Tensor | None = None
@@ -52,6 +55,17 @@ class Pass(threading.local):
             self._failed = None
         self.trace = Trace(layers, self.model, running=True, inputs=self.inputs, responses=responses)
         return self.trace.__enter__()
+
+    def start_tables(
+        self,
+        tables: Sequence[EmbeddingLayer],
+        see: Callable[[Layer, Call, Tensor], None],
+        begin: Callable[[Layer], None],
+    ) -> None:
+        """Watch tables until the pass ends, unless some are watched."""
+        if tables and self.tables is None:
+            self.tables = Tables(tables, see, self.trace, begin)
+            self.tables.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
 
     def is_inside(self, entered: nn.Module, abandon: Callable[[], list[TorchFunctionMode]]) -> bool:
         """Return whether a pass goes on when a module is entered; end one that was left by an interrupt.
@@ -69,14 +83,19 @@ class Pass(threading.local):
             frame = frame.f_back
         if calls > 0:
             return True
-        trace, _ = self.end(KeyboardInterrupt())
-        _take_off([*abandon(), *([] if trace is None else [trace])])
+        stale: list[TorchFunctionMode | None] = [*abandon(), self.tables, self.trace]
+        self.end(KeyboardInterrupt())
+        _take_off(stale)
         return False
 
     def end(self, error: BaseException | None = None) -> tuple[Trace | None, list[Layer]]:
         """End the pass, maybe by an error; return its trace, without tensors, and the layers that ran in it."""
         trace, ran = self.trace, list(self.ran)
-        self.model, self.inputs, self.trace, self.ran = None, [], None, {}
+        tables = self.tables
+        self.model, self.inputs, self.trace, self.tables, self.ran = None, [], None, None, {}
+        if tables is not None:
+            tables.finish()
+            tables.__exit__(None, error, None)  # type: ignore[no-untyped-call]  # torch's mode is not annotated
         if trace is not None:
             trace.__exit__(None, error, None)
             trace.forget()
@@ -87,7 +106,7 @@ class Pass(threading.local):
 _CALL = nn.Module._call_impl.__code__
 
 
-def _take_off(stale: Collection[TorchFunctionMode]) -> None:
+def _take_off(stale: Collection[TorchFunctionMode | None]) -> None:
     """Take modes off the stack, and keep all others in their order."""
     count = _len_torch_function_stack()
     kept = [_pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]  # torch has no types here

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from relfisher.layers import Call, Chart, Layer, LinearOperation
+from relfisher.layers import Call, Chart, EmbeddingLayer, Layer, LinearOperation
 from relfisher.observe.computations import Computations
 from relfisher.observe.takers import tensors_in
 
 __all__ = ["Product", "Products", "products"]
 
 See = Callable[[Layer, Call, Tensor], None]
+Matrix = LinearOperation | EmbeddingLayer
 
 # Functions that only look at a product, before a bias is added to it.
 _LOOKS = frozenset({"get", "size", "dim"})
@@ -56,7 +57,7 @@ class Product(NamedTuple):
 
 
 class Products:
-    """The products with some matrices, or stacks of them, inside of one call of their module.
+    """The products with some matrices, or stacks of them, inside of one call of a module.
 
     A product is seen when its result is used, since a bias may be added first.
 
@@ -69,18 +70,18 @@ class Products:
         mixed: the matrices with products of different forms, or other uses.
     """
 
-    def __init__(self, matrices: Iterable[LinearOperation], computations: Computations, see: See) -> None:
+    def __init__(self, matrices: Sequence[Matrix], computations: Computations, see: See) -> None:
         self._matrices = {id(matrix.weight): matrix for matrix in matrices}
         self._named = {matrix.parts[0].attribute: matrix for matrix in self._matrices.values()}
         self._computations = computations
-        self._charts: dict[LinearOperation, Chart | None] = {}
+        self._charts: dict[Matrix, Chart | None] = {}
         self._biases = {id(bias) for matrix in matrices if (bias := matrix.bias) is not None}
         self._see = see
         self.mixed: set[Layer] = set()
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # matrices and their transposes, by these
         self._reshaped: dict[int, tuple[Tensor, Tensor]] = {}  # biases and their views, by these
-        self._open: dict[int, tuple[LinearOperation, Product, Tensor]] = {}  # products that nothing has used, by z
-        self._adding: tuple[LinearOperation, Product] | None = None  # the product whose bias is being added
+        self._open: dict[int, tuple[Matrix, Product, Tensor]] = {}  # products that nothing has used, by z
+        self._adding: tuple[Matrix, Product] | None = None  # the product whose bias is being added
 
     def before(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """See the products that a function is about to use, unless it adds their bias."""
@@ -144,7 +145,7 @@ class Products:
             self._found(matrix, found._replace(bias=matrix.bias if is_bias else None), z)
         return True
 
-    def _found(self, matrix: LinearOperation, found: Product, z: Tensor) -> None:
+    def _found(self, matrix: Matrix, found: Product, z: Tensor) -> None:
         alike = self._charts.setdefault(matrix, found.chart) == found.chart
         if alike and matrix.settle_as(turned=found.turned, with_bias=found.bias is not None, chart=found.chart):
             self._see(matrix, Call((found.x, found.given), {}, found.arranged(z)), z)
@@ -217,7 +218,7 @@ def _of_equation(equation: str, x: Tensor, weight: Tensor) -> Product | None:
         return None
     of_inputs = _order(of_x, leading + (stack if stack in of_x else "") + shared[0], x.ndim)
     order = _order(output, leading + stack + units[0], x.ndim + (len(stack) if stack not in of_x else 0))
-    arranged = x.permute(of_inputs)
+    arranged = x if of_inputs == tuple(range(x.ndim)) else x.permute(of_inputs)
     if stack and stack not in of_x:
         arranged = arranged.unsqueeze(-2).expand(*arranged.shape[:-1], weight.shape[0], arranged.shape[-1])
     kept = None if order == tuple(range(len(order))) else order

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer
+from relfisher.layers import EmbeddingLayer, Layer
 from relfisher.observe.trace import Trace
 from relfisher.responses import UnitResponse
 
@@ -54,13 +54,19 @@ def _role(trace: Trace, layer: Layer) -> Role:
     reads_input = trace.reads_input(layer)
     misused = trace.misused.get(layer)
     if misused is not None:
-        return Role(layer.own_response, refused=f"tied: {misused} uses its parameters outside its own calls")
+        reason = f"tied: {misused} uses its parameters outside its own calls"
+        if isinstance(layer, EmbeddingLayer):
+            reason += f": make the head a Linear, and write head.weight = {layer.name}.weight"
+        return Role(layer.own_response, refused=reason)
     if not layer.followed:
         return Role(layer.own_response, reads_input=reads_input)
     if not layer.is_linear:
         return Role(trace.takers.response(layer), reads_input=reads_input)
     is_head = None if trace.takers.is_output(layer) else trace.takers.is_softmax(layer)
-    return Role(trace.takers.response(layer), trace.takers.following(layer), is_head, reads_input)
+    following = trace.takers.following(layer)
+    if following in trace.misused:  # what took the units may have been computed from its weight
+        following = None
+    return Role(trace.takers.response(layer), following, is_head, reads_input)
 
 
 def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:

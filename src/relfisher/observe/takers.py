@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer, LinearLayer
+from relfisher.layers import Layer
 from relfisher.observe.activations import (
     JOINING,
     RESHAPING,
@@ -124,7 +124,7 @@ class Takers:
         self._shown: dict[int, Shown] = {}
         self._calls: dict[Layer, list[_Call]] = {}
         self._activated: dict[int, tuple[_Call, Tensor]] = {}
-        # The linear layer of each function that took a layer's activated units; None for any other function.
+        # The layer of the weight of each linear function that took a layer's activated units; None for other functions.
         self._followers: dict[Layer, list[Layer | None]] = {}
         self._aside: list[tuple[dict[int, Shown], dict[int, tuple[_Call, Tensor]]]] = []
 
@@ -251,8 +251,12 @@ class Takers:
             self._activated[id(result)] = (call, result)
         else:
             linear = name == "linear" and len(args) > 1 and args[0] is activated
-            follower = self._layer_of(args[1]) if linear else None
-            self._followers.setdefault(call.layer, []).append(follower if isinstance(follower, LinearLayer) else None)
+            self._followers.setdefault(call.layer, []).append(self._layer_of(args[1]) if linear else None)
+
+    def follow(self, units: Tensor, layer: Layer) -> None:
+        """Note that the last function that took the activated units of a layer was a product with another layer."""
+        if id(units) in self._activated:
+            self._followers[self._activated[id(units)][0].layer][-1] = layer
 
     def response(self, layer: Layer) -> UnitResponse:
         """Return the response of a registered layer."""
@@ -272,7 +276,8 @@ class Takers:
         if _only(self._consumers(layer)) is None:
             return None
         followers = set(self._followers.get(layer, []))
-        return followers.pop() if len(followers) == 1 else None
+        only = followers.pop() if len(followers) == 1 else None
+        return only if only is not None and only.is_linear else None
 
     def is_output(self, layer: Layer) -> bool:
         """Return whether no function took a layer's output."""
@@ -282,6 +287,13 @@ class Takers:
         """Return whether a layer's outputs went into a softmax over its units, and nowhere else."""
         consumers = self._consumers(layer)
         return bool(consumers) and all(consumer.softmax for consumer in consumers)
+
+    def begin_again(self, layer: Layer) -> None:
+        """Forget the calls of a layer."""
+        self._calls.pop(layer, None)
+        self._followers.pop(layer, None)
+        self._shown = {place: each for place, each in self._shown.items() if each.call.layer is not layer}
+        self._activated = {place: each for place, each in self._activated.items() if each[0].layer is not layer}
 
     def forget(self) -> None:
         """Release the tensors."""

@@ -220,6 +220,12 @@ class Trace(TorchFunctionMode):
         """Return whether a layer read the model's inputs, or tensors computed from them without parameters."""
         return layer in self._reading
 
+    def begin_again(self, layer: Layer) -> None:
+        """Forget the calls of a layer, since it is another one than was thought."""
+        self.takers.begin_again(layer)
+        self._unfinished.pop(layer, None)
+        self._reading.discard(layer)
+
     def forget(self) -> None:
         """Release the tensors."""
         self.takers.forget()

@@ -18,6 +18,7 @@ from relfisher.validation import check_keys_are_names
 __all__ = [
     "FALLBACK",
     "Rule",
+    "Rules",
     "assign",
     "candidates",
     "check_rules",
@@ -32,6 +33,9 @@ __all__ = [
 
 #: The name of a structure, or a structure.
 Rule = str | Structure
+
+#: One rule for all layers, or rules by layer, as in `MetricOptions`.
+Rules = Rule | Mapping[str, Rule]
 
 #: The rule that trains a layer with AdamW.
 FALLBACK = "fallback"
@@ -81,13 +85,13 @@ def check_rules(rules: object, layers: Sequence[Layer] | None = None) -> None:
         raise ValueError(f"structure must be one of {names}, or a Structure, got {rules!r}")
 
 
-def rule_for(layer: Layer, rules: Rule | Mapping[str, Rule]) -> Rule:
+def rule_for(layer: Layer, rules: Rules) -> Rule:
     """Return the rule of one layer.
 
     Args:
         layer: the layer.
-        rules: one rule for all layers, or rules by layer, as in `MetricOptions`. If one structure is given for all
-            layers, embeddings use the diagonal instead, since other structures take tokens^2 numbers there.
+        rules: one rule or several. If one structure is given for all layers, embeddings use the diagonal instead, since
+            other structures take tokens^2 numbers there.
 
     Returns:
         The rule; "auto" if no rule matches the layer.

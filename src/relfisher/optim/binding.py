@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from relfisher.layers import Layer, SpreadOperation, discover, own_parameters
-from relfisher.optim.assignment import FALLBACK, Rule, check_rules, rule_for
+from relfisher.optim.assignment import FALLBACK, Rules, check_rules, rule_for
 from relfisher.optim.groups import METRIC, named, names_of, split
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.partition import mesh_of
@@ -28,7 +28,7 @@ class Binding:
     Attributes:
         known: all layers of the model.
         refused: the names of all other parameters, with the reason why they have no metric.
-        rules: the rules by which layers choose their structures.
+        rules: the rules by which layers choose their structures, as for `rule_for`.
         place: the index of each layer's group, for layers that have one.
     """
 
@@ -38,7 +38,7 @@ class Binding:
         self.known = found.layers
         self.refused = found.refused
         self._told: list[Tensor] = []
-        self.rules: dict[Layer, Rule] = {}
+        self.rules: dict[Layer, Rules] = {}
         self.place: dict[Layer, int] = {}
         self._options = options
         self._max_share = max_share
@@ -75,9 +75,13 @@ class Binding:
             given = {id(parameter) for _, parameter in group["params"]}
             for layer in self.known:
                 if layer not in self.place and any(id(parameter) in given for parameter in layer.parameters):
-                    self.rules[layer] = rule_for(layer, rules)
-        ruled = [layer for layer in self.known if self.rules.get(layer) != FALLBACK]
-        return split(group, {id(p) for layer in ruled for p in layer.parameters}, names)
+                    self.rules[layer] = rules
+        return split(group, {id(p) for layer in self._ruled for p in layer.parameters}, names)
+
+    @property
+    def _ruled(self) -> list[Layer]:
+        """The layers that no rule leaves to AdamW."""
+        return [layer for layer in self.known if rule_for(layer, self.rules.get(layer, "auto")) != FALLBACK]
 
     def settle(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Layer], dict[Layer, frozenset[str]]]:
         """Assign layers to groups.
@@ -88,8 +92,7 @@ class Binding:
         Returns:
             The newly assigned layers, and the parts of each layer that are not owned by this optimizer.
         """
-        ruled = [layer for layer in self.known if self.rules.get(layer) != FALLBACK]
-        before, found = self.place, _homes(ruled, groups)
+        before, found = self.place, _homes(self._ruled, groups)
         self.place = {layer: found.get(layer, place) for layer, place in before.items()} | found
         new = [layer for layer in self.place if layer not in before]
         return new, {layer: _not_owned(layer, groups) for layer in self.place}

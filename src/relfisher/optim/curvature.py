@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from relfisher.layers import Layer
 from relfisher.metric import Metric
 from relfisher.observe import Observer, Reading, Responses, Role
-from relfisher.optim.assignment import FALLBACK, Rule, choices
+from relfisher.optim.assignment import FALLBACK, Rules, choices, rule_for
 from relfisher.optim.budget import Budget
 from relfisher.optim.events import DROPPED, FAILED, Events
 from relfisher.optim.health import Health, HealthWarning
@@ -109,16 +109,16 @@ class Curvature:
             record.metric_in_use = None
 
     def add(
-        self, layers: Iterable[Layer], rules: Mapping[Layer, Rule], not_owned: Mapping[Layer, frozenset[str]]
+        self, layers: Iterable[Layer], rules: Mapping[Layer, Rules], not_owned: Mapping[Layer, frozenset[str]]
     ) -> None:
         """Keep the metrics of additional layers; trainable layers get their state at once.
 
         Args:
             layers: new layers.
-            rules: the rules that choose their structures.
+            rules: the rules among which those are that choose their structures, as for `rule_for`.
             not_owned: the names of the parameters of each layer that this optimizer does not train.
         """
-        new = [layer for layer in layers if rules[layer] != FALLBACK]
+        new = [layer for layer in layers if rule_for(layer, rules[layer]) != FALLBACK]
         records = {layer: Record(layer, rules[layer], not_owned.get(layer, frozenset())) for layer in new}
         self.ownership.check_keys([*self.records.values(), *records.values()])
         self.records.update(records)
@@ -134,7 +134,8 @@ class Curvature:
         for layer, structure in structures.items():
             record = self.records[layer]
             trained = any(parameter.requires_grad for parameter in layer.parameters)
-            if record.structure is None and layer.settled and not self.sharing.wanted and trained:
+            shaped = layer.settled or layer.operation is None
+            if record.structure is None and shaped and not self.sharing.wanted and trained:
                 self.state(record, structure)
                 record.metric_in_use = None  # another structure may follow
 
@@ -365,6 +366,7 @@ class Curvature:
         self._provide({layer: each for layer, each in structures.items() if layer not in kept})
         for layer in kept:
             structure = structures[layer]
+            layer.settle(layer.parts, layer.shape)
             record, role = self.records[layer], kept[layer]
             record.structure = structure
             waits = self.ranks.in_parts and role.following is not None

@@ -12,7 +12,6 @@ from torch import nn
 from relfisher.layers import discover
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
-from relfisher.optim.assignment import rule_for
 from relfisher.optim.checkpoint import moved
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.health import Health
@@ -71,7 +70,7 @@ class Preconditioner(Watching):
         self._grafted = grafted
         self._iteration = 0
         self._curvature = Curvature(model, self.health, metric, responses or {}, root=False)
-        self._curvature.add(layers, {layer: rule_for(layer, metric.structure) for layer in layers}, {})
+        self._curvature.add(layers, dict.fromkeys(layers, metric.structure), {})
         weakref.finalize(self, self._curvature.observer.close)
 
     def metric(self, name: str) -> Metric:

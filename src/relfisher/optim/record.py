@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relfisher.layers import Layer, keepers
 from relfisher.observe import Role
-from relfisher.optim.assignment import Rule
+from relfisher.optim.assignment import Rule, Rules, rule_for
 from relfisher.optim.routes import to_owners
 from relfisher.shapes import Float
 from relfisher.shards import all_whole, held, is_part, made_whole, parted, whole
@@ -42,7 +42,7 @@ class Record:
 
     Args:
         layer: the layer.
-        rule: the rule that chooses its structure.
+        rules: the rules among which that is that chooses its structure, as for `rule_for`.
         not_owned: the names of the parameters that are not owned by this optimizer.
 
     Attributes:
@@ -54,9 +54,9 @@ class Record:
         gathered: whole gradients of the parameters of which each process holds a part, while they are needed.
     """
 
-    def __init__(self, layer: Layer, rule: Rule, not_owned: frozenset[str]) -> None:
+    def __init__(self, layer: Layer, rules: Rules, not_owned: frozenset[str]) -> None:
         self.layer = layer
-        self.rule = rule
+        self._rules = rules
         self.not_owned = not_owned
         self.role: Role | None = None
         self.structure: Structure | None = None
@@ -69,6 +69,11 @@ class Record:
     def name(self) -> str:
         """The layer's name."""
         return self.layer.name
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that chooses its structure, as far as its kind is known."""
+        return rule_for(self.layer, self._rules)
 
     @property
     def is_refused(self) -> bool:

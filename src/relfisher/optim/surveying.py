@@ -68,6 +68,7 @@ def surveyed(
         if any(parameter.requires_grad for parameter in layer.parameters)
     ]
     reached = {layer: seen[layer] for layer in samples if layer in trained}
+    rules = {layer: rule_for(layer, metric.structure) for layer in layers}  # a table may have become a head
     before = choices({layer: Role(layer.own_response) for layer in layers}, rules, metric.structure_bytes, is_flat)
     unseen = {layer: Role(layer.own_response) for layer in trained if layer not in reached}
     allowed = choices(reached, rules, metric.structure_bytes, is_flat) | {layer: before[layer] for layer in unseen}
