@@ -26,6 +26,8 @@ class Own(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.p = nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator))
         places = torch.arange(LENGTH)
+        self.register_buffer("center", torch.randn(LENGTH, dtype=torch.float64, generator=generator))
+        self.register_buffer("width", torch.rand(LENGTH, dtype=torch.float64, generator=generator) + 0.5)
         self.register_buffer("apart", places[:, None] - places[None, :] + LENGTH - 1)
         self.function = function
 
@@ -62,6 +64,53 @@ WAYS = {
         (WIDTH,),
         BATCH * LENGTH,
     ),
+    "the function of a batch norm": (
+        lambda p, x, _: functional.batch_norm(x, None, None, p, None, True),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the function of a batch norm that goes on with its statistics": (
+        lambda p, x, own: functional.batch_norm(
+            x, own.center.clone(), running_var=own.width.clone(), weight=p, bias=own.center, training=True
+        ),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the function of a batch norm with statistics": (
+        lambda p, x, own: functional.batch_norm(x, own.center, own.width, weight=1 + p, eps=0.1),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the shift of a batch norm": (
+        lambda p, x, own: functional.batch_norm(x, own.center, own.width, own.width, p),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "torch's own function of a batch norm": (
+        lambda p, x, own: torch.batch_norm(x, p, own.width, own.center, own.width, False, 0.1, 1e-5, False),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the function of a group norm": (
+        lambda p, x, _: functional.group_norm(x.unsqueeze(-1), 2, p.view(-1), None),
+        (1, LENGTH, 1),
+        BATCH * WIDTH,
+    ),
+    "the shift of a group norm": (
+        lambda p, x, own: functional.group_norm(x, 2, own.width, bias=p),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the function of an instance norm": (
+        lambda p, x, own: functional.instance_norm(x, weight=p, bias=own.center),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
+    "the function of an instance norm with statistics": (
+        lambda p, x, own: functional.instance_norm(x, own.center, own.width, p, use_input_stats=False),
+        (LENGTH,),
+        BATCH * WIDTH,
+    ),
     "relative positions": (
         lambda p, x, own: (x @ x.mT).unsqueeze(1) + p[own.apart.view(-1)].view(LENGTH, LENGTH, 2).permute(2, 0, 1),
         (2 * LENGTH - 1, 2),
@@ -81,7 +130,13 @@ def jacobian(own, x):
     return found.reshape(-1, values["p"].numel())
 
 
-@pytest.mark.supports("a scale, a shift or a table of positions of a module of any class", "LayerNorm", "RMSNorm")
+@pytest.mark.supports(
+    "a scale, a shift or a table of positions of a module of any class",
+    "LayerNorm",
+    "RMSNorm",
+    "BatchNorm1d",
+    "GroupNorm",
+)
 @pytest.mark.parametrize("response", [LinearGaussian(), TanhBernoulli()], ids=["linear", "tanh"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_metric_is_that_of_the_outputs(way, response):
@@ -127,6 +182,36 @@ class Patches(nn.Module):
     def forward(self, x):
         h = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x)], 1) + self.positions
         return self.head((h + self.gain * torch.tanh(h))[:, 0])
+
+
+class Normed(nn.Module):
+    """A batch norm of no known class, with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.ones(LENGTH)), nn.Parameter(torch.zeros(LENGTH))
+        self.register_buffer("mean", torch.zeros(LENGTH))
+        self.register_buffer("var", torch.ones(LENGTH))
+
+    def forward(self, x):
+        return functional.batch_norm(x, self.mean, self.var, self.gain, self.shift, self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_of_no_known_class_goes_on_as_it_would(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Normed(), nn.Tanh(), nn.Linear(WIDTH, 2)).double()
+    alone = copy.deepcopy(model)
+    for each in (model, alone):
+        each[1].train(training)
+    optimizer = RNGD(model, metric=MetricOptions(stats_interval=1), weight_decay=0.0)
+    model(inputs()).sin().sum().backward()
+    alone(inputs())
+    assert_close(dict(model[1].named_buffers()), dict(alone[1].named_buffers()), rtol=0, atol=0)
+    optimizer.step()
+    assert {"1.gain", "1.shift"} < {layer.name for layer in optimizer.layers}
+    assert not any("exp_avg" in state for state in optimizer.state.values())
+    assert {each.by for each in relfisher.coverage(model, inputs())} == {"metric"}
 
 
 def trained(model, seeds, optimizer=None):

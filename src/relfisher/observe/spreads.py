@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from relfisher.layers import Call, Chart, Layer, settle_as_spread
 from relfisher.observe.activations import RESHAPING
@@ -29,8 +28,21 @@ _TURNS = ("T", "mT")
 # These leave numbers where they are.
 _KEEPING = frozenset("contiguous clone to type float double half bfloat16 cpu cuda".split())
 
-# Functions that normalize by themselves, then multiply by a weight and add a bias.
-_NORMS = {"layer_norm": functional.layer_norm, "rms_norm": functional.rms_norm}
+# The arguments of functions that normalize, then multiply by a weight and add a bias.
+_NORMS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+}
+
+# The order in the functions of `torch` itself, where it is another one.
+_RUNNING = ("running_mean", "running_var")
+_OTHERWISE = {
+    getattr(torch, name): ("input", "weight", "bias", *_RUNNING, *_NORMS[name][5:], "cudnn_enabled")
+    for name in ("batch_norm", "instance_norm")
+}
 
 
 class _Own(NamedTuple):
@@ -88,7 +100,7 @@ class Spreads:
             case (("cat" | "concat" | "concatenate"), ([*parts], *_)):
                 return self._beside(parts, kwargs.get("dim", args[1] if len(args) > 1 else 0), result)
             case _ if name in _NORMS:
-                return self._normalize(name, args, kwargs, result)
+                return self._normalize(func, name, args, kwargs, result)
         return False
 
     def note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -157,17 +169,19 @@ class Spreads:
             start += part.shape[axis]
         return True
 
-    def _normalize(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
+    def _normalize(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
+    ) -> bool:
         """See the weight and the bias of a function that normalizes data; return False if they are no parameters."""
-        names = ("input", "normalized_shape", "weight", *(("bias",) if name == "layer_norm" else ()), "eps")
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        given: dict[str, Any] = {**dict(zip(_OTHERWISE.get(func, _NORMS[name]), args, strict=False)), **kwargs}
         weight, bias = self._own(given.get("weight")), self._own(given.get("bias"))
         if (weight is None and bias is None) or not self._is_data(given["input"]):
             return False
-        rest = {key: given[key] for key in ("normalized_shape", "eps") if key in given}
+        if "normalized_shape" not in given:  # the channels are at axis 1
+            ahead = (1,) * (result.ndim - 2)
+            weight, bias = (own and own._replace(places=own.places.view(-1, *ahead)) for own in (weight, bias))
         if weight is not None:
-            x = _NORMS[name](given["input"].detach(), **rest)  # type: ignore[operator]  # both take these
-            self._spread(weight, x, result, result)
+            self._spread(weight, _normalized(func, given), result, result)
         if bias is not None:
             self._spread(bias, None, result, result)
         return True
@@ -183,6 +197,15 @@ class Spreads:
         else:
             self.mixed.add(own.layer)
         return True
+
+
+def _normalized(func: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
+    """Return what a function that normalizes multiplies by its weight, and change no running statistics."""
+    of_batch = given.get("training", given.get("use_input_stats", False))
+    left_out = given.keys() & {"weight", "bias", *(_RUNNING if of_batch else ())}
+    bare = {key: None if key in left_out else value for key, value in given.items()}
+    x: Tensor = func(**{key: value.detach() if isinstance(value, Tensor) else value for key, value in bare.items()})
+    return x
 
 
 def _repeats(places: Tensor, z: Tensor) -> bool:
