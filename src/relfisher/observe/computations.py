@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from relfisher.layers import Chart, Computed, Leaf, Recorded, own_parameters
 from relfisher.observe.activations import canonical_name, without_wrapper
+from relfisher.observe.takers import tensors_in
 
-__all__ = ["Computations"]
+__all__ = ["Computations", "concerns"]
 
 # A program that is longer is none: a loop, maybe, of unknown length.
 _LONGEST = 64
@@ -24,6 +25,9 @@ class Computations:
 
     Args:
         module: the module.
+
+    Attributes:
+        kept: parameters, buffers and what is computed from them, by identity.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,6 +37,7 @@ class Computations:
         self._nodes: dict[int, tuple[Leaf | Computed, Tensor]] = {
             id(each): (Leaf(name), each) for name, each in kept.items()
         }
+        self.kept = (self._nodes,)
         self._versions: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
 
@@ -70,6 +75,19 @@ class Computations:
             id(tensor) in self._nodes and tensor._version - self._versions.get(id(tensor), tensor._version) <= changes
         )
 
+    def with_data(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Tensor]:
+        """Return the tensors that a function takes, if there are data among them, and its result depends on parameters.
+
+        Args:
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            result: the result.
+        """
+        if not any(each.requires_grad for each in tensors_in(result if isinstance(result, tuple) else [result])):
+            return []
+        given = list(tensors_in([*args, *kwargs.values()]))
+        return [] if all(self.holds(each) for each in given) else given
+
     def names(self, tensor: Tensor) -> set[str]:
         """Return the names of the parameters and buffers that a tensor is, or is computed from."""
         node = self._nodes.get(id(tensor), (None,))[0]
@@ -91,6 +109,18 @@ class Computations:
         if isinstance(given, list | tuple):
             return tuple(self._operand(each) for each in given)
         return self._nodes[id(given)][0] if isinstance(given, Tensor) else given
+
+
+def concerns(kept: Iterable[Container[int]], values: Iterable[Any]) -> bool:
+    """Return whether a tensor is among the values, also in lists and tuples, that is kept by its identity."""
+    for value in values:
+        place = id(value)
+        for each in kept:
+            if place in each:
+                return True
+        if isinstance(value, list | tuple) and concerns(kept, value):
+            return True
+    return False
 
 
 def _item(several: tuple[Tensor, ...], place: int) -> Tensor:

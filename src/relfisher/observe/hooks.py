@@ -5,11 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 
-__all__ = ["Hook", "unobserved"]
+__all__ = ["Hook", "apart", "unobserved"]
+
+Given = ParamSpec("Given")
+T = TypeVar("T")
 
 _HERE = threading.local()
 
@@ -29,6 +36,19 @@ def unobserved() -> Iterator[None]:
         _HERE.unobserved = before
 
 
+def apart(function: Callable[Given, T]) -> Callable[Given, T]:
+    """Keep dynamo away from a function, which takes longer than most calls, and is only done where dynamo runs."""
+    kept_away: Callable[Given, T] = _disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> T:
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:
+            return kept_away(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 class Hook:
     """A hook that stays with its module: copies and pickles of the model are not observed.
 
@@ -36,15 +56,21 @@ class Hook:
         call: the function that is called.
         own_thread: True ignores calls of the module in other threads than the one that makes the hook; False ignores
             calls inside `unobserved`.
+        trains: True ignores calls without gradients.
     """
 
-    def __init__(self, call: Callable[..., None], *, own_thread: bool = False) -> None:
+    def __init__(self, call: Callable[..., None], *, own_thread: bool = False, trains: bool = False) -> None:
         self._call = call
+        self._trains = trains
         self._thread = threading.get_ident() if own_thread else None
 
-    @_disable_dynamo  # the data that a hook collects are not part of a compiled graph
     def __call__(self, *args: Any) -> None:
         """Call the wrapped function, if the thread is the one that is observed."""
+        if not self._trains or torch.is_grad_enabled():
+            self._called(*args)
+
+    @apart  # the data that a hook collects are not part of a compiled graph
+    def _called(self, *args: Any) -> None:
         if self._thread == threading.get_ident() or (self._thread is None and not getattr(_HERE, "unobserved", False)):
             self._call(*args)
 

@@ -66,6 +66,7 @@ class Observer:
         self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._operations = Operations(self._layers, self._wanted, self._observe)
+        self._all_known = True
         self._tables: list[EmbeddingLayer] = []
         self._samplers: dict[Layer, Sampler] = {}
         self._active: dict[Layer, Sampler] = {}  # samplers with held or counted samples since the last step
@@ -90,6 +91,7 @@ class Observer:
         self.__init__(*state["made"])  # type: ignore[misc]  # hooks are made anew
         self.add(state["layers"])
         vars(self).update(state["known"])
+        self._look_again()
         if not self._unknown():
             self._entries.settle(set())
 
@@ -103,14 +105,15 @@ class Observer:
                 if layer.operation and not isinstance(layer, EmbeddingLayer):
                     self._handles += self._operations.watch(module)
                 else:  # before the hook that ends the trace, in case the model itself is the layer
-                    seer = Hook(self._seer(module))
+                    seer = Hook(self._seer(module), trains=True)
                     self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
             if layer.random and not any(other.random for other in self._layers[module]):
-                self._handles.append(module.register_forward_pre_hook(Hook(self._remember)))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._remember, trains=True)))
             self._layers[module].append(layer)
             self._samplers[layer] = self._sampler(layer)
             if isinstance(layer, EmbeddingLayer):
                 self._tables.append(layer)
+        self._look_again()
 
     def _sampler(self, layer: Layer) -> Sampler:
         return Streamed(layer) if self._limit is None or not layer.sampled else Reserved(layer, self._limit)
@@ -201,13 +204,15 @@ class Observer:
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Save the generator states before a call whose random numbers will be replayed."""
-        if self._wanted(module) and torch.is_grad_enabled():
+        if self._wanted(module):
             device = next(module.parameters()).device
             cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
             self._pass.random_states[module] = torch.get_rng_state(), cuda
 
     def _wanted(self, module: nn.Module) -> bool:
         """Return whether a call of this module is needed for statistics or roles."""
+        if self._all_known and module not in self.due and not self.uninitialized:
+            return False
         return any(
             (self.is_due(layer) or layer not in self.roles) and (layer.is_trained or not layer.operation)
             for layer in self._layers[module]
@@ -219,7 +224,7 @@ class Observer:
 
     def _seer(self, module: nn.Module) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._wanted(module) or not torch.is_grad_enabled():
+            if not self._wanted(module):
                 return
             call = Call(args, kwargs, output, self._pass.random_states.pop(module, None))
             for layer in self._layers[module]:
@@ -287,6 +292,11 @@ class Observer:
     def _learn(self, roles: Mapping[Layer, Role]) -> None:
         self.roles.update(roles)
         self._new.update(roles)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Find out whether the roles of all layers are known."""
+        self._all_known = self._samplers.keys() <= self.roles.keys()
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass.is_inside(model, self._operations.abandon):
@@ -295,7 +305,9 @@ class Observer:
         if model is not self.model():  # what other parts have computed is not raw
             inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
         self._pass.model, self._pass.inputs = model, inputs
-        if self._unknown() - self._missed:
+        if not torch.is_grad_enabled():
+            return
+        if not self._all_known and self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)
         self._watch_tables()
         if self._pass.trace is None and model in self._layers:
@@ -303,7 +315,7 @@ class Observer:
 
     def _watch_tables(self) -> None:
         """Watch the tables of which the pass may show that they are heads, or has samples that are needed."""
-        if self._tables and torch.is_grad_enabled():
+        if self._tables:
             wanted = [each for each in self._tables if self._may_score(each)]
             self._pass.start_tables(wanted, self._observe, self._begin)
 
@@ -317,6 +329,7 @@ class Observer:
         """Forget what a table has looked up, since it is a head."""
         for known in (self.roles, self._new, self._active, self._pass.ran):
             known.pop(table, None)
+        self._look_again()
         self._samplers[table] = self._sampler(table)
         self._unresolved = [batch for batch in self._unresolved if batch.layer is not table]
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from relfisher.layers import Call, Layer, LinearOperation, SpreadOperation
 from relfisher.observe.activations import canonical_name
-from relfisher.observe.computations import Computations
-from relfisher.observe.hooks import Hook
+from relfisher.observe.computations import Computations, concerns
+from relfisher.observe.hooks import Hook, apart
 from relfisher.observe.products import Products
 from relfisher.observe.roles import Role
 from relfisher.observe.spreads import Spreads
@@ -113,17 +112,18 @@ class _Watch(TorchFunctionMode):
         self._computations = Computations(layers[0].module)
         self._products = Products(matrices, self._computations, see)
         self._spreads = Spreads([*matrices, *vectors], self._computations, see)
+        self._kept = (*self._computations.kept, *self._products.kept, *self._spreads.kept)
         self._see = see
         self._seen: set[Layer] = set()
         self._mixed: set[Layer] = set()
         self.paused = False
 
-    @_disable_dynamo  # dynamo must not compile the watching
+    @apart  # dynamo must not compile the watching
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self.paused or not (concerns(self._kept, args) or (kwargs and concerns(self._kept, kwargs.values()))):
             return func(*args, **kwargs)
         name = canonical_name(func)
         self._products.before(name, args, kwargs)
@@ -134,8 +134,9 @@ class _Watch(TorchFunctionMode):
                 self._products.after(name, args, kwargs, result)
                 or self._spreads.after(func, name, args, kwargs, result)
             ):
-                self._products.note_use(args, kwargs, result)
-                self._spreads.note_use(args, kwargs, result)
+                used = self._computations.with_data(args, kwargs, result)
+                self._products.note_use(used)
+                self._spreads.note_use(used)
         for layer in [layer for layer in self._layers if layer.operation == name]:
             call, before = Call(args, kwargs, result), layer.parts
             if layer.is_of(call, self._computations.chart):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -68,6 +68,7 @@ class Products:
 
     Attributes:
         mixed: the matrices with products of different forms, or other uses.
+        kept: tensors by identity that functions may take, beside parameters and what is computed from them.
     """
 
     def __init__(self, matrices: Sequence[Matrix], computations: Computations, see: See) -> None:
@@ -81,6 +82,7 @@ class Products:
         self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # matrices and their transposes, by these
         self._reshaped: dict[int, tuple[Tensor, Tensor]] = {}  # biases and their views, by these
         self._open: dict[int, tuple[Matrix, Product, Tensor]] = {}  # products that nothing has used, by z
+        self.kept = self._turned, self._reshaped, self._open
         self._adding: tuple[Matrix, Product] | None = None  # the product whose bias is being added
 
     def before(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -116,13 +118,8 @@ class Products:
     def _bias(self, given: Any) -> Any:
         return self._reshaped.get(id(given), (given,))[0]
 
-    def note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note matrices that a function takes together with data, other than to multiply by them."""
-        given = list(tensors_in([*args, *kwargs.values()]))
-        if not any(each.requires_grad for each in tensors_in(result if isinstance(result, tuple) else [result])):
-            return
-        if all(self._computations.holds(each) for each in given):
-            return
+    def note_use(self, given: Iterable[Tensor]) -> None:
+        """Note matrices among what a function takes together with data, other than to multiply by them."""
         for each in given:
             whole = self._turned.get(id(each), (each,))[0]
             names = self._computations.names(whole)

@@ -11,7 +11,6 @@ from torch import Tensor
 from relfisher.layers import Call, Chart, Layer, settle_as_spread
 from relfisher.observe.activations import RESHAPING
 from relfisher.observe.computations import Computations
-from relfisher.observe.takers import tensors_in
 
 __all__ = ["Spreads"]
 
@@ -73,12 +72,14 @@ class Spreads:
 
     Attributes:
         mixed: the layers with other uses.
+        kept: as for `Products`.
     """
 
     def __init__(self, layers: Iterable[Layer], computations: Computations, see: See) -> None:
         self._layers = {id(layer.weight): layer for layer in layers if layer.weight.is_contiguous()}
         self._named = {layer.parts[0].attribute: layer for layer in self._layers.values()}
         self._moved: dict[int, _Own] = {}
+        self.kept = (self._moved,)
         self._uses: dict[Layer, tuple[Chart | None, bool]] = {}
         self._computations = computations
         self._see = see
@@ -103,16 +104,13 @@ class Spreads:
                 return self._normalize(func, name, args, kwargs, result)
         return False
 
-    def note_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Note parameters that a function takes together with data in another way."""
-        given = list(tensors_in([*args, *kwargs.values()]))
-        made = tensors_in(result if isinstance(result, tuple) else [result])
-        if any(each.requires_grad for each in made) and not all(self._computations.holds(each) for each in given):
-            for each in given:
-                own = self._moved.get(id(each))
-                names = self._computations.names(each)
-                self.mixed |= {self._named[key] for key in names if key in self._named}
-                self.mixed |= set() if own is None else {own.layer}
+    def note_use(self, given: Iterable[Tensor]) -> None:
+        """Note parameters among what a function takes together with data in another way."""
+        for each in given:
+            own = self._moved.get(id(each))
+            names = self._computations.names(each)
+            self.mixed |= {self._named[key] for key in names if key in self._named}
+            self.mixed |= set() if own is None else {own.layer}
 
     def _own(self, tensor: Any) -> _Own | None:
         """Return of which parameter a tensor holds the numbers; None if of none."""

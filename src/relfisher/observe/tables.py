@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 
 from relfisher.layers import Call, EmbeddingLayer, Layer
 from relfisher.observe.activations import canonical_name, looks_up
-from relfisher.observe.computations import Computations
+from relfisher.observe.computations import Computations, concerns
+from relfisher.observe.hooks import apart
 from relfisher.observe.products import Products
-from relfisher.observe.takers import tensors_in
 from relfisher.observe.trace import Trace
 
 __all__ = ["Tables"]
@@ -42,15 +41,14 @@ class Tables(TorchFunctionMode):
         self._watched = [_Watched(table, self._found) for table in tables]
         self._heads: set[Layer] = set()
 
-    @_disable_dynamo  # dynamo must not compile the watching
+    @apart  # dynamo must not compile the watching
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = {id(each) for each in tensors_in([*args, *kwargs.values()])}
         for each in self._watched:
-            if each.taken & given:
+            if concerns(each.kept, args) or (kwargs and concerns(each.kept, kwargs.values())):
                 with torch._C.DisableTorchFunction():  # what is done here is no use of a tensor
                     each.after(func, args, kwargs, result)
         return result
@@ -85,13 +83,13 @@ class _Watched:
 
     Attributes:
         products: the products with it.
-        taken: the identities of the table and of what is computed from it.
+        kept: tensors by identity; functions that take none of them do not matter.
     """
 
     def __init__(self, table: EmbeddingLayer, see: Callable[[Layer, Call, Tensor], None]) -> None:
         self._computations = Computations(table.module)
         self.products = Products([table], self._computations, see)
-        self.taken = {id(table.weight)}
+        self.kept = (*self._computations.kept, *self.products.kept)
 
     def after(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note what a function made of the table, or of what is computed from it."""
@@ -100,9 +98,4 @@ class _Watched:
             return
         self._computations.after(func, args, kwargs, result)
         if not self.products.after(name, args, kwargs, result):
-            self.products.note_use(args, kwargs, result)
-        self.taken |= {
-            id(each)
-            for each in tensors_in(result if isinstance(result, tuple) else [result])
-            if self._computations.holds(each)
-        }
+            self.products.note_use(self._computations.with_data(args, kwargs, result))

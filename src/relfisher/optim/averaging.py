@@ -142,7 +142,8 @@ class Averaging:
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         self._running = RunningStatistics(nn.Module() if model is None else model)
         hooked = [] if model is None else [model, *model.children()]
-        self._handles = [module.register_forward_pre_hook(Hook(self._enter), prepend=True) for module in hooked]
+        enter = Hook(self._enter, trains=True)
+        self._handles = [module.register_forward_pre_hook(enter, prepend=True) for module in hooked]
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
@@ -203,8 +204,7 @@ class Averaging:
             handle.remove()
 
     def _enter(self, module: nn.Module, _: object) -> None:
-        waits = any(not group["at_iterate"] for group in self._groups())  # the first hook of a pass moves all weights
-        if waits and module.training and torch.is_grad_enabled():
+        if module.training and any(not group["at_iterate"] for group in self._groups()):  # the first hook moves all
             with torch._C.DisableTorchFunction():
                 self.to_iterate()
                 self._running.remember()
