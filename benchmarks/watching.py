@@ -6,7 +6,8 @@ Four small models with the weights of a trained optimizer. Each pass takes turns
 the ratio is the median over the turns; processor time, one thread. In brackets stand the Python functions that a pass
 calls more than the copy's, which do not depend on the machine. The passes are: with gradients, forward and backward,
 on a step that collects nothing; forward, on a step that collects statistics of all layers, with and without taking
-them; and forward in evaluation, in `inference_mode`, with a batch of one.
+them; and forward in evaluation, in `inference_mode`, with a batch of one. The last column is the forward pass of the
+copy inside of a mode of torch that does nothing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
 
 from relfisher import RNGD
 from relfisher.studies.report import markdown
@@ -51,6 +53,14 @@ MODELS = {
     "llama of the programs": (llama.Network, lambda n: torch.randint(128, (n, llama.LENGTH)), llama.BATCH),
     "vision transformer of the programs": (vit.Network, lambda n: torch.randn(n, 28 * 28), 32),
 }
+
+
+class Idle(TorchFunctionMode):
+    """Does nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call the function."""
+        return func(*args, **(kwargs or {}))
 
 
 def loss_of(output):
@@ -134,7 +144,13 @@ def measured(make, draw, batch):
     rows.insert(1, pair(forward))
     model.eval(), bare.eval()
     rows.append(pair(alone))
-    return rows
+    bare.train()
+
+    def idle():
+        with Idle():
+            bare(x)
+
+    return [*rows, compared(idle, lambda: bare(x))]
 
 
 def main() -> None:
@@ -143,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    header = ["", "collects nothing", "collects, but takes nothing", "collects", "evaluation, batch 1"]
+    header = ["", "collects nothing", "collects, but takes nothing", "collects", "evaluation, batch 1", "an idle mode"]
     rows = [[name, *(f"{ratio:.2f} (+{more})" for ratio, more in measured(*given))] for name, given in MODELS.items()]
     table = markdown(header, rows)
     print(table)
