@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
@@ -19,6 +19,9 @@ Given = ParamSpec("Given")
 T = TypeVar("T")
 
 _HERE = threading.local()
+
+# What dynamo does with frames, None for nothing; anything else where torch does not say.
+_running: Callable[[], object] = getattr(eval_frame, "get_eval_frame_callback", lambda: False)
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def apart(function: Callable[Given, T]) -> Callable[Given, T]:
 
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> T:
-        if is_dynamo_compiling() or get_eval_frame_callback() is not None:
+        if is_dynamo_compiling() or _running() is not None:
             return kept_away(*args, **kwargs)
         return function(*args, **kwargs)
 
