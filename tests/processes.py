@@ -36,7 +36,11 @@ def as_first_of(world, task, *arguments):
         from torch.testing._internal.distributed.fake_pg import FakeStore  # tells torch of this backend
 
         distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-        with patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros):
+        empty = torch.empty
+        with (
+            patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+            patch.object(torch, "empty", lambda *shape, **options: empty(*shape, **options).zero_()),
+        ):
             return task(*arguments)
 
     return run_together(1, alone, launched=True)[0]
