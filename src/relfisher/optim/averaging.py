@@ -71,7 +71,7 @@ class Lead:
     def complete(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Create the missing leads of a group's parameters."""
         for parameter in group["params"] if group["averaging"] else ():
-            if averaged(parameter) and "lead" not in states[parameter]:
+            if "lead" not in states[parameter] and averaged(parameter):
                 states[parameter]["lead"] = torch.zeros_like(parameter, dtype=self.dtype_for(parameter))
 
 
@@ -141,7 +141,8 @@ class Averaging:
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         self._running = RunningStatistics(nn.Module() if model is None else model)
-        hooked = [] if model is None else [model, *model.children()]
+        children = [] if model is None else [child for child in model.children() if _has_weights(child)]
+        hooked = [] if model is None else [model, *children]
         enter = Hook(self._enter, trains=True)
         self._handles = [module.register_forward_pre_hook(enter, prepend=True) for module in hooked]
 
@@ -223,23 +224,33 @@ class Averaging:
 
     def _averages(self, *, at_iterate: bool) -> list[_Averages]:
         """Return the averages of each group that is at the iterate, or is not."""
-        optimizer, found = self._optimizer(), []
+        optimizer = self._optimizer()
+        states = {} if optimizer is None else optimizer.state
+        found: list[_Averages] = []
         for group in self._groups():
-            if optimizer is not None and group["at_iterate"] == at_iterate:
-                states = [(p, optimizer.state[p]) for p in group["params"] if "lead" in optimizer.state.get(p, {})]
-                for parameter, state in states:
-                    state["lead"] = state["lead"].to(parameter.device, self._lead.dtype_for(parameter))
-                pairs = [(held(parameter), held(state["lead"])) for parameter, state in states]
-                for is_low in (False, True):
-                    own = [pair for pair in pairs if (pair[0].dtype != pair[1].dtype) == is_low]
-                    if own:
-                        found.append(_Averages(group, [z for z, _ in own], [lead for _, lead in own]))
+            if group["at_iterate"] == at_iterate:
+                precise, low = _Averages(group, [], []), _Averages(group, [], [])
+                for parameter in group["params"]:
+                    state = states.get(parameter, {})
+                    lead, dtype = state.get("lead"), self._lead.dtype_for(parameter)
+                    if lead is not None:
+                        if lead.dtype != dtype or lead.device != parameter.device:
+                            lead = state["lead"] = lead.to(parameter.device, dtype)
+                        own = precise if dtype == parameter.dtype else low
+                        own.parameters.append(held(parameter))
+                        own.leads.append(held(lead))
+                found += [own for own in (precise, low) if own.parameters]
         return found
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the groups that are averaged; none once the optimizer is gone."""
         optimizer = self._optimizer()
         return [] if optimizer is None else [group for group in optimizer.param_groups if group["averaging"]]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Return whether a pass of a module depends on weights, its own or those of modules inside."""
+    return next(module.parameters(), None) is not None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Health:
         self.failed_refreshes = 0
         self.dropped_batches = 0
         self._skipped_steps = 0
-        self._followed: tuple[int, Tensor] | None = None
+        self._followed: _Followed | None = None
         self._times: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -60,16 +61,18 @@ class Health:
 
     def follow(self, iteration: int, outcome: Outcome) -> None:
         """Count a step that is skipped unless it is finite, without waiting for it."""
-        skipped = outcome.skipped()
-        if skipped is not None:
-            before = 0 if self._followed is None else self._followed[1].to(skipped.device)
-            self._followed = iteration, skipped + before
+        taken = outcome.taken()
+        if taken is not None:
+            steps, before = (
+                (0, taken.new_zeros((), dtype=torch.float32)) if self._followed is None else self._followed[1:]
+            )
+            self._followed = _Followed(iteration, steps + 1, before.to(taken.device) + taken)
 
     def settle(self) -> None:
         """Wait for the steps that are followed, and warn of those that were skipped."""
         if self._followed is not None:
-            (iteration, count), self._followed = self._followed, None
-            for _ in range(int(count)):
+            (iteration, steps, taken), self._followed = self._followed, None
+            for _ in range(steps - int(taken)):
                 self.skipped(iteration, "a gradient or the step itself is not finite")
 
     def failed(self, iteration: int, layer: str) -> None:
@@ -90,6 +93,14 @@ class Health:
             warnings.warn(
                 f"{message} (iteration {iteration}{so_far}; counted in RNGD.health)", HealthWarning, stacklevel=5
             )
+
+
+class _Followed(NamedTuple):
+    """Steps that may have been skipped: the last iteration, their number, and how many were taken, on the device."""
+
+    iteration: int
+    steps: int
+    taken: Tensor
 
 
 def flags(moves: Sequence[Move], steps: Sequence[Step]) -> list[Tensor]:

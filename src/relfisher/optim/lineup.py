@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -9,17 +10,20 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from relfisher.layers import Layer
-from relfisher.optim.batches import Batch, Batches, Facts
+from relfisher.optim.batches import Batch, Batches, Facts, Stack
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.groups import METRIC
 from relfisher.optim.options import Inversions
 from relfisher.optim.record import Record
 from relfisher.optim.rules import StepRule
-from relfisher.structures import Structure
+from relfisher.structures import State, Structure
 
 __all__ = ["Group", "Lineup", "Team"]
 
 Group = dict[str, Any]
+
+# What a rule keeps of a layer is in one tensor for all teams if it is so many numbers; more would take memory.
+_FEW = 16
 
 
 class Team(NamedTuple):
@@ -33,7 +37,6 @@ class Team(NamedTuple):
         is_flat: whether the metric leaves their gradients as they are.
         is_head: whether their outputs are the logits of a softmax.
         is_own: whether this process computes their step.
-        of_rule: the keys of what the step rule keeps of a layer.
     """
 
     batch: Batch
@@ -43,7 +46,6 @@ class Team(NamedTuple):
     is_flat: bool
     is_head: bool
     is_own: bool
-    of_rule: tuple[str, ...]
 
 
 class Lineup:
@@ -57,6 +59,7 @@ class Lineup:
     Attributes:
         teams: the layers that have a gradient and a metric.
         rest: the other parameters of each group, with or without a gradient.
+        of_rule: the tensors that the step rule keeps, as of the last call of `states`.
         decayed: the parameters of each group with metrics that move, and shrink if it has a weight decay.
     """
 
@@ -64,6 +67,7 @@ class Lineup:
         self.teams: list[Team] = []
         self.rest: list[tuple[Group, list[Tensor]]] = []
         self.decayed: list[tuple[Group, list[Tensor]]] = []
+        self.of_rule: list[Tensor] = []
         self._curvature = curvature
         self._inversions = inversions
         self._rule = rule
@@ -72,6 +76,7 @@ class Lineup:
         self._records: list[Record] = []
         self._objects: list[object] = []
         self._values: list[object] = []
+        self._of_rule: list[_OfRule] = []
 
     def settle(self, place: Mapping[Layer, int], groups: Sequence[Group]) -> None:
         """Find the teams anew if anything has changed.
@@ -86,6 +91,21 @@ class Lineup:
         if values != self._values or len(objects) != len(self._objects) or not all(map(is_, objects, self._objects)):
             self._find(groups)
             self._objects, self._values = objects, values
+
+    def states(self) -> list[State]:
+        """Return what is kept of the layers of each team of this process, [L, ...], and of other teams nothing."""
+        curvature, found, own = self._curvature, [], []
+        for team in self.teams:
+            states: list[State] = []
+            if team.is_own:
+                states = [curvature.state(record, team.structure) for record in team.batch.records]
+                if team.group["momentum"] and any("momentum" not in state for state in states):
+                    for layer in team.batch.layers:
+                        curvature.complete(layer, curvature.ownership.optional)
+            own.append(states)
+            found.append(team.batch.state(states) if states else {})
+        self.of_rule = [of_rule.added(own, found) for of_rule in self._of_rule]
+        return found
 
     def _facts(self, groups: Sequence[Group]) -> tuple[list[object], list[object]]:
         """Return all that the teams depend on: objects that must be the same, and values that must be equal."""
@@ -114,6 +134,7 @@ class Lineup:
         inside = {id(p) for team in self.teams for layer in team.batch.layers for p in layer.parameters}
         rest = [(group, [p for p in group["params"] if id(p) not in inside]) for group in groups]
         self.rest = [(group, parameters) for group, parameters in rest if parameters]
+        self._of_rule = self._kept_by_rule()
         decaying = [(group, self._decaying(group)) for group in groups if group["kind"] == METRIC]
         self.decayed = [(group, [p for p in group["params"] if id(p) in own]) for group, own in decaying]
 
@@ -122,7 +143,7 @@ class Lineup:
         structure, role, index, has_momentum, *_, owner = facts
         layer, flat = record.layer, self._inversions.is_flat(record.layer, role)
         keys = [] if flat else structure.factors(layer.shape, root=self._rule.needs_root)
-        owners = (self._rule, *self._curvature.ownership.optional) if has_momentum else (self._rule,)
+        owners = self._curvature.ownership.optional if has_momentum else ()
         keys += [key for each in owners for key in each.declares(layer.shape)]
         return (structure.alike, index, flat, _is_head(record), layer.fan_in, owner), keys
 
@@ -138,13 +159,57 @@ class Lineup:
             self._inversions.is_flat(layer, record.role),
             _is_head(record),
             self._curvature.sharing.owns(layer),
-            tuple(self._rule.declares(layer.shape)),
         )
+
+    def _kept_by_rule(self) -> list[_OfRule]:
+        """Return what the rule keeps: a few numbers of each layer in one tensor for all teams of a device."""
+        found: dict[Hashable, _OfRule] = {}
+        for place, team in enumerate(self.teams):
+            layer = team.batch.layers[0]
+            for key, kept in self._rule.declares(layer.shape).items() if team.is_own else ():
+                is_small = math.prod(kept.shape) <= _FEW
+                form = key, kept.shape, kept.dtype or layer.dtype, layer.weight.device, None if is_small else place
+                found.setdefault(form, _OfRule(key)).add(place, len(team.batch.layers))
+        return list(found.values())
 
     def _decaying(self, group: Group) -> set[int]:
         """Return the identities of parameters that move, and shrink if they are in this group."""
         moved = {id(p): team for team in self.teams for own in team.parameters for p in own if p is not None}
         return {each for each, team in moved.items() if group["decays_heads"] or not team.is_head}
+
+
+class _OfRule:
+    """What a step rule keeps of the layers of some teams, in one tensor."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._places: list[int] = []
+        self._counts: list[int] = []
+        self._stack = Stack()
+        self._whole: Tensor | None = None
+        self._parts: Sequence[Tensor] = ()
+
+    def add(self, place: int, count: int) -> None:
+        """Keep it of one more team, which has so many layers."""
+        self._places.append(place)
+        self._counts.append(count)
+
+    def added(self, own: Sequence[Sequence[State]], found: Sequence[State]) -> Tensor:
+        """Add its parts to what is kept of the teams.
+
+        Args:
+            own: the states of the layers of all teams.
+            found: what is kept of each team.
+
+        Returns:
+            The whole.
+        """
+        whole = self._stack.of([state for place in self._places for state in own[place]], self._key)
+        if whole is not self._whole:
+            self._whole, self._parts = whole, whole.split_with_sizes(self._counts)
+        for place, part in zip(self._places, self._parts, strict=True):
+            found[place][self._key] = part
+        return whole
 
 
 def _is_head(record: Record) -> bool:

@@ -48,38 +48,26 @@ def moving_layers(lineup: Lineup, curvature: Curvature, groups: Sequence[Group],
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     with curvature.whole_gradients():
-        for team in lineup.teams:
-            batch, group = team.batch, team.group
+        for team, state in zip(lineup.teams, lineup.states(), strict=True):
             if not team.is_own:
                 found.append(Moving(team, _of_another(team)))
                 continue
-            states = [curvature.state(each, team.structure) for each in batch.records]
-            if group["momentum"] and any("momentum" not in state for state in states):
-                for layer in batch.layers:
-                    curvature.complete(layer, curvature.ownership.optional)
-            latest, parts, own = batch.gradient(team.parameters, states[0]["metric"].dtype)
+            batch, group, lr = team.batch, team.group, rate(team.group)
+            metric = batch.records[0].metric_in_use
+            assert metric is not None  # the state was looked up
+            latest, parts, own = batch.gradient(team.parameters, metric.dtype)
             targets += parts
             sources += own
-            lr = rate(group)
             annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
-            state, share = batch.state(states), group["momentum"]
+            tensors = state, latest, latest, latest
             move = Move(
-                batch.layers,
-                team.structure,
-                state,
-                latest,
-                latest,
-                latest,
-                share,
-                lr,
-                annealing,
-                team.is_flat,
-                team.is_head,
+                batch.layers, team.structure, *tensors, group["momentum"], lr, annealing, team.is_flat, team.is_head
             )
             found.append(Moving(team, move))
     if targets:
         torch._foreach_copy_(targets, sources)
-    return [Moving(team, Momentum.added(move, nesterov=rule.nesterov)) for team, move in found]
+    moves = Momentum.added([move for _, move in found], nesterov=rule.nesterov)
+    return [Moving(team, move) for (team, _), move in zip(found, moves, strict=True)]
 
 
 def take(
@@ -107,13 +95,12 @@ def take(
         ValueError: if the rule does not return a step for each move.
     """
     rest = [(group, [p for p in parameters if p.grad is not None]) for group, parameters in lineup.rest]
-    own = [move.state[key] for team, move in moving for key in team.of_rule if key in move.state]
-    before = torch._foreach_clone(own) if own else []
+    before = torch._foreach_clone(lineup.of_rule) if lineup.of_rule else []
     moves = [move for _, move in moving]
     steps = rule.checked_steps(moves)
     others = finite([held(p.grad) for _, given in rest for p in given])
     outcome = Outcome(flags(moves, steps) + others)
-    for tensor, old in zip(own, before, strict=True):
+    for tensor, old in zip(lineup.of_rule, before, strict=True):
         outcome.restore(tensor, old)
     for group, parameters in lineup.decayed:
         if group["weight_decay"]:
