@@ -55,7 +55,13 @@ def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
         TypeError: if an option has the wrong type.
     """
     lr = group["lr"]
-    lr = float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.device.type != "cpu":
+            raise TypeError(
+                "lr must be a number, or a tensor of one number on the CPU, which a step reads without waiting for a "
+                f"device; got a tensor of the shape {list(lr.shape)} on {lr.device}"
+            )
+        lr = float(lr)
     if not (running and lr == 0):
         check_rate("lr", lr)
     check_rate("fallback_lr", group["fallback_lr"])

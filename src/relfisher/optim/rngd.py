@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
@@ -58,7 +58,8 @@ class RNGD(Watching, torch.optim.Optimizer):
     Args:
         model: the module to train; its first training forward pass determines the responses of its layers. Where a
             program calls the optimizer with parameters, or groups of them, their module is found in memory, and named.
-        lr: the learning rate; None for the step rule's default.
+        lr: the learning rate, a number or a tensor of one number on the CPU, which may change in place; None for the
+            step rule's default.
         params: the parameters of the model to train, as for any torch optimizer, with or without names, or groups of
             them with their own options; None for all.
         fit: "generalize" for noisy data, where validation matters; "interpolate" for functions and equations, where
@@ -98,7 +99,7 @@ class RNGD(Watching, torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         *,
         params: Iterable[Any] | None = None,
         fit: str | None = None,
