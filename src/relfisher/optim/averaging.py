@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import Hook, inner_hook
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rounding import Rounding
 from relfisher.optim.running import RunningStatistics
@@ -143,8 +143,10 @@ class Averaging:
         self._running = RunningStatistics(nn.Module() if model is None else model)
         children = [] if model is None else [child for child in model.children() if _has_weights(child)]
         hooked = [] if model is None else [model, *children]
-        enter = Hook(self._enter, trains=True)
-        self._handles = [module.register_forward_pre_hook(enter, prepend=True) for module in hooked]
+        outer, inner = Hook(self._enter, trains=True), inner_hook(model)(self._enter, trains=True)
+        self._handles = [
+            module.register_forward_pre_hook(outer if module is model else inner, prepend=True) for module in hooked
+        ]
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
