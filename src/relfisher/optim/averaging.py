@@ -71,7 +71,7 @@ class Lead:
     def complete(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Create the missing leads of a group's parameters."""
         for parameter in group["params"] if group["averaging"] else ():
-            if "lead" not in states[parameter] and averaged(parameter):
+            if averaged(parameter) and "lead" not in states[parameter]:
                 states[parameter]["lead"] = torch.zeros_like(parameter, dtype=self.dtype_for(parameter))
 
 
@@ -150,7 +150,8 @@ class Averaging:
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
-        self._move(torch._foreach_add_, at_iterate=True)
+        if [None for group in self._groups() if not group["at_iterate"]]:
+            self._move(torch._foreach_add_, at_iterate=True)
 
     def to_average(self) -> None:
         """Put the average into the model."""
@@ -170,10 +171,6 @@ class Averaging:
         """
         self.to_iterate()
         taken: list[Outcome] = []
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            for group in self._groups():
-                self._lead.complete(group, optimizer.state)  # parameters that were frozen so far
         averages = self._averages(at_iterate=True)
         rounding = Rounding(2 * averages[0].group["iteration"] + 1 if averages else 0)
         kept = [each.negated() for each in averages]
@@ -233,14 +230,18 @@ class Averaging:
             if group["at_iterate"] == at_iterate:
                 precise, low = _Averages(group, [], []), _Averages(group, [], [])
                 for parameter in group["params"]:
-                    state = states.get(parameter, {})
-                    lead, dtype = state.get("lead"), self._lead.dtype_for(parameter)
-                    if lead is not None:
-                        if lead.dtype != dtype or lead.device != parameter.device:
-                            lead = state["lead"] = lead.to(parameter.device, dtype)
-                        own = precise if dtype == parameter.dtype else low
-                        own.parameters.append(held(parameter))
-                        own.leads.append(held(lead))
+                    state = states.get(parameter)
+                    lead = None if state is None else state.get("lead")
+                    dtype = self._lead.dtype_for(parameter)
+                    if lead is None:
+                        if not averaged(parameter):
+                            continue
+                        lead = states[parameter]["lead"] = torch.zeros_like(parameter, dtype=dtype)  # it was frozen
+                    elif lead.dtype != dtype or lead.device != parameter.device:
+                        lead = states[parameter]["lead"] = lead.to(parameter.device, dtype)
+                    own = precise if dtype == parameter.dtype else low
+                    own.parameters.append(held(parameter))
+                    own.leads.append(held(lead))
                 found += [own for own in (precise, low) if own.parameters]
         return found
 

@@ -117,6 +117,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def finite(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return whether all values of some tensors are finite, for each device one boolean [] that it has."""
+    if not tensors:
+        return []
     values = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
     by_device: dict[torch.device, list[Tensor]] = {}
     for each in values:
