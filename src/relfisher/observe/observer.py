@@ -302,13 +302,16 @@ class Observer:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass.is_inside(model, self._operations.abandon):
             return  # a part of the module that was called
-        if self._is_compiled and torch.is_grad_enabled() and (self.due or self._unknown() - self._missed):
-            self._pass.run_eagerly()
+        observes = torch.is_grad_enabled()
+        if observes and self._is_compiled:
+            observes = bool(self.due or self._unknown() - self._missed)
+            if observes:
+                self._pass.run_eagerly()
         inputs = [*args, *kwargs.values()]
         if model is not self.model():  # what other parts have computed is not raw
             inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
         self._pass.model, self._pass.inputs = model, inputs
-        if not torch.is_grad_enabled():
+        if not observes:
             return
         if not self._all_known and self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)
