@@ -1,5 +1,6 @@
 """Compiled models: trained as eager ones, and compiled no more once the loop is warm."""
 
+import copy
 import shutil
 
 import pytest
@@ -112,3 +113,97 @@ def test_a_whole_graph_is_refused_by_dynamo():
         torch.compile(model, backend="eager", fullgraph=True)(x)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+class Kinds(nn.Module):
+    """Layers of many kinds, one of which no pass reaches, and one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 10)
+        self.attend = nn.TransformerEncoderLayer(2, 1, 4, 0.0, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 4))
+        self.conv, self.norm = nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4)
+        self.places = nn.Parameter(torch.zeros(5, 2))
+        self.frozen, self.unused = nn.Linear(4, 4).requires_grad_(False), nn.Linear(3, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.attend(self.mix(x).view(-1, 5, 2) + self.places)
+        h = torch.relu(self.norm(self.conv(self.normed(h).mT)))
+        return self.head(self.frozen(h.mean(-1)))
+
+
+def whole(model, backend="eager"):
+    """Return a compiled model that must be one graph, and a list of an entry for each graph."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    return torch.compile(model, fullgraph=True, backend=counting), graphs
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
+def test_a_compiled_model_that_is_optimized_is_one_graph(backend):
+    model = network()
+    plain = copy.deepcopy(model)
+    compiled, graphs = whole(model, backend)
+    losses_of_both = losses(compiled, RNGD(compiled), 50), losses(plain, RNGD(plain), 50)
+    assert list(losses_of_both[0]) == pytest.approx(list(losses_of_both[1]), rel=1e-4)
+    assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:no part in the first step had unused")
+@pytest.mark.parametrize("rule", ["spectral", "trust-region"])
+def test_layers_of_all_kinds_are_observed_although_they_are_in_one_graph(rule):
+    torch.manual_seed(0)
+    model = Kinds().double()
+    plain = copy.deepcopy(model)
+    compiled, graphs = whole(model)
+    one, two = RNGD(compiled, step_rule=rule), RNGD(plain, step_rule=rule)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(45):
+        x = torch.randn(32, 6, generator=generator).double()
+        for each, optimizer in ((compiled, one), (plain, two)):
+            optimizer.zero_grad()
+            cross_entropy(each(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+    assert len(graphs) == 1
+    assert [view.name for view in one.layers] == [view.name for view in two.layers]
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_model_is_evaluated_at_the_average_and_trained_at_the_iterate():
+    model = network()
+    compiled, graphs = whole(model)
+    optimizer = RNGD(compiled)
+    list(losses(compiled, optimizer, 8))
+    x = torch.randn(4, 6)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        compiled(x)
+    assert all(torch.equal(average[name], value) for name, value in model.state_dict().items())
+    for entered in (compiled, model):  # the model may be called as it is
+        entered(x)
+        assert optimizer.param_groups[0]["at_iterate"]
+        with optimizer.average():
+            torch.testing.assert_close(model[0].weight, average["0.weight"])
+        optimizer._averaging.to_average()
+    assert len(graphs) == 2
+
+
+def test_a_pass_that_fails_leaves_the_compiler_as_it_was():
+    model = network()
+    compiled, graphs = whole(model)
+    optimizer = RNGD(compiled)
+    with pytest.raises(RuntimeError, match="shapes"):
+        compiled(torch.randn(4, 5))
+    other = torch.compile(nn.Linear(2, 2), backend=lambda graph, _: graphs.append(0) or graph.forward)
+    other(torch.randn(1, 2))
+    assert graphs == [0]
+    list(losses(compiled, optimizer, 8))
+    assert len(graphs) == 2

@@ -433,7 +433,7 @@ def test_a_pass_that_collects_nothing_runs_few_functions_for_each_layer():
         trains.append(library_calls(lambda model=model: model(inputs())))
         with torch.inference_mode():
             evaluates.append(library_calls(lambda model=model: model(inputs())))
-    assert (evaluates[1] - evaluates[0]) / 3 == 3
+    assert (evaluates[1] - evaluates[0]) / 3 == 2
     assert (trains[1] - trains[0]) / 3 <= 21
     assert evaluates[0] <= 30
     assert trains[0] <= 80

@@ -21,6 +21,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.swa_utils import SWALR
 
 from relfisher import RNGD, MetricOptions, TrustRegion
+from relfisher.optim import HealthWarning
 
 SCHEDULERS = {
     "LambdaLR": {"lr_lambda": lambda epoch: 0.9**epoch},
@@ -146,3 +147,42 @@ def test_a_learning_rate_of_zero_before_the_first_step_moves_nothing():
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
     step(twin, other, inputs(1))
     assert other.health == optimizer.health
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_learning_rate_may_be_a_tensor_which_changes_in_place(scheduled):
+    plain, model = mlp(), mlp()
+    lr = torch.tensor(0.03, dtype=torch.float64)
+    one, two = RNGD(plain, 0.03), RNGD(model, lr)
+    schedulers = [lr_scheduler.LinearLR(each, 0.1, 1.0, 4) for each in (one, two)] if scheduled else []
+    for seed in range(6):
+        assert step(plain, one, inputs(seed)) == step(model, two, inputs(seed))
+        for scheduler in schedulers:
+            scheduler.step()
+        if not scheduled and seed == 3:
+            one.param_groups[0]["lr"] = 0.001
+            lr.fill_(0.001)
+    assert two.param_groups[0]["lr"] is lr or scheduled
+    again = RNGD(mlp(), 0.1)
+    again.load_state_dict(two.state_dict())
+    assert float(again.param_groups[0]["lr"]) == float(one.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1, 0.2]), torch.tensor(0.1, device="meta")])
+def test_a_learning_rate_that_a_step_would_wait_for_is_refused(lr):
+    with pytest.raises(TypeError, match="lr must be a number, or a tensor of one number on the CPU"):
+        RNGD(mlp(), lr)
+
+
+def test_a_learning_rate_that_is_set_out_of_range_is_found_in_the_next_step():
+    model = mlp()
+    optimizer = RNGD(model, torch.tensor(0.1))
+    step(model, optimizer, inputs())
+    optimizer.param_groups[0]["lr"].fill_(-1.0)
+    with pytest.warns(HealthWarning, match="lr must lie"):
+        step(model, optimizer, inputs())
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.param_groups[0]["damping"] = -1.0
+    with pytest.warns(HealthWarning, match="damping must lie"):
+        step(model, optimizer, inputs())
+    assert optimizer.health.skipped_steps == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Set
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import Hook, inner_hook, is_compiled
 
 __all__ = ["Entries"]
 
@@ -26,9 +26,14 @@ class Entries:
         self, model: nn.Module, enter: Callable[..., None], leave: Callable[..., None], found: Callable[..., None]
     ) -> None:
         self._enter, self._leave, self._found = enter, leave, found
+        self._inner = inner_hook(model)
         roots = _roots(model)
-        self._roots = self._hooked(roots)
-        self._parts = self._hooked(_parts(roots))
+        self._roots = self._hooked(roots, Hook)
+        # The model that was compiled may be called as it is.
+        self._roots += self._hooked(
+            [child for root in roots if is_compiled(root) for child in root.children()], self._inner
+        )
+        self._parts = self._hooked(_parts(roots), Hook)
         self._missed: dict[nn.Module, RemovableHandle] = {}
 
     def settle(self, missed: Set[nn.Module]) -> None:
@@ -36,7 +41,7 @@ class Entries:
         for module in self._missed.keys() - missed:
             self._missed.pop(module).remove()
         for module in missed - self._missed.keys():
-            hook = Hook(self._found)  # before what watches the module, which ends earlier
+            hook = self._inner(self._found)  # before what watches the module, which ends earlier
             self._missed[module] = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         while self._parts and not missed:
             self._parts.pop().remove()
@@ -47,11 +52,11 @@ class Entries:
         while self._roots:
             self._roots.pop().remove()
 
-    def _hooked(self, modules: list[nn.Module]) -> list[RemovableHandle]:
+    def _hooked(self, modules: list[nn.Module], hook: type[Hook]) -> list[RemovableHandle]:
         handles = []
         for module in modules:
-            handles.append(module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True))
-            handles.append(module.register_forward_hook(Hook(self._leave), always_call=True))
+            handles.append(module.register_forward_pre_hook(hook(self._enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(hook(self._leave), always_call=True))
         return handles
 
 
@@ -63,11 +68,11 @@ def _roots(model: nn.Module) -> list[nn.Module]:
 
 def _parts(roots: list[nn.Module]) -> list[nn.Module]:
     """Return the modules inside that have parts themselves; a compiled graph is not entered in the middle."""
-    parts = dict.fromkeys(part for root in roots if not hasattr(root, "_orig_mod") for part in root.modules())
+    parts = dict.fromkeys(part for root in roots if not is_compiled(root) for part in root.modules())
     return [
         part for part in parts if part not in roots and _is_callable(part) and next(part.children(), None) is not None
     ]
 
 
 def _is_callable(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) is not nn.Module.forward
+    return is_compiled(module) or getattr(type(module), "forward", None) is not nn.Module.forward

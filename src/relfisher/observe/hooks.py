@@ -9,11 +9,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
-__all__ = ["Hook", "apart", "unobserved"]
+__all__ = ["Hook", "OutsideHook", "apart", "inner_hook", "is_compiled", "unobserved"]
 
 Given = ParamSpec("Given")
 T = TypeVar("T")
@@ -82,6 +83,28 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
         return _NoHook, ()
+
+
+class OutsideHook(Hook):
+    """A hook inside of a compiled model that is not called by what is compiled, so that this stays one graph.
+
+    What observes the model from outside lets the passes that it needs run without their compiled form.
+    """
+
+    def __call__(self, *args: Any) -> None:
+        """Call the wrapped function, as above, if this is not compiled."""
+        if not is_dynamo_compiling():
+            super().__call__(*args)
+
+
+def is_compiled(model: nn.Module | None) -> bool:
+    """Return whether this is what `torch.compile` returned for a model, whose hooks see its passes from outside."""
+    return hasattr(model, "_orig_mod")
+
+
+def inner_hook(model: nn.Module | None) -> type[Hook]:
+    """Return the class of the hooks of modules inside of a model."""
+    return OutsideHook if is_compiled(model) else Hook
 
 
 class _NoHook:

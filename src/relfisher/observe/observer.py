@@ -22,7 +22,7 @@ from relfisher.layers import Call, EmbeddingLayer, Layer, Rows, Sampling, Spread
 from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import inner_hook, is_compiled
 from relfisher.observe.operations import Operations, is_inside, unseen_role
 from relfisher.observe.passes import Pass, counts
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
@@ -65,7 +65,8 @@ class Observer:
         self._pass = Pass()
         self._unmasked: set[Layer] = set()  # layers with a warning that a mask does not fit
         self._layers: dict[nn.Module, list[Layer]] = {}
-        self._operations = Operations(self._layers, self._wanted, self._observe)
+        self._is_compiled, self._hook = is_compiled(model), inner_hook(model)
+        self._operations = Operations(self._layers, self._wanted, self._observe, hook=self._hook)
         self._all_known = True
         self._tables: list[EmbeddingLayer] = []
         self._samplers: dict[Layer, Sampler] = {}
@@ -105,10 +106,10 @@ class Observer:
                 if layer.operation and not isinstance(layer, EmbeddingLayer):
                     self._handles += self._operations.watch(module)
                 else:  # before the hook that ends the trace, in case the model itself is the layer
-                    seer = Hook(self._seer(module), trains=True)
+                    seer = self._hook(self._seer(module), trains=True)
                     self._handles.append(module.register_forward_hook(seer, with_kwargs=True, prepend=True))
             if layer.random and not any(other.random for other in self._layers[module]):
-                self._handles.append(module.register_forward_pre_hook(Hook(self._remember, trains=True)))
+                self._handles.append(module.register_forward_pre_hook(self._hook(self._remember, trains=True)))
             self._layers[module].append(layer)
             self._samplers[layer] = self._sampler(layer)
             if isinstance(layer, EmbeddingLayer):
@@ -301,11 +302,16 @@ class Observer:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass.is_inside(model, self._operations.abandon):
             return  # a part of the module that was called
+        observes = torch.is_grad_enabled()
+        if observes and self._is_compiled:
+            observes = bool(self.due or self._unknown() - self._missed)
+            if observes:
+                self._pass.run_eagerly()
         inputs = [*args, *kwargs.values()]
         if model is not self.model():  # what other parts have computed is not raw
             inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
         self._pass.model, self._pass.inputs = model, inputs
-        if not torch.is_grad_enabled():
+        if not observes:
             return
         if not self._all_known and self._unknown() - self._missed:
             self._pass.start_trace(self._samplers, self._responses)

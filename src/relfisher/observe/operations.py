@@ -32,6 +32,7 @@ class Operations:
         wanted: tells whether the calls of a module are needed.
         see: called with each layer, the call of its operation and the output.
         own_thread: as for `Hook`.
+        hook: the class of the hooks.
     """
 
     def __init__(
@@ -41,14 +42,15 @@ class Operations:
         see: See,
         *,
         own_thread: bool = False,
+        hook: type[Hook] = Hook,
     ) -> None:
         self._layers, self._wanted, self._see = layers, wanted, see
-        self._own_thread = own_thread
+        self._own_thread, self._hook = own_thread, hook
         self._here = _Here()
 
     def watch(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook a module; its calls are watched inside of a trace, which begins before and ends afterwards."""
-        enter, leave = Hook(self._enter, own_thread=self._own_thread), Hook(self._leave, own_thread=self._own_thread)
+        enter, leave = (self._hook(each, own_thread=self._own_thread) for each in (self._enter, self._leave))
         return [
             module.register_forward_pre_hook(enter),
             module.register_forward_hook(leave, always_call=True, prepend=True),

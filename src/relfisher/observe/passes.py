@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -44,6 +45,7 @@ class Pass(threading.local):
         self.random_states: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
         self.mask: Tensor | None = None
         self.masking: list[bool] = []
+        self._stance: AbstractContextManager[None] | None = None  # of the compiler
         self._failed: Trace | None = None  # the trace that ended by an error, whose hooks are still there
 
     def start_trace(self, layers: Iterable[Layer], responses: Responses) -> Trace | None:
@@ -66,6 +68,10 @@ class Pass(threading.local):
         if tables and self.tables is None:
             self.tables = Tables(tables, see, self.trace, begin)
             self.tables.__enter__()  # type: ignore[no-untyped-call]  # torch's mode is not annotated
+
+    def run_eagerly(self) -> None:
+        """Let a compiled model run without its compiled form until the pass ends."""
+        self._stance = torch.compiler.set_stance("force_eager")
 
     def is_inside(self, entered: nn.Module, abandon: Callable[[], list[TorchFunctionMode]]) -> bool:
         """Return whether a pass goes on when a module is entered; end one that was left by an interrupt.
@@ -90,6 +96,9 @@ class Pass(threading.local):
 
     def end(self, error: BaseException | None = None) -> tuple[Trace | None, list[Layer]]:
         """End the pass, maybe by an error; return its trace, without tensors, and the layers that ran in it."""
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         trace, ran = self.trace, list(self.ran)
         tables = self.tables
         self.model, self.inputs, self.trace, self.tables, self.ran = None, [], None, None, {}

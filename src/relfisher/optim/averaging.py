@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import Hook, inner_hook
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rounding import Rounding
 from relfisher.optim.running import RunningStatistics
@@ -141,13 +141,17 @@ class Averaging:
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         self._running = RunningStatistics(nn.Module() if model is None else model)
-        hooked = [] if model is None else [model, *model.children()]
-        enter = Hook(self._enter, trains=True)
-        self._handles = [module.register_forward_pre_hook(enter, prepend=True) for module in hooked]
+        children = [] if model is None else [child for child in model.children() if _has_weights(child)]
+        hooked = [] if model is None else [model, *children]
+        outer, inner = Hook(self._enter, trains=True), inner_hook(model)(self._enter, trains=True)
+        self._handles = [
+            module.register_forward_pre_hook(outer if module is model else inner, prepend=True) for module in hooked
+        ]
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
-        self._move(torch._foreach_add_, at_iterate=True)
+        if [None for group in self._groups() if not group["at_iterate"]]:
+            self._move(torch._foreach_add_, at_iterate=True)
 
     def to_average(self) -> None:
         """Put the average into the model."""
@@ -167,10 +171,6 @@ class Averaging:
         """
         self.to_iterate()
         taken: list[Outcome] = []
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            for group in self._groups():
-                self._lead.complete(group, optimizer.state)  # parameters that were frozen so far
         averages = self._averages(at_iterate=True)
         rounding = Rounding(2 * averages[0].group["iteration"] + 1 if averages else 0)
         kept = [each.negated() for each in averages]
@@ -223,23 +223,37 @@ class Averaging:
 
     def _averages(self, *, at_iterate: bool) -> list[_Averages]:
         """Return the averages of each group that is at the iterate, or is not."""
-        optimizer, found = self._optimizer(), []
+        optimizer = self._optimizer()
+        states = {} if optimizer is None else optimizer.state
+        found: list[_Averages] = []
         for group in self._groups():
-            if optimizer is not None and group["at_iterate"] == at_iterate:
-                states = [(p, optimizer.state[p]) for p in group["params"] if "lead" in optimizer.state.get(p, {})]
-                for parameter, state in states:
-                    state["lead"] = state["lead"].to(parameter.device, self._lead.dtype_for(parameter))
-                pairs = [(held(parameter), held(state["lead"])) for parameter, state in states]
-                for is_low in (False, True):
-                    own = [pair for pair in pairs if (pair[0].dtype != pair[1].dtype) == is_low]
-                    if own:
-                        found.append(_Averages(group, [z for z, _ in own], [lead for _, lead in own]))
+            if group["at_iterate"] == at_iterate:
+                precise, low = _Averages(group, [], []), _Averages(group, [], [])
+                for parameter in group["params"]:
+                    state = states.get(parameter)
+                    lead = None if state is None else state.get("lead")
+                    dtype = self._lead.dtype_for(parameter)
+                    if lead is None:
+                        if not averaged(parameter):
+                            continue
+                        lead = states[parameter]["lead"] = torch.zeros_like(parameter, dtype=dtype)  # it was frozen
+                    elif lead.dtype != dtype or lead.device != parameter.device:
+                        lead = states[parameter]["lead"] = lead.to(parameter.device, dtype)
+                    own = precise if dtype == parameter.dtype else low
+                    own.parameters.append(held(parameter))
+                    own.leads.append(held(lead))
+                found += [own for own in (precise, low) if own.parameters]
         return found
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the groups that are averaged; none once the optimizer is gone."""
         optimizer = self._optimizer()
         return [] if optimizer is None else [group for group in optimizer.param_groups if group["averaging"]]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Return whether a pass of a module depends on weights, its own or those of modules inside."""
+    return next(module.parameters(), None) is not None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:

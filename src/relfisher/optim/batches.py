@@ -22,7 +22,7 @@ from relfisher.optim.record import Record, is_computed
 from relfisher.shapes import Float
 from relfisher.structures import State
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "Facts", "Stack"]
 
 # A batch has up to as many parameters: more would take memory and save nothing.
 _TOGETHER = 1 << 22
@@ -33,6 +33,27 @@ _KEPT = 1 << 18
 Moving = Sequence[Tensor | None]
 View = Callable[[Tensor], Tensor]
 Facts = tuple[Any, ...]
+
+
+class Stack:
+    """Tensors of several states in one, [L, ...], of which those in the states are views from then on."""
+
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._views: list[Tensor] = []
+
+    def of(self, states: Sequence[State], key: str) -> Tensor:
+        """Return the tensors of this key, stacked; they are stacked anew if one of them was replaced."""
+        own = [state[key] for state in states]
+        if self._whole is None or not all(map(is_, own, self._views)):
+            if len(own) == 1:
+                self._whole, self._views = own[0].unsqueeze(0), own
+            else:
+                self._whole = torch.stack(own)
+                self._views = [self._whole[place] for place in range(len(own))]
+            for state, view in zip(states, self._views, strict=True):
+                state[key] = view
+        return self._whole
 
 
 class Batch:
@@ -51,8 +72,7 @@ class Batch:
         self.records = tuple(records)
         self.layers = tuple(record.layer for record in records)
         self.is_computed = is_computed(self.layers[0])
-        self._keys = tuple(keys)
-        self._stacked: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._stacks = {key: Stack() for key in keys}
         self._kept: _Matrix | None = None
 
     @property
@@ -62,21 +82,7 @@ class Batch:
 
     def state(self, states: Sequence[State]) -> State:
         """Return the tensors of the layers' states, stacked [L, ...]; those of a state become views of them."""
-        return {key: self._together(key, states) for key in self._keys}
-
-    def _together(self, key: str, states: Sequence[State]) -> Tensor:
-        own = [state[key] for state in states]
-        stacked, views = self._stacked.get(key, (None, []))
-        if stacked is None or not all(map(is_, own, views)):
-            if len(own) == 1:
-                stacked, views = own[0].unsqueeze(0), own
-            else:
-                stacked = torch.stack(own)
-                views = [stacked[place] for place in range(len(own))]
-            for state, view in zip(states, views, strict=True):
-                state[key] = view
-            self._stacked[key] = stacked, views
-        return stacked
+        return {key: stack.of(states, key) for key, stack in self._stacks.items()}
 
     def gradient(
         self, moving: Sequence[Moving], dtype: torch.dtype
@@ -96,13 +102,13 @@ class Batch:
         matrix = self._matrix(dtype)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        gradients = [record.gradients(own) for record, own in zip(self.records, moving, strict=True)]
-        for columns, views, own in zip(matrix.columns, self._views, zip(*gradients, strict=True), strict=True):
-            if own[0] is None:
+        given = [record.gradients(own) for record, own in zip(self.records, moving, strict=True)]
+        for columns, views, gradients in zip(matrix.columns, self._views, zip(*given, strict=True), strict=True):
+            if gradients[0] is None:
                 torch._foreach_zero_(list(columns))
             else:
                 targets += columns
-                sources += [view(gradient) for view, gradient in zip(views, own, strict=True)]
+                sources += [view(gradient) for view, gradient in zip(views, gradients, strict=True)]
         return matrix.whole, targets, sources
 
     def room(self, dtype: torch.dtype) -> Tensor | None:

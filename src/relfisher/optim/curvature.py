@@ -94,6 +94,7 @@ class Curvature:
         self.sharing = Sharing(self.ranks, replicate, state_dtype)
         self.events = Events(health, self.observer)
         self.budget: Budget | None = None
+        self._required: list[bool] = []  # of all parameters, as of the last update that looked at what is trained
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the states and the budget, which belong to the optimizer."""
@@ -143,7 +144,7 @@ class Curvature:
         """Set the parameters of a layer that this optimizer does not own, and move the state to the first owned one."""
         record = self.records[layer]
         before = record.key
-        record.not_owned = not_owned
+        record.not_owned, self._required = not_owned, []
         if record.key is not before:
             old = self.states[before]
             moved = {key: old.pop(key) for key in old.keys() - self.ownership.keys_beside(layer)}
@@ -255,6 +256,10 @@ class Curvature:
         self.events.begin(iteration, pending)
         turns = self._turns.refreshes
         turns = [own for place, own in enumerate(turns) if self._schedule.refresh_due(iteration, place, len(turns))]
+        required = [parameter.requires_grad for layer in self.records for parameter in layer.parameters]
+        if not (roles or pending or turns) and required == self._required:
+            return {}
+        self._required = required
         refreshed = {layer for own in turns for layer in own}
         refreshes: list[Refresh] = []
         for layer, record in self.records.items():
@@ -313,6 +318,7 @@ class Curvature:
 
         The gradients that identified a head may have become too small to identify it again.
         """
+        self._required = []
         for layer, record in self.records.items():
             state = self.states[record.key]
             record.trainable_before = [bool(each) for each in state["trainable"]] if "trainable" in state else None
@@ -337,6 +343,8 @@ class Curvature:
     def tell_without_metric(self, iteration: int) -> None:
         """Warn once per layer that has a gradient but was never seen and, at iteration 0, about layers with neither."""
         unseen = [record for record in self.records.values() if record.structure is None]
+        if not unseen:
+            return
         unseen = [record for record in unseen if not self.observer.explains(record.layer)]
         for record in unseen:
             if record.layer.weight.grad is not None and not record.told_without_metric:

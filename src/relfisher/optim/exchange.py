@@ -136,9 +136,9 @@ class SharedRule(StepRule):
             parts = form.parts(mine, move.layers)
             for part, change in zip(parts, torch.split(step.change(), [len(part) for part in parts]), strict=True):
                 part.copy_(change)
-        skipped = Outcome(flags(own, steps)).skipped()
-        if skipped is not None:  # this process owns something
-            mine[0] = skipped
+        taken = Outcome(flags(own, steps)).taken()
+        if taken is not None:  # this process owns something
+            mine[0] = ~taken
         messages = self._sent(mine)
         if self._events.possible:
             heads = [every[1 : 1 + len(own)].tolist() for every, own in zip(messages, form.layers, strict=True)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,34 @@ from relfisher.layers import plain_name
 from relfisher.optim.options import check_moments
 from relfisher.validation import check_bool, check_integer, check_interval, check_rate
 
-__all__ = ["ADAMW", "METRIC", "check_options", "check_progress", "listed", "named", "names_of", "rate", "split"]
+__all__ = [
+    "ADAMW",
+    "METRIC",
+    "OptionChecks",
+    "check_options",
+    "check_progress",
+    "listed",
+    "named",
+    "names_of",
+    "rate",
+    "split",
+]
 
 #: The two kinds of groups.
 METRIC, ADAMW = "metric", "adamw"
+
+# The options that `check_options` looks at.
+_CHECKED = (
+    "lr",
+    "fallback_lr",
+    "fallback_betas",
+    "fallback_eps",
+    "momentum",
+    "averaging",
+    "weight_decay",
+    "damping",
+    "total_steps",
+)
 
 
 def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
@@ -30,7 +55,13 @@ def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
         TypeError: if an option has the wrong type.
     """
     lr = group["lr"]
-    lr = float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.device.type != "cpu":
+            raise TypeError(
+                "lr must be a number, or a tensor of one number on the CPU, which a step reads without waiting for a "
+                f"device; got a tensor of the shape {list(lr.shape)} on {lr.device}"
+            )
+        lr = float(lr)
     if not (running and lr == 0):
         check_rate("lr", lr)
     check_rate("fallback_lr", group["fallback_lr"])
@@ -42,6 +73,25 @@ def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
     check_interval("lr * weight_decay", lr * group["weight_decay"], 0, 1, closed="both")
     if group["total_steps"] is not None:
         check_integer("total_steps", group["total_steps"])
+
+
+class OptionChecks:
+    """Checks the options of groups wherever they were set anew since the last check."""
+
+    def __init__(self) -> None:
+        self._seen: list[list[Any]] = []
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check the options of all groups, of which the learning rate may be 0; as `check_options`."""
+        found = [[group[name] for name in _CHECKED] for group in groups]
+        known = len(found) == len(self._seen) and all(
+            all(map(is_, own, before)) for own, before in zip(found, self._seen, strict=True)
+        )
+        if not known or any(isinstance(group["lr"], Tensor) for group in groups):  # a tensor may change in place
+            self._seen = []
+            for group in groups:
+                check_options(group, running=True)
+            self._seen = found
 
 
 def check_progress(group: Mapping[str, Any]) -> None:

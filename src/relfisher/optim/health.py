@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Health:
         self.failed_refreshes = 0
         self.dropped_batches = 0
         self._skipped_steps = 0
-        self._followed: tuple[int, Tensor] | None = None
+        self._followed: _Followed | None = None
         self._times: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -60,16 +61,18 @@ class Health:
 
     def follow(self, iteration: int, outcome: Outcome) -> None:
         """Count a step that is skipped unless it is finite, without waiting for it."""
-        skipped = outcome.skipped()
-        if skipped is not None:
-            before = 0 if self._followed is None else self._followed[1].to(skipped.device)
-            self._followed = iteration, skipped + before
+        taken = outcome.taken()
+        if taken is not None:
+            steps, before = (
+                (0, taken.new_zeros((), dtype=torch.float32)) if self._followed is None else self._followed[1:]
+            )
+            self._followed = _Followed(iteration, steps + 1, before.to(taken.device) + taken)
 
     def settle(self) -> None:
         """Wait for the steps that are followed, and warn of those that were skipped."""
         if self._followed is not None:
-            (iteration, count), self._followed = self._followed, None
-            for _ in range(int(count)):
+            (iteration, steps, taken), self._followed = self._followed, None
+            for _ in range(steps - int(taken)):
                 self.skipped(iteration, "a gradient or the step itself is not finite")
 
     def failed(self, iteration: int, layer: str) -> None:
@@ -92,6 +95,14 @@ class Health:
             )
 
 
+class _Followed(NamedTuple):
+    """Steps that may have been skipped: the last iteration, their number, and how many were taken, on the device."""
+
+    iteration: int
+    steps: int
+    taken: Tensor
+
+
 def flags(moves: Sequence[Move], steps: Sequence[Step]) -> list[Tensor]:
     """Return booleans [] that are all true if the steps of some moves can be taken."""
     unchecked = [pair for pair in zip(moves, steps, strict=True) if pair[1].is_finite is None]
@@ -106,6 +117,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def finite(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return whether all values of some tensors are finite, for each device one boolean [] that it has."""
+    if not tensors:
+        return []
     values = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors]
     by_device: dict[torch.device, list[Tensor]] = {}
     for each in values:

@@ -26,9 +26,10 @@ def replaced(groups: Sequence[dict[str, Any]], curvature: Curvature) -> bool:
     Raises:
         ValueError: if the optimizer has taken steps or has loaded a state, which is of the parameters of before.
     """
-    model = curvature.model()
-    if model is None or not curvature.ranks.is_late():
+    if not curvature.ranks.is_late():
         return False
+    model = curvature.model()
+    assert model is not None  # it was looked at
     if any(group["iteration"] for group in groups):
         raise ValueError(
             "the model was sharded after its optimizer took steps or loaded a state: call fully_shard first"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 
 from relfisher.optim.rules import Move
@@ -25,17 +28,21 @@ class Momentum:
         return {"momentum": Kept(shape, dtype=self.dtype)}
 
     @staticmethod
-    def added(move: Move, *, nesterov: bool) -> Move:
-        """Return a move with the momentum of its gradient; the new momentum is stored if the step is taken.
+    def added(moves: Sequence[Move], *, nesterov: bool) -> list[Move]:
+        """Return moves with the momentum of their gradients; the new momentum is stored if the step is taken.
 
         Args:
-            move: the move, whose state has the momentum so far, if there is any.
+            moves: the moves, whose states have the momentum so far, if there is any.
             nesterov: True adds the momentum to the gradient once more (Nesterov 1983).
         """
-        last, latest = move.state.get("momentum"), move.latest
-        if last is None:
-            return move
-        velocity = latest.add(last, alpha=move.momentum)
-        return move._replace(
-            gradient=latest.add(velocity, alpha=move.momentum) if nesterov else velocity, velocity=velocity
-        )
+        found, alike = list(moves), defaultdict[float, list[int]](list)
+        for place, move in enumerate(moves):
+            if "momentum" in move.state:
+                alike[move.momentum].append(place)
+        for share, places in alike.items():
+            latest = [moves[place].latest for place in places]
+            velocities = torch._foreach_add(latest, [moves[place].state["momentum"] for place in places], alpha=share)
+            gradients = torch._foreach_add(latest, velocities, alpha=share) if nesterov else velocities
+            for place, gradient, velocity in zip(places, gradients, velocities, strict=True):
+                found[place] = moves[place]._replace(gradient=gradient, velocity=velocity)
+        return found

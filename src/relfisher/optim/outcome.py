@@ -34,22 +34,22 @@ class Outcome:
     def on(self, device: torch.device) -> Tensor:
         """Return the answer on a device, a boolean []."""
         if device not in self._taken:
-            known = next(iter(self._taken.values()), None)
+            known = self.taken()
             self._taken[device] = torch.ones((), dtype=torch.bool, device=device) if known is None else known.to(device)
         return self._taken[device]
 
-    def skipped(self) -> Tensor | None:
-        """Return whether the step is not taken, as 0 or 1 on some device; None if there was nothing to check."""
-        return next(((~flag).float() for flag in self._taken.values()), None)
+    def taken(self) -> Tensor | None:
+        """Return whether the step is taken, a boolean [] on some device; None if there was nothing to check."""
+        return next(iter(self._taken.values()), None)
 
     def restore(self, changed: Tensor, old: Tensor) -> None:
         """Give a tensor its old values back if the step is not taken."""
         torch.where(self.on(changed.device), changed, old, out=changed)
 
     def replace(self, kept: Tensor, new: Tensor) -> None:
-        """Write new values into a tensor."""
+        """Write new values into a tensor; what is not finite among them becomes 0."""
         # Both ends are exact; `where` would take five times as long on a CPU.
-        kept.lerp_(_without_nonfinite(new), self._number(kept, 1.0, 0.0).to(kept.dtype))
+        kept.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), self._number(kept, 1.0, 0.0).to(kept.dtype))
 
     def change(self, direction: Tensor, scale: float | Tensor, room: Tensor | None = None) -> Tensor:
         """Return the change of a tensor by a scaled direction, which is 0 if the step is not taken.
@@ -64,14 +64,13 @@ class Outcome:
             number = number.view(-1, *(1,) * (direction.ndim - 1))
         else:
             number = self._number(direction, scale, 0.0)
-        return torch.mul(_without_nonfinite(direction), number, out=room)
+        return torch.nan_to_num(direction, 0.0, 0.0, 0.0, out=room).mul_(number)
 
     def multiply(self, tensors: Sequence[Tensor], factor: float) -> None:
         """Multiply tensors by a factor."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for own in kinds.values():
+        kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+        for kind in kinds:
+            own = [tensor for tensor in tensors if len(kinds) == 1 or (tensor.device, tensor.dtype) == kind]
             torch._foreach_mul_(own, self._number(own[0], factor, 1.0))
 
     def _number(self, like: Tensor, taken: float, skipped: float) -> Tensor:
@@ -80,13 +79,11 @@ class Outcome:
         if key not in self._numbers:
             device, dtype = key[:2]
             on = self.on(device)
-            self._numbers[key] = torch.where(on, torch.full((), taken, dtype=dtype, device=device), skipped)
+            if (taken, skipped) == (1.0, 0.0):
+                self._numbers[key] = on.to(dtype)
+            else:
+                self._numbers[key] = torch.where(on, torch.full((), taken, dtype=dtype, device=device), skipped)
         return self._numbers[key]
-
-
-def _without_nonfinite(tensor: Tensor) -> Tensor:
-    """Return a tensor with 0 for values that are not finite."""
-    return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 @cache

@@ -35,6 +35,11 @@ __all__ = ["Ranks"]
 _T = TypeVar("_T")
 
 
+def _may_be_several() -> bool:
+    """Return whether this process is one of several that know each other."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 class Ranks:
     """The processes that train a model together: those of `DistributedDataParallel`, or those that hold parts of it.
 
@@ -74,9 +79,11 @@ class Ranks:
             ValueError: if it is not, if processes hold parts of the weights, or if the step is inside of
                 `DistributedDataParallel.join`.
         """
+        if self.together is None and not _may_be_several():
+            return False
         model = self._model()
         self.settle()
-        if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
+        if self.together is None and model is not None:
             if self.is_late():
                 raise ValueError(
                     "the model was sharded after the optimizer was made, which has other parameters: call fully_shard "
@@ -97,10 +104,10 @@ class Ranks:
 
     def is_late(self) -> bool:
         """Return whether the model was sharded since this was made, before the first step."""
+        if self.together is not None or not _may_be_several():
+            return False
         model = self._model()
-        if self.together is None and model is not None and distributed.is_available() and distributed.is_initialized():
-            return bool(mesh_of(model) != self._mesh)
-        return False
+        return model is not None and bool(mesh_of(model) != self._mesh)
 
     def look_again(self) -> None:
         """Find out anew which processes hold parts of the model."""

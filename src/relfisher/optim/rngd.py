@@ -8,21 +8,21 @@ from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
 from relfisher.optim.averaging import Averaging, Lead
-from relfisher.optim.batches import Batches
 from relfisher.optim.binding import Binding
 from relfisher.optim.budget import Budget, check_state_bytes
 from relfisher.optim.checkpoint import loading, saving
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.expected import is_trial
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import ADAMW, METRIC, check_options, listed
+from relfisher.optim.groups import ADAMW, METRIC, OptionChecks, check_options, listed
 from relfisher.optim.health import Health
 from relfisher.optim.late import replaced
+from relfisher.optim.lineup import Lineup
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
 from relfisher.optim.owners import model_of
@@ -58,7 +58,8 @@ class RNGD(Watching, torch.optim.Optimizer):
     Args:
         model: the module to train; its first training forward pass determines the responses of its layers. Where a
             program calls the optimizer with parameters, or groups of them, their module is found in memory, and named.
-        lr: the learning rate; None for the step rule's default.
+        lr: the learning rate, a number or a tensor of one number on the CPU, which may change in place; None for the
+            step rule's default.
         params: the parameters of the model to train, as for any torch optimizer, with or without names, or groups of
             them with their own options; None for all.
         fit: "generalize" for noisy data, where validation matters; "interpolate" for functions and equations, where
@@ -98,7 +99,7 @@ class RNGD(Watching, torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[Any],
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         *,
         params: Iterable[Any] | None = None,
         fit: str | None = None,
@@ -282,7 +283,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._catch_up()
         if is_trial(self.param_groups, self._curvature):
             return loss
-        problem = self._curvature.agree(obstacle(self._curvature, self.param_groups))
+        problem = self._curvature.agree(obstacle(self._curvature, self.param_groups, self._checks))
         if problem is not None:
             self._curvature.observer.drop()
             self._averaging.skip()
@@ -292,11 +293,11 @@ class RNGD(Watching, torch.optim.Optimizer):
             self.health.settle()
         refused = self._curvature.update(self._iteration, self._inversion_of)
         self._binding.refuse(refused, self._curvature.model(), self.param_groups)
-        place, batches = self._binding.place, self._batches
-        moving = moving_layers(self._curvature, batches, self._inversions, place, self.param_groups, self._rule)
+        self._lineup.settle(self._binding.place, self.param_groups)
+        moving = moving_layers(self._lineup, self._curvature, self.param_groups, self._rule)
         rule = self._curvature.sharing.rule(self._rule, self._curvature.events)
         with self._averaging.stepping() as count:
-            outcome = take(moving, self.param_groups, rule, self.state, self._curvature.sharing)
+            outcome = take(moving, self._lineup, self.param_groups, rule, self.state, self._curvature.sharing)
             count(outcome)
         self.health.follow(self._iteration, outcome)
         self._curvature.tell_without_metric(self._iteration)
@@ -371,7 +372,8 @@ class RNGD(Watching, torch.optim.Optimizer):
 
     def _release(self) -> None:
         """Hook the average to the model, and arrange the end of all hooks with that of the optimizer."""
-        self._averaging, self._batches = Averaging(self._curvature.model(), self, self._lead), Batches()
+        self._averaging, self._checks = Averaging(self._curvature.model(), self, self._lead), OptionChecks()
+        self._lineup = Lineup(self._curvature, self._inversions, self._rule)
         for hooked in (self._averaging, self._curvature.observer):
             weakref.finalize(self, hooked.close)
 

@@ -2,62 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from relfisher.layers import Layer
-from relfisher.optim.batches import Batch, Batches
 from relfisher.optim.curvature import Curvature
 from relfisher.optim.fallback import Fallback
-from relfisher.optim.groups import METRIC, check_options, rate
+from relfisher.optim.groups import OptionChecks, rate
 from relfisher.optim.health import all_finite, finite, flags
+from relfisher.optim.lineup import Group, Lineup, Team
 from relfisher.optim.momentum import Momentum
-from relfisher.optim.options import Inversions
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.record import Record
 from relfisher.optim.rounding import Rounding
 from relfisher.optim.rules import Move, StepRule
 from relfisher.optim.sharing import Sharing
 from relfisher.shards import held
-from relfisher.structures import Structure
 
 __all__ = ["Moving", "moving_layers", "obstacle", "take"]
 
-Group = dict[str, Any]
-
 
 class Moving(NamedTuple):
-    """Layers that move together, with their group, their parameters that move, and their move."""
+    """Layers that move together, and their move."""
 
-    batch: Batch
-    group: Group
-    parameters: Sequence[Sequence[Tensor | None]]
+    team: Team
     move: Move
 
-    @property
-    def moved(self) -> list[Tensor]:
-        """The parameters that move."""
-        return [parameter for own in self.parameters for parameter in own if parameter is not None]
 
-
-def moving_layers(
-    curvature: Curvature,
-    batches: Batches,
-    inversions: Inversions,
-    place: Mapping[Layer, int],
-    groups: Sequence[Group],
-    rule: StepRule,
-) -> list[Moving]:
-    """Return the layers that have a gradient and a metric, in batches, without changing what they keep.
+def moving_layers(lineup: Lineup, curvature: Curvature, groups: Sequence[Group], rule: StepRule) -> list[Moving]:
+    """Return the layers that have a gradient and a metric, without changing what they keep.
 
     Args:
+        lineup: the teams of the layers, as of this step.
         curvature: the metrics.
-        batches: the batches of its layers.
-        inversions: how metrics are inverted.
-        place: the index of each layer's group.
         groups: all groups; their highest learning rates are updated.
         rule: the step rule that the moves are for.
     """
@@ -65,54 +44,35 @@ def moving_layers(
         # A scheduler that starts low announces its highest learning rate.
         highest = group.get("max_lr") or group.get("initial_lr") or 0.0
         group["peak_lr"] = max(group["peak_lr"], float(group["lr"]), float(highest))
-    seen: list[tuple[Record, tuple[Any, ...]]] = []
-    for layer, index in place.items():
-        record = curvature.records[layer]
-        if record.structure is not None:
-            weight, has_momentum = layer.weight, bool(groups[index]["momentum"])
-            owner = curvature.sharing.owner.get(layer)
-            facts = record.structure, record.role, index, has_momentum, weight.dtype, weight.device, owner
-            seen.append((record, facts))
-
-    def kind(record: Record, facts: tuple[Any, ...]) -> tuple[Hashable, list[str]]:
-        structure, role, index, has_momentum, *_, owner = facts
-        layer, flat = record.layer, inversions.is_flat(record.layer, role)
-        keys = [] if flat else structure.factors(layer.shape, root=rule.needs_root)
-        owners = (rule, *curvature.ownership.optional) if has_momentum else (rule,)
-        keys += [key for each in owners for key in each.declares(layer.shape)]
-        return (structure.alike, index, flat, _is_head(record), layer.fan_in, owner), keys
-
-    found, targets, sources = [], [], []
+    found: list[Moving] = []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     with curvature.whole_gradients():
-        for batch, parameters in batches.moving(seen, kind):
-            record, structure = batch.records[0], batch.records[0].structure
-            assert structure is not None  # others have no batch
-            group = groups[place[record.layer]]
-            if not curvature.sharing.owns(record.layer):
-                found.append(Moving(batch, group, parameters, _of_another(batch, structure, parameters)))
+        for team, state in zip(lineup.teams, lineup.states(), strict=True):
+            if not team.is_own:
+                found.append(Moving(team, _of_another(team)))
                 continue
-            states = [curvature.state(each, structure) for each in batch.records]
-            if group["momentum"] and any("momentum" not in state for state in states):
-                for layer in batch.layers:
-                    curvature.complete(layer, curvature.ownership.optional)
-            latest, parts, own = batch.gradient(parameters, states[0]["metric"].dtype)
+            batch, group, lr = team.batch, team.group, rate(team.group)
+            metric = batch.records[0].metric_in_use
+            assert metric is not None  # the state was looked up
+            latest, parts, own = batch.gradient(team.parameters, metric.dtype)
             targets += parts
             sources += own
-            lr = rate(group)
             annealing = lr / group["peak_lr"] if group["peak_lr"] else 1.0
-            flat = inversions.is_flat(record.layer, record.role)
-            state, share = batch.state(states), group["momentum"]
+            tensors = state, latest, latest, latest
             move = Move(
-                batch.layers, structure, state, latest, latest, latest, share, lr, annealing, flat, _is_head(record)
+                batch.layers, team.structure, *tensors, group["momentum"], lr, annealing, team.is_flat, team.is_head
             )
-            found.append(Moving(batch, group, parameters, move))
+            found.append(Moving(team, move))
     if targets:
         torch._foreach_copy_(targets, sources)
-    return [each._replace(move=Momentum.added(each.move, nesterov=rule.nesterov)) for each in found]
+    moves = Momentum.added([move for _, move in found], nesterov=rule.nesterov)
+    return [Moving(team, move) for (team, _), move in zip(found, moves, strict=True)]
 
 
 def take(
     moving: Sequence[Moving],
+    lineup: Lineup,
     groups: Sequence[Group],
     rule: StepRule,
     states: Mapping[Tensor, dict[str, Tensor]],
@@ -122,6 +82,7 @@ def take(
 
     Args:
         moving: the layers.
+        lineup: their teams, and the other parameters.
         groups: all groups.
         rule: the step rule.
         states: the states of single parameters.
@@ -133,35 +94,30 @@ def take(
     Raises:
         ValueError: if the rule does not return a step for each move.
     """
-    rest = _without_metric(moving, groups)
-    moves = [each.move for each in moving]
-    kept = [(move.state, rule.declares(move.layers[0].shape)) for move in moves]
-    own = [state[key] for state, keys in kept for key in keys if key in state]
-    before = torch._foreach_clone(own) if own else []
+    rest = [(group, [p for p in parameters if p.grad is not None]) for group, parameters in lineup.rest]
+    before = torch._foreach_clone(lineup.of_rule) if lineup.of_rule else []
+    moves = [move for _, move in moving]
     steps = rule.checked_steps(moves)
-    others = finite([held(p.grad) for _, given in rest for p in given if p.grad is not None])
+    others = finite([held(p.grad) for _, given in rest for p in given])
     outcome = Outcome(flags(moves, steps) + others)
-    for tensor, old in zip(own, before, strict=True):
+    for tensor, old in zip(lineup.of_rule, before, strict=True):
         outcome.restore(tensor, old)
-    for group in groups:
-        if group["weight_decay"] and group["kind"] == METRIC:
-            fixed = {id(p) for each in moving if each.move.is_head and not group["decays_heads"] for p in each.moved}
-            moved = {id(p) for each in moving for p in each.moved} - fixed
-            outcome.multiply(
-                [held(p) for p in group["params"] if id(p) in moved], 1 - rate(group) * group["weight_decay"]
-            )
+    for group, parameters in lineup.decayed:
+        if group["weight_decay"]:
+            outcome.multiply([held(p) for p in parameters], 1 - rate(group) * group["weight_decay"])
     rounding = Rounding(2 * groups[0]["iteration"])
-    targets, changes = [], []
+    targets: list[Tensor] = []
+    changes: list[Tensor] = []
     returned: list[tuple[Record, Tensor]] = []
-    for (batch, _, parameters, move), step in zip(moving, steps, strict=True):
-        if "momentum" in move.state:
-            momentum = move.state["momentum"]
+    for (team, move), step in zip(moving, steps, strict=True):
+        batch, momentum = team.batch, move.state.get("momentum")
+        if momentum is not None:
             outcome.replace(momentum, rounding.rounded(move.velocity, momentum.dtype))
         change = outcome.change(step.direction, step.scale, batch.room(step.direction.dtype))
         if batch.layers[0] in sharing.returned:
             returned += zip(batch.records, change if len(change) else [change] * len(batch.records), strict=True)
             continue
-        its, own_changes = batch.changes(parameters, change)
+        its, own_changes = batch.changes(team.parameters, change)
         targets += its
         changes += own_changes
     its, own_changes = sharing.parts(returned)
@@ -170,43 +126,31 @@ def take(
     if targets:
         torch._foreach_sub_(targets, changes)
     for group, given in rest:
-        Fallback.step(given, [states[p] for p in given], rate(group) * group["fallback_ratio"], group, outcome)
+        if given:
+            Fallback.step(given, [states[p] for p in given], rate(group) * group["fallback_ratio"], group, outcome)
     return outcome
 
 
-def _of_another(batch: Batch, structure: Structure, parameters: Sequence[Sequence[Tensor | None]]) -> Move:
+def _of_another(team: Team) -> Move:
     """Return the move of layers that another process owns, which computes it."""
-    layer = batch.layers[0]
+    batch, layer = team.batch, team.batch.layers[0]
     nothing = torch.empty(0, dtype=layer.dtype, device=layer.weight.device)
     if batch.gathers:
-        batch.gradient(parameters, layer.dtype)  # sends the owner what it needs
-    is_head = _is_head(batch.records[0])
-    return Move(batch.layers, structure, {}, nothing, nothing, nothing, 0.0, 0.0, is_head=is_head)
+        batch.gradient(team.parameters, layer.dtype)  # sends the owner what it needs
+    return Move(batch.layers, team.structure, {}, nothing, nothing, nothing, 0.0, 0.0, is_head=team.is_head)
 
 
-def _is_head(record: Record) -> bool:
-    return record.role is not None and bool(record.role.is_head)
-
-
-def obstacle(curvature: Curvature, groups: Sequence[Group]) -> str | None:
+def obstacle(curvature: Curvature, groups: Sequence[Group], checks: OptionChecks) -> str | None:
     """Return why a step cannot be taken, if an option is out of range or a gradient is not finite; otherwise None.
 
     Gradients are checked here, which the host waits for, if samples are to enter the metric, which must not be those of
     such a gradient, or if several processes must skip together. Otherwise `take` checks them.
     """
     try:
-        for group in groups:
-            check_options(group, running=True)
+        checks.check(groups)
     except ValueError as error:
         return str(error)
     if not curvature.observer.waiting and not curvature.ranks.together:
         return None
     given = [held(p.grad) for group in groups for p in group["params"] if p.grad is not None]
     return None if all_finite(given) else "a gradient is not finite"
-
-
-def _without_metric(moving: Iterable[Moving], groups: Iterable[Group]) -> list[tuple[Group, list[Tensor]]]:
-    """Return the parameters that have a gradient but no metric, by group."""
-    moved = {id(p) for each in moving for layer in each.batch.layers for p in layer.parameters}
-    rest = [(group, [p for p in group["params"] if p.grad is not None and id(p) not in moved]) for group in groups]
-    return [(group, parameters) for group, parameters in rest if parameters]

@@ -12,7 +12,7 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.structures import Kept, State, Structure
 
-__all__ = ["Move", "Step", "StepRule", "by_device", "norms"]
+__all__ = ["Joint", "Move", "Step", "StepRule", "by_device", "norms"]
 
 
 class Move(NamedTuple):
@@ -133,10 +133,40 @@ def by_device(moves: Sequence[Move]) -> list[list[int]]:
     return list(places.values())
 
 
+class Joint(NamedTuple):
+    """What is kept of the layers of several moves, as one tensor.
+
+    Attributes:
+        whole: the tensor, [all layers, ...].
+        parts: the tensors of the moves if it is a copy of them; none if they are its parts.
+    """
+
+    whole: Tensor
+    parts: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, moves: Sequence[Move], key: str) -> Joint:
+        """Return it for a key of the moves' states."""
+        parts = [move.state[key] for move in moves]
+        whole = parts[0]._base  # as the optimizer keeps small tensors
+        if whole is not None and not [None for part in parts if part._base is not whole or part.ndim != whole.ndim]:
+            starts = [part.storage_offset() for part in parts]
+            if starts == sorted(starts) and whole.numel() == sum(part.numel() for part in parts):
+                return cls(whole)
+        return cls(torch.cat(parts), tuple(parts))
+
+    def keep(self, new: Tensor) -> None:
+        """Replace it."""
+        if self.parts:
+            torch._foreach_copy_(self.parts, new.split_with_sizes([len(part) for part in self.parts]))
+        else:
+            self.whole.copy_(new)
+
+
 def norms(fields: Sequence[Tensor]) -> Tensor:
     """Return the norms of the layers of several moves, [all layers]."""
     return torch.stack(torch._foreach_norm([own for field in fields for own in _layers(field)]))
 
 
 def _layers(field: Tensor) -> Sequence[Tensor]:
-    return (field,) if len(field) == 1 else field.unbind(0)
+    return (field,) if field.shape[0] == 1 else field.unbind(0)

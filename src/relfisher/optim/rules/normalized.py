@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relfisher.optim.rules.base import Move, Step, StepRule, by_device, norms
+from relfisher.optim.rules.base import Joint, Move, Step, StepRule, by_device, norms
 from relfisher.structures import Kept
 from relfisher.validation import check_interval, check_rate
 
@@ -96,10 +96,11 @@ class NormalizedRule(StepRule):
     ) -> Sequence[Tensor]:
         """Return the factors of directions of these lengths, for the layers of each move."""
         counts = [len(move.layers) for move in moves]
-        longer, uncorrelated = coherence(velocities, latest, _joint(moves, "uncorrelated"), _share(moves, latest))
-        stats, shortening = self._shortening(_joint(moves, "log_norm_stats"), sizes)
-        for key, new in (("uncorrelated", uncorrelated), ("log_norm_stats", stats)):
-            torch._foreach_copy_([move.state[key] for move in moves], new.split_with_sizes(counts))
+        before, stats = Joint.of(moves, "uncorrelated"), Joint.of(moves, "log_norm_stats")
+        longer, uncorrelated = coherence(velocities, latest, before.whole, _share(moves, latest))
+        new, shortening = self._shortening(stats.whole, sizes)
+        before.keep(uncorrelated)
+        stats.keep(new)
         scales = (longer * shortening / lengths).nan_to_num(0.0, 0.0)
         full = [move.lr * self.rms(move) * _root(move) for move in moves]
         return torch._foreach_mul(scales.split_with_sizes(counts), full)
@@ -126,10 +127,6 @@ def _share(moves: Sequence[Move], like: Tensor) -> float | Tensor:
 def _root(move: Move) -> float:
     """Return the root of the number of parameters of a layer."""
     return math.sqrt(math.prod(move.layers[0].shape))
-
-
-def _joint(moves: Sequence[Move], key: str) -> Tensor:
-    return torch.cat([move.state[key] for move in moves])
 
 
 def coherence(velocity: Tensor, latest: Tensor, uncorrelated: Tensor, share: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -126,9 +126,13 @@ def _by_gram(x: Float[Tensor, "l m n"], iterations: int) -> Float[Tensor, "l m n
     gram = torch.bmm(x, x.mT)
     product = None
     for iteration in range(iterations):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # the polynomial is a I more
         if iteration < iterations - 1:
-            gram = torch.bmm(torch.bmm(factor, gram), factor)
+            half = torch.baddbmm(gram, factor, gram, beta=a)
+            gram = torch.baddbmm(half, half, factor, beta=a)
+        if product is None:
+            product = factor
+            product.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            product = torch.baddbmm(product, factor, product, beta=a)
     return x if product is None else torch.bmm(product, x)
