@@ -6,7 +6,8 @@ from relfisher.layers.discover import Discovery, check_kinds, discover, keepers,
 from relfisher.layers.embedding import EmbeddingLayer
 from relfisher.layers.linear import LinearLayer, LinearOperation, column, own_parameters, whole
 from relfisher.layers.samples import Rows, Sampling
-from relfisher.layers.spread import SpreadOperation, settle_as_spread
+from relfisher.layers.spread import SpreadOperation, is_spread, settle_as_spread
+from relfisher.layers.table import is_table, settle_as_table
 
 __all__ = [
     "Call",
@@ -27,11 +28,14 @@ __all__ = [
     "check_kinds",
     "column",
     "discover",
+    "is_spread",
+    "is_table",
     "keepers",
     "layers_of",
     "own_parameters",
     "plain_name",
     "register_layer",
     "settle_as_spread",
+    "settle_as_table",
     "whole",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.chart import Chart
 from relfisher.layers.linear import LinearLayer, linear_rows, whole
 from relfisher.layers.samples import Rows, Sampling
+from relfisher.layers.table import TABLE, one_hot, table_rows
 
 __all__ = ["EmbeddingBagLayer", "EmbeddingLayer", "EmbeddingOperation", "TableLayer"]
 
@@ -21,7 +22,7 @@ class TableLayer(Layer):
     Positions that hold `padding_idx` are ignored.
     """
 
-    structures = ("diagonal", "shared")
+    structures = TABLE
     sampled = False
 
     @classmethod
@@ -39,19 +40,7 @@ class TableLayer(Layer):
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the sparse one-hot inputs and the outputs."""
-        tokens, z = call.input().reshape(-1), self.pre_activation(call).reshape(-1, self.out)
-        keep = sampling.kept(call.input().shape)
-        if keep is not None:
-            tokens, z = tokens[keep], z[keep]
-        if self.module.padding_idx is not None:
-            real = tokens != self.module.padding_idx
-            tokens, z = tokens[real], z[real]
-        return Rows(self._sparse(torch.arange(len(tokens), device=tokens.device), tokens, len(tokens)), z)
-
-    def _sparse(self, rows: Tensor, tokens: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
-        """Return sparse inputs [n, tokens] with the given weights, or 1, at each (row, token)."""
-        values = torch.ones(len(tokens), device=tokens.device) if weights is None else weights
-        return torch.sparse_coo_tensor(torch.stack([rows, tokens]), values, (count, self.d), check_invariants=False)
+        return table_rows(self, call, sampling, self.module.padding_idx)
 
 
 class EmbeddingLayer(TableLayer):
@@ -162,6 +151,6 @@ class EmbeddingBagLayer(TableLayer):
         if self.module.mode == "mean":
             sizes = torch.bincount(bags, minlength=count).clamp(min=1)
             values = values / sizes[bags]
-        x = self._sparse(bags, tokens, count, values)
+        x = one_hot(bags, tokens, (count, self.d), values)
         keep = sampling.kept((count,))
         return Rows(x, z) if keep is None else Rows(x.index_select(0, keep.nonzero().squeeze(1)), z[keep])

@@ -14,6 +14,7 @@ from relfisher.layers.base import Call, Kinds, Layer, Part
 from relfisher.layers.chart import Chart
 from relfisher.layers.samples import Rows, Sampling
 from relfisher.layers.spread import SpreadOperation, is_spread, spread_rows
+from relfisher.layers.table import is_table, table_rows
 from relfisher.moments import augment
 
 __all__ = [
@@ -90,7 +91,8 @@ class LinearOperation(LinearLayer):
 
     A stack of matrices [stack, out, in] or [stack, in, out], such as those of experts, is a layer in groups. Its first
     use settles which it is, and whether the vector that is named as its bias is added, or that it is spread over
-    samples, such as a table of positions. Until then it has the form of `linear` if the bias fits.
+    samples, such as a table of positions, or that its rows are looked up. Until then it has the form of `linear` if the
+    bias fits.
     """
 
     kinds: ClassVar[Kinds] = ()
@@ -102,8 +104,13 @@ class LinearOperation(LinearLayer):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it multiplies by its matrix, as far as it is known, rather than being spread over samples."""
-        return not is_spread(self)
+        """Whether it multiplies by its matrix, as far as it is known: it is not spread over samples, and no table."""
+        return not (is_spread(self) or is_table(self))
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs of a unit that one sample may have."""
+        return 1 if is_table(self) else self.d
 
     @property
     def bias(self) -> Tensor | None:
@@ -140,8 +147,11 @@ class LinearOperation(LinearLayer):
 
     def rows(self, call: Call, sampling: Sampling) -> Rows:
         """Return the inputs and the outputs, for each matrix of a stack, or for each number that is spread."""
-        if not self.is_linear:
+        if is_spread(self):
             return spread_rows(call, sampling, self.shape[0])
+        if is_table(self):  # an index may count from the end
+            from_start = replace(call, args=(call.input() % self.d,))
+            return table_rows(self, from_start, sampling, call.kwargs["padding_idx"])
         if len(self.shape) == 2:
             return super().rows(call, sampling)
         x, z = (each.transpose(0, 1) for each in sampling.rows(call.input(), self.pre_activation(call), trailing=2))

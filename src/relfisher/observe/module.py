@@ -17,7 +17,7 @@ from relfisher.layers import Call, EmbeddingLayer, Layer, Rows, Sampling, layers
 from relfisher.metric import GroupedMetric, LayerMetric, Metric
 from relfisher.observe.activations import Responses
 from relfisher.observe.hooks import Hook, unobserved
-from relfisher.observe.operations import Operations, unseen_role
+from relfisher.observe.operations import Operations
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.tables import Tables
 from relfisher.observe.trace import Trace
@@ -282,7 +282,7 @@ def _run(
             handle.remove()
     tables.finish()
     roles = roles_of(trace, [*reached, *(layer for layer in trace.misused if layer not in reached)])
-    roles |= {layer: unseen_role(layer) for layer in operations.missed()}
+    roles |= operations.missed()
     heads = [layer for layer in reached if needs_gradient(trace, layer, roles[layer]) and reached[layer].requires_grad]
     trace.forget()
     if loss is not None and heads:

@@ -23,7 +23,7 @@ from relfisher.observe import messages
 from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import inner_hook, is_compiled
-from relfisher.observe.operations import Operations, is_inside, unseen_role
+from relfisher.observe.operations import Operations, is_inside
 from relfisher.observe.passes import Pass, counts
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
@@ -245,6 +245,8 @@ class Observer:
         if not traced and own.model is not None and own.trace is None:
             self._missed.discard(layer)  # trace the next pass
             return
+        if not layer.sampled and isinstance(self._samplers[layer], Reserved):  # it has turned out to be a table
+            self._samplers[layer] = self._sampler(layer)
         sampler, due = self._samplers[layer], self.is_due(layer)
         sampling = sampler.sampling(own.mask)
         rows = layer.rows(call, sampling)
@@ -367,12 +369,12 @@ class Observer:
             layer for layer in self._samplers if layer not in self.roles and layer.is_trained
         } - self._outputs.keys()
 
-    def _refuse(self, trace: Trace, missed: Sequence[Layer]) -> None:
+    def _refuse(self, trace: Trace, missed: Mapping[Layer, Role]) -> None:
         """Drop the layers that cannot have a metric after all, and warn."""
         new = self._samplers.keys() - self.roles.keys()
         tied = roles_of(trace, [layer for layer in trace.misused if layer in new])
         unseen = [layer for layer in missed if layer in new - self._outputs.keys() - tied.keys() and layer.is_trained]
-        refused = {**tied, **{layer: unseen_role(layer) for layer in unseen}}
+        refused = {**tied, **{layer: missed[layer] for layer in unseen}}
         for layer in refused:
             self._layers[layer.module].remove(layer)
             self._outputs.pop(layer, None)

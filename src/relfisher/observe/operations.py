@@ -19,7 +19,7 @@ from relfisher.observe.products import Products
 from relfisher.observe.roles import Role
 from relfisher.observe.spreads import Spreads
 
-__all__ = ["Operations", "is_inside", "unseen_role"]
+__all__ = ["Operations", "is_inside"]
 
 See = Callable[[Layer, Call, Tensor], None]
 
@@ -61,10 +61,11 @@ class Operations:
         opened, self._here.open = self._here.open, []
         return [watch for _, watch in opened if watch is not None]
 
-    def missed(self) -> list[Layer]:
+    def missed(self) -> dict[Layer, Role]:
         """Return the layers whose modules ran since the last call, without an operation on their parameters."""
         watched, self._here.watched = self._here.watched, {}
-        return [layer for layer, found in watched.items() if not found]
+        both, self._here.both = self._here.both, set()
+        return {layer: _unseen_role(layer, is_both=layer in both) for layer, found in watched.items() if not found}
 
     def _enter(self, module: nn.Module, _: object) -> None:
         watch = None
@@ -85,6 +86,7 @@ class Operations:
             if watch is not None:
                 mixed = watch.finish() | _sharing(self._layers[module])
                 self._here.watched.update(dict.fromkeys(mixed, False))
+                self._here.both |= mixed & watch.looked_up
                 watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
                 self._pause(module, paused=False)
 
@@ -96,11 +98,15 @@ class Operations:
 
 
 class _Here(threading.local):
-    """What runs in the present thread: modules with their watches, and which watched layers were found, and alike."""
+    """What runs in the present thread: modules with their watches, and which watched layers were found, and alike.
+
+    Those of `both` were looked up and used in another way as well.
+    """
 
     def __init__(self) -> None:
         self.open: list[tuple[nn.Module, _Watch | None]] = []
         self.watched: dict[Layer, bool] = {}
+        self.both: set[Layer] = set()
 
 
 class _Watch(TorchFunctionMode):
@@ -129,6 +135,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         name = canonical_name(func)
         self._products.before(name, args, kwargs)
+        self._spreads.before(func, name, args, kwargs)
         result = func(*args, **kwargs)
         self._computations.after(func, args, kwargs, result)
         with torch._C.DisableTorchFunction():  # what is done here is no use of a tensor
@@ -151,7 +158,13 @@ class _Watch(TorchFunctionMode):
     def finish(self) -> set[Layer]:
         """See what the module returned; return the layers that it used in different ways."""
         self._products.finish()
+        self._spreads.finish()
         return self._products.mixed | self._spreads.mixed | self._mixed
+
+    @property
+    def looked_up(self) -> set[Layer]:
+        """The layers of which rows were looked up."""
+        return self._spreads.lookups.layers
 
 
 def _sharing(layers: Sequence[Layer]) -> set[Layer]:
@@ -169,9 +182,11 @@ def is_inside(layer: Layer, others: Iterable[Layer]) -> bool:
     return any(named < set(other.names) for other in others if other.module is layer.module)
 
 
-def unseen_role(layer: Layer) -> Role:
-    """Return the role of a layer whose module ran without its operation."""
+def _unseen_role(layer: Layer, *, is_both: bool) -> Role:
+    """Return the role of a layer whose module ran without its operation, or looked rows up in it and did more."""
     missing = f"pass it to {layer.operation}"
-    if isinstance(layer, LinearOperation | SpreadOperation):
-        missing = "multiply inputs by it or add it to them, or not always in the same way"
+    if is_both:
+        missing = "only look up its rows: use nn.Embedding, by which a function may multiply as well"
+    elif isinstance(layer, LinearOperation | SpreadOperation):
+        missing = "look up its rows, multiply inputs by it or add it to them, or not always in the same way"
     return Role(layer.own_response, refused=f"its module does not {missing}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relfisher.layers import EmbeddingLayer, Layer
+from relfisher.layers import EmbeddingLayer, Layer, LinearOperation, is_table
 from relfisher.observe.trace import Trace
 from relfisher.responses import UnitResponse
 
@@ -57,6 +57,8 @@ def _role(trace: Trace, layer: Layer) -> Role:
         reason = f"tied: {misused} uses its parameters outside its own calls"
         if isinstance(layer, EmbeddingLayer):
             reason += f": make the head a Linear, and write head.weight = {layer.name}.weight"
+        elif isinstance(layer, LinearOperation) and is_table(layer):
+            reason += ": use nn.Embedding, by which a function may multiply as well"
         return Role(layer.own_response, refused=reason)
     if not layer.followed:
         return Role(layer.own_response, reads_input=reads_input)

@@ -1,4 +1,7 @@
-"""Parameters that are spread over samples: multiply data element by element, are added to them or put beside them."""
+"""Parameters that are spread over samples: multiply data element by element, are added to them or put beside them.
+
+Rows that are looked up may be spread, too, such as relative positions. What becomes of them shows which it is.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from relfisher.layers import Call, Chart, Layer, settle_as_spread
+from relfisher.layers import Call, Chart, Layer, LinearOperation, is_spread, is_table, settle_as_spread
 from relfisher.observe.activations import RESHAPING
 from relfisher.observe.computations import Computations
+from relfisher.observe.lookups import Lookup, Lookups, lookup
+from relfisher.observe.takers import tensors_in
 
 __all__ = ["Spreads"]
 
@@ -23,6 +28,9 @@ _MOVING = RESHAPING.union(
 
 # Attributes that do.
 _TURNS = ("T", "mT")
+
+# These look at a tensor alone.
+_LOOKS = frozenset("size dim numel len stride is_contiguous is_floating_point".split())
 
 # These leave numbers where they are.
 _KEEPING = frozenset("contiguous clone to type float double half bfloat16 cpu cuda".split())
@@ -53,6 +61,7 @@ class _Own(NamedTuple):
         counted: all places in order, of which these may be a view.
         chart: how the tensor is computed from parameters; None if it is moved alone.
         tensor: the tensor.
+        lookup: the lookup of rows that it comes from; None if there was none.
     """
 
     layer: Layer
@@ -60,10 +69,11 @@ class _Own(NamedTuple):
     counted: Tensor
     chart: Chart | None
     tensor: Tensor
+    lookup: Lookup | None = None
 
 
 class Spreads:
-    """The parameters that are spread over samples inside of one call of their module.
+    """The parameters that are spread over samples, or looked up, inside of one call of their module.
 
     Args:
         layers: the layers that may turn out to be spread.
@@ -72,6 +82,7 @@ class Spreads:
 
     Attributes:
         mixed: the layers with other uses.
+        lookups: those that were looked up.
         kept: as for `Products`.
     """
 
@@ -80,17 +91,35 @@ class Spreads:
         self._named = {layer.parts[0].attribute: layer for layer in self._layers.values()}
         self._moved: dict[int, _Own] = {}
         self.kept = (self._moved,)
+        self._open: dict[int, _Own] = {}  # rows that were only moved so far, by what was looked up
+        self.lookups = Lookups(see)
         self._uses: dict[Layer, tuple[Chart | None, bool]] = {}
         self._computations = computations
         self._see = see
         self.mixed: set[Layer] = set()
 
+    def before(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """See the rows that a function is about to use, unless it moves them or may spread them."""
+        if not self._open or name in _LOOKS or _is_read(func, name):
+            return
+        with torch._C.DisableTorchFunction():  # what is done here is no use of a tensor
+            for each in tensors_in([*args, *kwargs.values()]):
+                own = self._moved.get(id(each))
+                if own is not None and own.lookup is not None and not _may_spread(own, own.lookup, name, args):
+                    self._use(own.layer, own.lookup, each)
+
     def after(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> bool:
         """Note what a function made; return whether it moved or spread a parameter."""
-        if not self._layers or (name == "get" and func.__self__.__name__ not in _TURNS):  # type: ignore[attr-defined]
+        if not self._layers or _is_read(func, name):
             return False
+        found = lookup(name, args, kwargs, result)
+        if found is not None and not self._computations.holds(found.tokens):
+            layer = self._layers.get(id(found.table))
+            if isinstance(layer, LinearOperation) and not is_spread(layer):
+                self._look_up(layer, found, is_sure=name == "embedding")
+                return True
         first = self._own(args[0]) if args else None
         if first is not None and first.chart is None and name in _MOVING:
             self._move(first, func, name, args, kwargs, result)
@@ -110,14 +139,40 @@ class Spreads:
             own = self._moved.get(id(each))
             names = self._computations.names(each)
             self.mixed |= {self._named[key] for key in names if key in self._named}
-            self.mixed |= set() if own is None else {own.layer}
+            if own is not None and own.lookup is not None:
+                self._use(own.layer, own.lookup, each)
+            elif own is not None:
+                self.mixed.add(own.layer)
+
+    def finish(self) -> None:
+        """See the rows that nothing has used."""
+        for own in list(self._open.values()):
+            if own.lookup is not None:
+                self._use(own.layer, own.lookup, own.tensor)
+        self.mixed |= self.lookups.mixed
+
+    def _look_up(self, layer: Layer, found: Lookup, *, is_sure: bool) -> None:
+        """Note rows that were looked up; see them at once if it is sure that they are not spread."""
+        if is_sure or is_table(layer):
+            self._use(layer, found, found.z)
+            return
+        counted = torch.arange(found.table.numel(), device=found.table.device)
+        places = counted.view(found.table.shape)[found.tokens]
+        own = _Own(layer, places, counted, None, found.z, found)
+        self._open[id(found.z)] = self._moved[id(found.z)] = own
+
+    def _use(self, layer: Layer, found: Lookup, rows: Tensor) -> None:
+        """See rows that are used as those of a table; they are data from then on."""
+        self._open.pop(id(found.z), None)
+        self.lookups.see(layer, found, rows)
 
     def _own(self, tensor: Any) -> _Own | None:
         """Return of which parameter a tensor holds the numbers; None if of none."""
         if not isinstance(tensor, Tensor):
             return None
         if id(tensor) in self._moved:
-            return self._moved[id(tensor)]
+            own = self._moved[id(tensor)]
+            return None if self.lookups.has(own.lookup) else own
         layer, chart = self._layers.get(id(tensor)), None
         if layer is None:
             chart = self._computations.chart(tensor)
@@ -144,7 +199,9 @@ class Spreads:
         several = isinstance(result, tuple | list)
         for each, places in zip(result if several else [result], moved if several else [moved], strict=True):
             if each.shape == places.shape and places.dtype == torch.int64:
-                self._moved[id(each)] = own._replace(places=places, tensor=each)
+                self._moved[id(each)] = now = own._replace(places=places, tensor=each)
+                if own.lookup is not None and id(own.lookup.z) in self._open:
+                    self._open[id(own.lookup.z)] = now
 
     def _join(self, name: str, one: Any, other: Any, result: Tensor) -> bool:
         """See the sum or the product of a parameter with data; return False if it is none."""
@@ -189,12 +246,41 @@ class Spreads:
 
     def _spread(self, own: _Own, x: Tensor | None, output: Tensor, z: Tensor) -> bool:
         """See a use of a parameter: its output, and the tensor that holds it."""
+        if own.lookup is not None:
+            self._open.pop(id(own.lookup.z), None)
         use = own.chart, x is None
         if self._uses.setdefault(own.layer, use) == use and settle_as_spread(own.layer, own.chart):
             self._see(own.layer, Call((own.places, x, own.counted), {}, output), z)
         else:
             self.mixed.add(own.layer)
         return True
+
+
+def _is_read(func: Callable[..., Any], name: str) -> bool:
+    """Return whether a function reads an attribute that holds no moved numbers."""
+    return name == "get" and func.__self__.__name__ not in _TURNS  # type: ignore[attr-defined]  # a method
+
+
+def _may_spread(own: _Own, found: Lookup, name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether a function moves rows that were looked up, or takes them in another shape than data.
+
+    Rows in the shape of the data that they are added to, or put beside as they are, are those of an embedding.
+    """
+    if name in _MOVING and args and args[0] is own.tensor:
+        return True
+    as_they_are = own.tensor.shape == found.z.shape
+    match name, args:
+        case (("add" | "sub" | "mul"), (Tensor() as one, Tensor() as other)):
+            return not (as_they_are and all(_fits(each.shape, found.z.shape) for each in (one, other)))
+        case (("cat" | "concat" | "concatenate"), _):
+            return not as_they_are
+    return False
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Return whether a tensor of a shape is added to one of another without making it larger."""
+    pairs = zip(shape[::-1], into[::-1], strict=False)
+    return len(shape) <= len(into) and all(mine in (1, its) for mine, its in pairs)
 
 
 def _normalized(func: Callable[..., Any], given: Mapping[str, Any]) -> Tensor:
