@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tables import tell
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD, MetricOptions
@@ -69,11 +70,7 @@ def main() -> None:
         counts = [counted(make, depth) for depth in DEPTHS]
         rows.append([name, *(f"{number:,}" for pair in counts for number in pair)])
     header = ["", *(f"{what}, {depth} layers" for depth in DEPTHS for what in ("operations", "reads"))]
-    table = markdown(header, rows)
-    print(table)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(table)
+    tell(markdown(header, rows), out)
 
 
 if __name__ == "__main__":

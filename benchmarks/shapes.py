@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tables import tell
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
@@ -232,10 +233,7 @@ def main():
     table = markdown(HEADER, [row(name) for name in MODELS])
     if given.step:
         table += "\n" + measured() + "\n"
-    print(table)
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "table.md").write_text(table)
+    tell(table, given.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from tables import tell
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
@@ -161,11 +162,7 @@ def main() -> None:
     out = parser.parse_args().out
     header = ["", "collects nothing", "collects, but takes nothing", "collects", "evaluation, batch 1", "an idle mode"]
     rows = [[name, *(f"{ratio:.2f} (+{more})" for ratio, more in measured(*given))] for name, given in MODELS.items()]
-    table = markdown(header, rows)
-    print(table)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(table)
+    tell(markdown(header, rows), out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from builders import inputs, moves, normed_mlp, step, structures
 from torch import nn
 
 from relfisher import RNGD, AdamWOptions, MetricOptions, TrustRegion
+from relfisher.optim.groups import OptionChecks, check_options
 from relfisher.structures import SharedBlock
 
 
@@ -147,3 +148,27 @@ def test_a_group_without_parameters_stays_one():
 def test_what_is_no_group_is_named(group):
     with pytest.raises(TypeError, match="parameter"):
         RNGD(normed_mlp(), params=[group])
+
+
+def test_a_step_checks_the_options_that_were_set_anew():
+    """What `check_options` looks at is what is compared with the step before."""
+    looked_at = set()
+
+    class Recording(dict):
+        def __getitem__(self, key):
+            looked_at.add(key)
+            return super().__getitem__(key)
+
+    check_options(Recording(RNGD(nn.Linear(2, 2), total_steps=5).param_groups[0]))
+    checks, found = OptionChecks(), set()
+
+    class Compared(Recording):
+        def __getitem__(self, key):
+            found.add(key)
+            return dict.__getitem__(self, key)
+
+    groups = [Compared(RNGD(nn.Linear(2, 2)).param_groups[0])]
+    checks.check(groups)
+    found.clear()
+    checks.check(groups)
+    assert found == looked_at

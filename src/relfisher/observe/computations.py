@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from relfisher.layers import Chart, Computed, Leaf, Recorded, own_parameters
 from relfisher.observe.activations import canonical_name, without_wrapper
-from relfisher.observe.takers import tensors_in
+from relfisher.observe.takers import all_tensors, tensors_in
 
 __all__ = ["Computations", "concerns"]
 
@@ -43,7 +43,7 @@ class Computations:
 
     def after(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note what a function made of parameters, buffers and constants alone."""
-        given = list(_tensors([*args, *kwargs.values()]))
+        given = list(all_tensors([*args, *kwargs.values()]))
         if not any(id(each) in self._nodes for each in given):
             return
         made = result if isinstance(result, tuple) else (result,)
@@ -125,14 +125,6 @@ def concerns(kept: Iterable[Container[int]], values: Iterable[Any]) -> bool:
 
 def _item(several: tuple[Tensor, ...], place: int) -> Tensor:
     return several[place]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _changes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
