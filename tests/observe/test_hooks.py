@@ -2,11 +2,11 @@
 
 import gc
 import math
-import os
 import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from builders import (
 )
 from torch import nn
 
+import relfisher
 from relfisher import RNGD, MetricOptions, module_metric, plan
 from relfisher.observe import ResponseWarning
 from relfisher.optim import HealthWarning
@@ -408,10 +409,10 @@ def test_layers_that_never_run_are_awaited_until_the_end(end):
 
 def library_calls(run):
     """How many functions of the library a call runs."""
-    found = []
+    found, library = [], str(Path(relfisher.__file__).parent)
 
     def note(frame, event, _):
-        if event == "call" and f"{os.sep}relfisher{os.sep}" in frame.f_code.co_filename:
+        if event == "call" and frame.f_code.co_filename.startswith(library):
             found.append(frame.f_code.co_name)
 
     sys.setprofile(note)
