@@ -1,13 +1,15 @@
 """Plan RNGD for models too large for this machine, beside other optimizers by their formulas; take one step of GPT-2.
 
-    python benchmarks/shapes.py [--out results/shapes] [--step]
+    python benchmarks/shapes.py [--out results/shapes] [--step] [--launches]
 
 The models have the shapes of GPT-2 124M, a Llama of 7 billion parameters, ResNet-50 and ViT-B/16, and no memory: they
 are on the meta device. State is in numbers per parameter. Adam keeps 2; Muon keeps 1 for matrices of blocks, and 2 for
 the rest; SOAP keeps 2, and for an m x n matrix 2 (m^2 + n^2); Shampoo 1, and 2 (m^2 + n^2); both leave sides wider than
 10,000 out. Operations are those that multiply a matrix: of RNGD the products with inverses and five iterations for the
 polar factor, of Muon the latter. Those of a refresh are per step, one in 200. `--step` takes steps of GPT-2 124M in
-memory, and compares the state and the growth of the process with the plan.
+memory, and compares the state and the growth of the process with the plan. `--launches` takes steps of all models but
+the Llama, and counts what a step without statistics dispatches, with layers in batches as on a GPU, where each
+operation is a launch.
 """
 
 import argparse
@@ -16,17 +18,28 @@ import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+from operations import OPTIMIZERS, WARM_UP
 from tables import tell
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
 import relfisher
+from relfisher.optim import batches, refreshing
+from relfisher.optim.batches import how_many
+from relfisher.optim.rules.spectral import polar_operations
 from relfisher.studies.networks import Transformer
+from relfisher.studies.operations import fewest
 from relfisher.studies.report import markdown
 
-WIDEST, INTERVAL, ITERATIONS = 10_000, 200, 5
+SMALL = {
+    "GPT-2 124M": torch.zeros(1, 16, dtype=torch.long),
+    "ResNet-50": torch.zeros(2, 3, 64, 64),
+    "ViT-B/16": torch.zeros(1, 3, 64, 64),
+}
+WIDEST, INTERVAL = 10_000, 200
 GPT2 = (50_304, 1024, 768, 12)
 
 
@@ -113,10 +126,8 @@ MODELS = {
 
 
 def polar(m, n):
-    """Return the operations of the iterations for the polar factor of an m x n matrix, as they are chosen."""
-    m, n = sorted((m, n))
-    along = 4 * m * m * n + (2 * ITERATIONS + 3 * (ITERATIONS - 1)) * 2 * m**3
-    return along if n > 1.5 * m else ITERATIONS * (4 * m * m * n + 2 * m**3)
+    """Return the operations of the iterations for the polar factor of an m x n matrix, the way that takes fewer."""
+    return min(polar_operations(*sorted((m, n))))
 
 
 class Matrix(NamedTuple):
@@ -224,13 +235,49 @@ def measured():
     )
 
 
+def as_launched(numbers, _):
+    """Return how many layers are computed together where operations are launches."""
+    return how_many(numbers, torch.device("cuda"))
+
+
+def launches(name, x):
+    """Return the line of a model: the operations of a step of each optimizer."""
+    found = []
+    for kind, optimizer_of in OPTIMIZERS.items():
+        torch.manual_seed(0)
+        model = MODELS[name][0]()
+        if kind == "Muon" and name == "ResNet-50":  # torch's Muon takes no convolutions
+            found.append("-")
+            continue
+        optimizer = optimizer_of(model)
+
+        def run(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            logits = model(x).flatten(0, -2)
+            cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+            optimizer.step()
+
+        for _ in range(WARM_UP):
+            run()
+        found.append(f"{fewest(optimizer, run, 2)[0]:,}")
+    return [name, *found]
+
+
 def main():
     """Plan, measure, and write the table."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path)
     options.add_argument("--step", action="store_true")
+    options.add_argument("--launches", action="store_true")
     given = options.parse_args()
     table = markdown(HEADER, [row(name) for name in MODELS])
+    if given.launches:
+        with (
+            mock.patch.object(batches, "how_many", as_launched),
+            mock.patch.object(refreshing, "how_many", as_launched),
+        ):
+            rows = [launches(name, x) for name, x in SMALL.items()]
+        table += "\n" + markdown(["operations of a step without statistics", *OPTIMIZERS], rows)
     if given.step:
         table += "\n" + measured() + "\n"
     tell(table, given.out)

@@ -91,6 +91,10 @@ def trained(model, optimizer, first, steps, idle=lambda _: ()):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def one_by_one(*_):
+    return 1
+
+
 def options(rule, structure):
     return {"step_rule": rule, "metric": MetricOptions(structure=structure, stats_interval=2, refresh_interval=3)}
 
@@ -104,22 +108,28 @@ def options(rule, structure):
 )
 def test_steps_do_not_depend_on_how_layers_are_batched(kinds, rule, structure, together):
     weights = []
-    for most in (batches._TOGETHER, together):
+    for how_many in (batches.how_many, lambda numbers, _: max(1, together // numbers)):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(batches, "_TOGETHER", most)
+            patched.setattr(batches, "how_many", how_many)
             model = tower(kinds)
             weights.append(trained(model, RNGD(model, **options(rule, structure)), 0, 7))
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+def test_batches_are_larger_where_an_operation_is_a_launch():
+    layer = 768 * 3073
+    assert [batches.how_many(layer, torch.device(name)) for name in ("cpu", "cuda")] == [1, 28]
+    assert [batches.how_many(1 << 30, torch.device(name)) for name in ("cpu", "cuda")] == [1, 1]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_layers_without_a_gradient_stay_where_they_are_and_others_of_their_batch_move(rule):
     kinds = ["linear", "linear", "linear", "norm", "norm"]
     weights = []
-    for most in (batches._TOGETHER, 1):
+    for how_many in (batches.how_many, one_by_one):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(batches, "_TOGETHER", most)
+            patched.setattr(batches, "how_many", how_many)
             model = tower(kinds)
             optimizer = RNGD(model, averaging=0.0, weight_decay=0.0, **options(rule, "shared"))
             trained(model, optimizer, 0, 4)
@@ -194,9 +204,9 @@ class Unhashable(SharedBlock):
 @pytest.mark.parametrize("derived", [Multiple, Unhashable])
 def test_derived_structures_are_like_none_but_themselves(derived):
     weights = []
-    for most in (batches._TOGETHER, 1):
+    for how_many in (batches.how_many, one_by_one):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(batches, "_TOGETHER", most)
+            patched.setattr(batches, "how_many", how_many)
             model = tower(["linear"] * 3)
             structures = {f"branches.{place}": derived(place + 1) for place in range(3)}
             metric = MetricOptions(structure=structures)

@@ -8,10 +8,12 @@ from builders import inputs, mlp, normed_mlp, train, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from relfisher import RNGD, MetricOptions
 from relfisher.layers import discover
 from relfisher.optim.rules import Move, Normalized, Spectral, TrustRegion, polar_factor
+from relfisher.optim.rules.spectral import polar_operations
 from relfisher.responses import LinearGaussian
 from relfisher.structures import Diagonal, Inversion, NeuronBlocks, Samples, SharedBlock
 
@@ -200,7 +202,15 @@ def test_polar_factors_of_tiny_matrices_are_finite(size):
     assert float(factor.norm()) < 1.3
 
 
-@pytest.mark.parametrize("shape", [(130, 131), (400, 129), (2, 140, 300)])
+@given(m=st.integers(1, 9), longer=st.integers(0, 40), iterations=st.integers(1, 6))
+def test_operations_of_polar_factors_are_those_of_their_products(m, longer, iterations):
+    matrix = inputs(m, m, m + longer)
+    with FlopCounterMode(display=False) as counted:
+        polar_factor(matrix, iterations)
+    assert counted.get_total_flops() == min(polar_operations(m, m + longer, iterations))
+
+
+@pytest.mark.parametrize("shape", [(130, 131), (400, 129), (2, 140, 300), (130, 700)])
 def test_wide_polar_factors_in_single_precision_are_those_in_double_precision_up_to_a_few_per_cent(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact, near = polar_factor(matrix), polar_factor(matrix.float())

@@ -71,8 +71,8 @@ def test_a_step_with_refreshes_reads_once_for_all():
 @pytest.mark.parametrize("structure", ["auto", "shared", "neuron", "kronecker"])
 def test_refreshes_together_are_those_of_single_layers(rule, structure, monkeypatch):
     weights = []
-    for most in (refreshing._TOGETHER, 1):
-        monkeypatch.setattr(refreshing, "_TOGETHER", most)
+    for how_many in (refreshing.how_many, lambda *_: 1):
+        monkeypatch.setattr(refreshing, "how_many", how_many)
         metric = MetricOptions(structure={"Linear": structure}, stats_interval=2, refresh_interval=3)
         model, _ = transformer(3)
         model = model.double()

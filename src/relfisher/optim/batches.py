@@ -22,10 +22,7 @@ from relfisher.optim.record import Record, is_computed
 from relfisher.shapes import Float
 from relfisher.structures import State
 
-__all__ = ["Batch", "Batches", "Facts", "Stack"]
-
-# A batch has up to as many parameters: more would take memory and save nothing.
-_TOGETHER = 1 << 22
+__all__ = ["Batch", "Batches", "Facts", "Stack", "how_many"]
 
 # The tensor of the gradients is kept from step to step if it has up to as many numbers.
 _KEPT = 1 << 18
@@ -219,10 +216,24 @@ class Batches:
                 by_kind[kind, layer.shape, shapes, layer.dtype, layer.weight.device].append(record)
         self._families = []
         for records in by_kind.values():
-            most = max(1, _TOGETHER // math.prod(records[0].layer.shape))
+            layer = records[0].layer
+            most = how_many(math.prod(layer.shape), layer.weight.device)
             parts = [records[start : start + most] for start in range(0, len(records), most)]
             self._families += [Batch(part, kinds[part[0]][1]) for part in parts]
         self._alone = {record: Batch([record], keys) for record, (_, keys) in kinds.items()}
+
+
+def how_many(numbers: int, device: torch.device) -> int:
+    """Return how many layers of so many numbers are computed together.
+
+    On a CPU, more than four million numbers would take memory and save nothing. Elsewhere each operation is a launch,
+    which is worth the memory of 16 times as many.
+
+    Args:
+        numbers: the numbers of a layer that one operation is for.
+        device: where they are.
+    """
+    return max(1, (1 << (22 if device.type == "cpu" else 26)) // numbers)
 
 
 def _views(layer: Layer) -> list[tuple[View, tuple[int, ...]]]:

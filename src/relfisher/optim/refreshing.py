@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from relfisher.layers import Layer
+from relfisher.optim.batches import how_many
 from relfisher.optim.record import Record
 from relfisher.structures import Inversion, State, Structure, refresh_together
 
 __all__ = ["Refresh", "failed"]
-
-# Factors of up to as many numbers are computed together: more would take memory and save nothing.
-_TOGETHER = 1 << 22
 
 
 class Refresh(NamedTuple):
@@ -48,8 +46,8 @@ def failed(refreshes: Sequence[Refresh]) -> list[Layer]:
             kinds[each.kind].append(each)
     flags: dict[torch.device, list[tuple[list[Refresh], Tensor]]] = defaultdict(list)
     for alike in kinds.values():
-        first = alike[0]
-        most = max(1, _TOGETHER // first.structure.numbers(first.record.layer.shape))
+        first, layer = alike[0], alike[0].record.layer
+        most = how_many(first.structure.numbers(layer.shape), layer.weight.device)
         for start in range(0, len(alike), most):
             own = alike[start : start + most]
             good = refresh_together(
