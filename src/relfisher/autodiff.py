@@ -266,7 +266,8 @@ def _flatten(parameters: Parameters) -> tuple[Tensor, tuple[int, ...], Callable[
         check_finite("parameters", parameters)
         shape = tuple(parameters.shape)
         return parameters.detach().reshape(-1), shape or (1,), lambda flat: flat.reshape(shape)
-    check_instance("parameters", parameters, Mapping)
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters must be a tensor or a mapping from names to tensors, got {parameters!r}")
     if not parameters:
         raise ValueError("parameters must not be empty, got no tensor")
     for name, parameter in parameters.items():

@@ -51,7 +51,7 @@ def test_plan_prints_a_row_a_layer(capsys):
     assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "shared"]
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--loss", "factories:softmax"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2].split()[:4] == ["2", "2x5", "LinearGaussian", "kronecker"]
+    assert rows[2].split()[:6] == ["2", "2x5", "LinearGaussian,", "softmax", "head", "kronecker"]
     assert call(["plan", "--model", "factories:bare", "--inputs", "5x6", "--world-size", "2"]) == 0
     assert "2 processes that share out the work" in capsys.readouterr().out
     for mesh, world in (("2x2", []), ("4", ["--world-size", "4"])):

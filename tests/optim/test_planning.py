@@ -349,6 +349,10 @@ def test_a_plan_that_is_given_the_loss_knows_a_softmax_head(loss, head):
     assert [layer.chosen.structure for layer in plan(model, x, loss=loss)] == ["diagonal", head]
     said = {row.subsystem: row.structure for row in coverage(model, x, loss=loss)}
     assert said == {"0": "diagonal", "2": head}
+    heads = [row.is_head for row in plan(model, x, loss=loss)]
+    assert heads == [row.is_head for row in coverage(model, x, loss=loss)][::2] == [False, head == "kronecker"]
+    for told in (plan(model, x, loss=loss), coverage(model, x, loss=loss)):
+        assert ("LinearGaussian, softmax head" in str(told)) == any(heads)
     if loss is not None:
         optimizer = RNGD(model)
         loss(model(x)).backward()
@@ -413,6 +417,13 @@ def test_models_are_called_with_keywords_too():
     model, tokens = net()
     assert len(list(plan(model, (tokens,)))) == 9
     assert str(plan(model, {"tokens": tokens})) == str(plan(model, (tokens,)))
+
+
+@pytest.mark.parametrize("asked", [plan, coverage])
+def test_several_inputs_are_one_argument(asked):
+    model, tokens = net()
+    with pytest.raises(TypeError, match="inputs must be one argument: a tuple"):
+        asked(model, tokens, tokens)
 
 
 def test_the_model_is_left_as_it_was():

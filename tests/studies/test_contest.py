@@ -151,7 +151,7 @@ def test_the_average_is_in_the_model_while_it_is_evaluated():
 
 
 @pytest.mark.usefixtures("noise")
-@pytest.mark.parametrize("name", [name for name in CONTESTS if WORKLOADS[CONTESTS[name].workload].kind != "subwords"])
+@pytest.mark.parametrize("name", CONTESTS)
 def test_samples_are_cut_evenly(name):
     contest = CONTESTS[name]
     whole = samples(WORKLOADS[contest.workload].kind, "noise")

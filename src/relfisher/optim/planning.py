@@ -69,6 +69,7 @@ class LayerPlan:
             its structure is provisional.
         chosen: its structure.
         others: the other structures that it supports.
+        is_head: whether its outputs were seen to be the logits of a softmax, which needs the loss.
     """
 
     name: str
@@ -77,6 +78,7 @@ class LayerPlan:
     samples: int
     chosen: Choice
     others: tuple[Choice, ...]
+    is_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Plan:
             (
                 layer.name,
                 "x".join(map(str, layer.shape)),
-                type(layer.response).__name__ if layer.samples else "not reached",
+                _named(type(layer.response).__name__, layer.is_head) if layer.samples else "not reached",
                 layer.chosen.structure,
                 size(layer.chosen.bytes, "B", 1024),
                 size(layer.chosen.step, "FLOP"),
@@ -212,6 +214,7 @@ def plan(
                 count,
                 Choice.of(layer, chosen, counted),
                 tuple(Choice.of(layer, other, counted) for other in others),
+                bool(role.is_head),
             )
         )
     following = (found.roles[layer].following for layer in structures)
@@ -241,6 +244,7 @@ class ParameterCoverage:
         response: the response of the layer's units, or "".
         structure: the structure of the layer's metric, or "".
         reason: the reason why it is not trained with a metric, or "".
+        is_head: whether the layer's outputs were seen to be the logits of a softmax, which needs the loss.
     """
 
     name: str
@@ -250,6 +254,7 @@ class ParameterCoverage:
     response: str = ""
     structure: str = ""
     reason: str = ""
+    is_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ class Coverage:
                 "x".join(map(str, each.shape)),
                 each.by,
                 each.subsystem,
-                each.response,
+                _named(each.response, each.is_head),
                 each.structure,
                 each.reason,
             )
@@ -322,7 +327,13 @@ def coverage(
         elif layer not in found.samples:
             rows.append(ParameterCoverage(name, shape, "adamw", layer.name, reason="not reached by these inputs"))
         else:
-            response = type(found.roles[layer].response).__name__
-            label = found.structures[layer].label(layer.shape)
-            rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label))
+            role = found.roles[layer]
+            response, label = type(role.response).__name__, found.structures[layer].label(layer.shape)
+            is_head = bool(role.is_head)
+            rows.append(ParameterCoverage(name, shape, "metric", layer.name, response, label, is_head=is_head))
     return Coverage(tuple(rows))
+
+
+def _named(response: str, is_head: bool) -> str:
+    """Return the name of a response in a table."""
+    return f"{response}, softmax head" if is_head else response

@@ -47,8 +47,15 @@ def surveyed(
 
     Returns:
         What its layers are.
+
+    Raises:
+        TypeError: if there are several inputs, which are not in one argument.
     """
     check_instance("model", model, nn.Module)
+    if isinstance(metric, Tensor):
+        raise TypeError(
+            "inputs must be one argument: a tuple of all arguments of the model, or a mapping by their names"
+        )
     check_instance("metric", metric, MetricOptions)
     if loss is not None:
         check_callable("loss", loss)
