@@ -422,7 +422,7 @@ def test_models_are_called_with_keywords_too():
 @pytest.mark.parametrize("asked", [plan, coverage])
 def test_several_inputs_are_one_argument(asked):
     model, tokens = net()
-    with pytest.raises(TypeError, match="inputs must be one argument: a tuple"):
+    with pytest.raises(TypeError, match="got a tensor: inputs are one argument, such as a tuple"):
         asked(model, tokens, tokens)
 
 
