@@ -54,7 +54,7 @@ def surveyed(
     check_instance("model", model, nn.Module)
     if isinstance(metric, Tensor):
         raise TypeError(
-            "inputs must be one argument: a tuple of all arguments of the model, or a mapping by their names"
+            "metric must be MetricOptions, got a tensor: inputs are one argument, such as a tuple of several"
         )
     check_instance("metric", metric, MetricOptions)
     if loss is not None:
