@@ -17,6 +17,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 HEADER = ["problem", "points", "best peer", "its error", RESIDUAL, "ahead", UNTUNED, RATE, "RNGD", LIMIT]
 
 
+def told(ratio):
+    """Return by how much the tuned method is ahead, as a fraction of 1 where it is far behind."""
+    return f"{ratio:.2g}" if ratio > 0.1 else f"1/{1 / ratio:,.0f}"
+
+
 def row(name: str) -> list[str]:
     """Return the line of a problem; "ahead" is the best peer's error over that of the tuned method."""
     errors = json.loads((RESULTS / name / "config.json").read_text())["errors"]
@@ -30,7 +35,7 @@ def row(name: str) -> list[str]:
         best,
         f"{medians[best]:.2g}",
         f"{medians[RESIDUAL]:.2g}",
-        f"{medians[best] / medians[RESIDUAL]:.2g}",
+        told(medians[best] / medians[RESIDUAL]),
         *others,
     ]
 
