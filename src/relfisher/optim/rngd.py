@@ -308,9 +308,10 @@ class RNGD(Watching, torch.optim.Optimizer):
         return loss
 
     def average(self) -> AbstractContextManager[None]:
-        """Return a context with the average in the model, for an evaluation between a training pass and its step.
+        """Return a context with the average in the model, for an evaluation between a backward pass and its step.
 
-        Between a step and the next training pass it is there anyway.
+        Between a step and the next training pass it is there anyway. Between a forward pass and its backward pass
+        autograd refuses weights that have moved.
         """
         return self._averaging.inside()
 
