@@ -260,6 +260,15 @@ def difficult():
         before_a_step(model, other, 0)
         other.step()
 
+    for replicate in (False, True):
+        torch.manual_seed(0)
+        net = DistributedDataParallel(perceptron().double())
+        optimizer = RNGD(net, metric=METRIC, state_dtype=torch.bfloat16, replicate=replicate)
+        for step in range(12):
+            before_a_step(net, optimizer, 10 * step + rank)
+            optimizer.step()
+        found[f"rounded, {replicate}"] = net.module.state_dict()
+
     torch.manual_seed(0)
     net = DistributedDataParallel(perceptron().double())
     preconditioner = Preconditioner(net, metric=METRIC)
@@ -301,7 +310,7 @@ def test_processes_skip_together_and_train_apart_only_if_they_are():
         assert "inside of DistributedDataParallel.join, RNGD cannot step" in each["join"]
         assert each["bare"][1]
         assert each["slopes"] == [True, True]
-    for name in ("bare", "zeros"):
+    for name in ("bare", "zeros", "rounded, False", "rounded, True"):
         one, other = (each[name][0] if name == "bare" else each[name] for each in found)
         assert distance(one, other) == 0, name
     for one, other in zip(*(each["gradients"] for each in found), strict=True):
