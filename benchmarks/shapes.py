@@ -7,9 +7,9 @@ are on the meta device. State is in numbers per parameter. Adam keeps 2; Muon ke
 the rest; SOAP keeps 2, and for an m x n matrix 2 (m^2 + n^2); Shampoo 1, and 2 (m^2 + n^2); both leave sides wider than
 10,000 out. Operations are those that multiply a matrix: of RNGD the products with inverses and five iterations for the
 polar factor, of Muon the latter. Those of a refresh are per step, one in 200. `--step` takes steps of GPT-2 124M in
-memory, and compares the state and the growth of the process with the plan. `--launches` takes steps of all models but
-the Llama, and counts what a step without statistics dispatches, with layers in batches as on a GPU, where each
-operation is a launch.
+memory, and compares the state and the growth of the process with the plan. `--launches` plans nothing: it takes steps
+of all models but the Llama, and counts what a step without statistics dispatches, with layers in batches as on a GPU,
+where each operation is a launch.
 """
 
 import argparse
@@ -270,14 +270,15 @@ def main():
     options.add_argument("--step", action="store_true")
     options.add_argument("--launches", action="store_true")
     given = options.parse_args()
-    table = markdown(HEADER, [row(name) for name in MODELS])
     if given.launches:
         with (
             mock.patch.object(batches, "how_many", as_launched),
             mock.patch.object(refreshing, "how_many", as_launched),
         ):
             rows = [launches(name, x) for name, x in SMALL.items()]
-        table += "\n" + markdown(["operations of a step without statistics", *OPTIMIZERS], rows)
+        tell(markdown(["operations of a step without statistics", *OPTIMIZERS], rows), given.out, "launches.md")
+        return
+    table = markdown(HEADER, [row(name) for name in MODELS])
     if given.step:
         table += "\n" + measured() + "\n"
     tell(table, given.out)

@@ -5,9 +5,9 @@ from pathlib import Path
 __all__ = ["tell"]
 
 
-def tell(table: str, out: Path | None) -> None:
-    """Print a table, and write it to `table.md` in a directory, if there is one."""
+def tell(table: str, out: Path | None, name: str = "table.md") -> None:
+    """Print a table, and write it to a file of this name in a directory, if there is one."""
     print(table)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(table)
+        (out / name).write_text(table)
