@@ -1,6 +1,9 @@
 """What runs on a CPU runs on another device, to rounding: on one that is always there, and on a GPU if there is one."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import elsewhere
 import pytest
@@ -11,14 +14,24 @@ from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD, MetricOptions, Preconditioner, softmax_metric
 
+APART = "TESTS_ELSEWHERE"  # set in a process of its own: no other test is to find the device that is made up
+THERE = pytest.param("elsewhere", marks=pytest.mark.skipif(APART not in os.environ, reason="runs in its own process"))
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 RULES = ["spectral", "normalized", "trust-region"]
 METRIC = MetricOptions(stats_interval=1, refresh_interval=4)
 
 
-@pytest.fixture(params=["elsewhere", GPU])
+@pytest.fixture(params=[THERE, GPU])
 def device(request):
     return elsewhere.available() if request.param == "elsewhere" else request.param
+
+
+@pytest.mark.skipif(APART in os.environ, reason="is there")
+def test_a_device_that_is_made_up():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {APART: "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
 
 
 def trained(model, device, **options):
@@ -59,6 +72,7 @@ def test_steps_are_those_of_a_cpu(options, device):
         assert on_host <= {"ema_weight", "updates", "trainable", "is_head", "step"}, (parameter.shape, on_host)
 
 
+@pytest.mark.skipif(APART not in os.environ, reason="runs in its own process")
 @pytest.mark.parametrize("rule", RULES)
 def test_the_host_reads_nothing_between_updates_of_the_metric_and_once_for_all_refreshes(rule):
     device = elsewhere.available()
