@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
 import relfisher
-from relfisher.optim import batches, refreshing
+from relfisher.optim import batches
 from relfisher.optim.batches import how_many
 from relfisher.optim.rules.spectral import polar_operations
 from relfisher.studies.networks import Transformer
@@ -271,10 +271,7 @@ def main():
     options.add_argument("--launches", action="store_true")
     given = options.parse_args()
     if given.launches:
-        with (
-            mock.patch.object(batches, "how_many", as_launched),
-            mock.patch.object(refreshing, "how_many", as_launched),
-        ):
+        with mock.patch.object(batches, "how_many", as_launched):
             rows = [launches(name, x) for name, x in SMALL.items()]
         tell(markdown(["operations of a step without statistics", *OPTIMIZERS], rows), given.out, "launches.md")
         return

@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from operations import muon
 from tables import tell
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from relfisher import RNGD
-from relfisher.studies.peers import with_adamw
 from relfisher.studies.report import markdown
 
 ROWS, LENGTH = 32, 35
@@ -39,7 +39,7 @@ class Words(nn.Module):
         super().__init__()
         self.word = nn.Embedding(words, width)
         layer = nn.TransformerEncoderLayer(width, 2, width, 0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(width, words, bias=not tied)
         if tied:
             self.head.weight = self.word.weight
@@ -47,13 +47,7 @@ class Words(nn.Module):
     def forward(self, words):
         """Return the logits [n, positions, words]."""
         mask = nn.Transformer.generate_square_subsequent_mask(words.shape[1])
-        return self.head(self.encoder(self.word(words), mask, is_causal=True))
-
-
-def muon(model):
-    """Return Muon for the matrices of the layers, and AdamW for the rest."""
-    weights = [parameter for parameter in model.encoder.parameters() if parameter.ndim == 2]
-    return with_adamw(torch.optim.Muon(weights), model, 1e-3)
+        return self.head(self.blocks(self.word(words), mask, is_causal=True))
 
 
 OPTIMIZERS = {

@@ -42,7 +42,7 @@ def trained(model, device, **options):
             module.dropout = 0.0
     optimizer = RNGD(model, metric=METRIC, **options)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(6):
+    for _ in range(12):
         tokens, targets = (torch.randint(7, size, generator=generator).to(device) for size in ((4, 6), (24,)))
         optimizer.zero_grad()
         cross_entropy(model(tokens).flatten(0, 1), targets).backward()
@@ -128,16 +128,16 @@ def test_rewritten_gradients_are_those_of_a_cpu(device):
 
 
 def test_wide_layers_take_the_steps_of_a_cpu(device):
-    """Also where one multiplies in bfloat16, which adds noise where the gradient is zero."""
+    """Also where one multiplies in bfloat16: the polar factor of a gradient of full rank is that of float32 to 1 %."""
     model = mlp(nn.ReLU, (200, 300, 10), dtype=torch.float32)
     weights = []
     for place in ("cpu", device):
         mine = copy.deepcopy(model).to(place)
         optimizer = RNGD(mine, averaging=0.0, weight_decay=0.0)
-        x = torch.randn(64, 200, generator=torch.Generator().manual_seed(1)).to(place)
+        x = torch.randn(2000, 200, generator=torch.Generator().manual_seed(1)).to(place)
         step(mine, optimizer, x)
         weights.append(mine[0].weight.detach().cpu() - model[0].weight.detach())
-    assert (weights[0] - weights[1]).norm() < 0.15 * weights[0].norm()
+    assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
