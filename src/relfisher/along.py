@@ -22,7 +22,8 @@ from relfisher.layers import Layer, discover
 from relfisher.metric import GroupedMetric, Metric
 from relfisher.observe import metric_of, observe
 from relfisher.observe.module import Seen
-from relfisher.optim.averaging import iterate, to_iterate
+from relfisher.optim.averaging import to_iterate
+from relfisher.optim.leads import iterate
 from relfisher.responses import Response
 from relfisher.validation import check_instance, check_integer, check_interval
 

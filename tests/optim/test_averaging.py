@@ -1,6 +1,8 @@
 """The average of the iterates against its definition, and which of the two a model holds when."""
 
+import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relfisher import RNGD
+
+# So wide a window that the average is another than the last iterate after a few steps.
+WIDE = 0.9
 
 
 def assert_holds(model, wanted):
@@ -51,7 +56,7 @@ def test_a_model_holds_the_weighted_mean_of_the_iterates(share, seed):
 def test_iterates_do_not_depend_on_their_average():
     """Gradients are taken at the iterates: the run is that without an average."""
     model, plain = mlp(), mlp()
-    found = iterates(model, RNGD(model), 5)
+    found = iterates(model, RNGD(model, averaging=WIDE), 5)
     optimizer = RNGD(plain, averaging=0.0)
     for seed in range(5):
         step(plain, optimizer, batch(seed), classified)
@@ -60,9 +65,7 @@ def test_iterates_do_not_depend_on_their_average():
 
 @pytest.mark.parametrize("passes", ["evaluation", "without gradients"])
 def test_other_passes_see_the_average(passes):
-    model = mlp()
-    optimizer = RNGD(model)
-    train(model, optimizer, 5)
+    model, _optimizer, _ = trained()
     kept = copy.deepcopy(model)
     model.train(passes != "evaluation")
     with torch.set_grad_enabled(passes == "evaluation"):
@@ -83,6 +86,159 @@ def test_parts_that_are_called_by_themselves_train_at_the_iterate_too():
     assert not torch.equal(model["decoder"].weight, kept["decoder.weight"])
 
 
+class Entered(nn.Module):
+    """A model that is not called itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 4)])
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3))
+        self.double()
+
+    def encode(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+    def decode(self, x):
+        return self.inner[1](self.inner[0](x))
+
+    def inside(self, x):
+        return self.inner[1](torch.tanh(self.inner[0][0](x)))
+
+
+@pytest.mark.filterwarnings("ignore:linear response for some layers")
+@pytest.mark.parametrize("way", ["methods", "inside"])
+def test_a_model_trains_at_the_iterate_however_it_is_entered(way):
+    """The steps are those without an average, whose gradients are at the iterate."""
+    found = {}
+    for averaging in (WIDE, 0.0):
+        model = Entered()
+        trained = model if way == "methods" else model.inner
+        optimizer = RNGD(model, params=list(trained.parameters()), averaging=averaging)
+        for seed in range(8):
+            x, y = batch(seed)
+            features = model.encode(x) if way == "methods" else x[:, :4]
+            optimizer.zero_grad()
+            classified(model.decode if way == "methods" else model.inside, (features, y)).backward()
+            optimizer.step()
+        model.inner[1](torch.zeros(1, 4, dtype=torch.float64))
+        found[averaging] = weights(model)
+    for name, weight in found[0.0].items():
+        torch.testing.assert_close(found[WIDE][name], weight)
+
+
+def test_a_penalty_that_is_computed_before_the_pass_is_of_the_iterate():
+    found = []
+    for averaging, is_before in ((WIDE, True), (WIDE, False), (0.0, False)):
+        model = mlp()
+        optimizer = RNGD(model, averaging=averaging)
+        for seed in range(5):
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            penalty = sum(weight.square().sum() for weight in model.parameters()) if is_before else 0.0
+            loss = classified(model, (x, y))
+            penalty = penalty if is_before else sum(weight.square().sum() for weight in model.parameters())
+            (loss + 0.1 * penalty).backward()
+            optimizer.step()
+        model(batch(9)[0])
+        found.append(weights(model))
+    for name, weight in found[2].items():
+        torch.testing.assert_close(found[0][name], weight)
+        torch.testing.assert_close(found[1][name], weight)
+
+
+@pytest.mark.parametrize("end", ["close", "average", "a pass", "nothing else"])
+@pytest.mark.parametrize("how", ["load_state_dict", "data", "in place"])
+def test_weights_that_are_loaded_after_a_pass_stay(end, how):
+    model, optimizer, _ = trained()
+    classified(model, batch(0)).backward()
+    wanted = {name: weight + 1 for name, weight in mlp(seed=1).state_dict().items()}
+    if how == "load_state_dict":
+        model.load_state_dict(wanted)
+    for name, weight in model.named_parameters():
+        if how == "data":
+            weight.data = wanted[name].clone()
+        elif how == "in place":
+            with torch.no_grad():
+                weight.copy_(wanted[name])
+    if end == "close":
+        optimizer.close()
+    elif end == "average":
+        with optimizer.average():
+            assert_holds(model, wanted)
+    elif end == "a pass":
+        model(inputs())
+        with optimizer.average():
+            assert_holds(model, wanted)
+    assert_holds(model, wanted)
+
+
+def test_weights_that_are_loaded_after_a_pass_have_an_average_of_their_own():
+    """The steps go on from them, and so does the average."""
+    model, optimizer, _ = trained()
+    model(inputs())
+    wanted = {name: weight + 1 for name, weight in model.state_dict().items()}
+    model.load_state_dict(wanted)
+    step(model, optimizer, batch(7), classified)
+    assert max(float((weight.detach() - wanted[name]).norm()) for name, weight in model.named_parameters()) < 0.1
+
+
+def test_weights_that_change_their_device_or_precision_after_a_pass_are_not_changed():
+    model, optimizer, kept = trained()
+    model(inputs())
+    iterate = weights(model)
+    model.float()
+    assert not torch.equal(model[0].weight.detach().double(), kept["0.weight"])
+    optimizer.close()
+    for name, weight in model.named_parameters():
+        assert float((weight.detach() - kept[name]).norm()) < 0.01 * float((iterate[name] - kept[name]).norm())
+
+
+def test_an_optimizer_that_goes_leaves_the_average():
+    model, optimizer, kept = trained()
+    model(inputs())
+    del optimizer
+    gc.collect()
+    assert_holds(model, kept)
+
+
+def test_a_step_while_the_average_is_in_the_model_ends_with_the_new_average():
+    model, optimizer, _ = trained()
+    other, same, _ = trained()
+    for each, own in ((model, optimizer), (other, same)):
+        own.zero_grad()
+        classified(each, batch(0)).backward()
+        with own.average() if each is model else contextlib.nullcontext():
+            own.step()
+        assert not any(group["at_iterate"] for group in own.param_groups)
+    assert_same_weights(model, other)
+
+
+@pytest.mark.parametrize("is_between", [True, False], ids=["between steps", "after a pass"])
+def test_an_average_that_was_off_starts_anew(is_between):
+    model, optimizer, kept = trained()
+    if not is_between:
+        model(inputs())
+        kept = weights(model)
+    for group in optimizer.param_groups:
+        group["averaging"] = 0.0
+    train(model, optimizer, 5)
+    for group in optimizer.param_groups:
+        group["averaging"] = WIDE
+    before = weights(model)
+    model(inputs())
+    assert_holds(model, before)
+    assert not torch.equal(before["0.weight"], kept["0.weight"])
+    train(model, optimizer, 1)
+    assert {group["averaged"] for group in optimizer.param_groups} == {1}
+    with optimizer.average():
+        last = weights(model)
+    model(inputs())
+    assert_holds(model, last)  # the first iterate is its own average
+
+
 def test_the_average_and_the_iterate_follow_weights_that_are_changed_from_outside():
     model, optimizer, kept = trained()
     model(inputs())
@@ -93,10 +249,11 @@ def test_the_average_and_the_iterate_follow_weights_that_are_changed_from_outsid
 
 
 def trained():
-    """A model that holds the average of five steps, its optimizer, and the weights."""
+    """A model that holds the average of five steps, other than the last, its optimizer, and the weights."""
     model = mlp()
-    optimizer = RNGD(model)
+    optimizer = RNGD(model, averaging=WIDE)
     train(model, optimizer, 5)
+    assert max(float(state["lead"].norm()) for state in optimizer.state.values()) > 1e-3
     return model, optimizer, weights(model)
 
 
@@ -121,14 +278,12 @@ def test_a_run_goes_on_from_a_saved_state(between):
         for seed in range(5, 8):
             step(model, optimizer, batch(seed), classified)
 
-    model = mlp()
-    optimizer = RNGD(model)
-    train(model, optimizer, 5)
+    model, optimizer, _ = trained()
     if between != "steps":
         model(inputs())
     other = mlp()
     other.load_state_dict(model.state_dict())
-    resumed = RNGD(other)
+    resumed = RNGD(other, averaging=WIDE)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     pair = copy.deepcopy((model, optimizer))
     for each in ((model, optimizer), (other, resumed), pair):

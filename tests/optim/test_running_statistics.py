@@ -99,3 +99,40 @@ def test_a_batch_that_is_not_finite_leaves_them_as_they_are(interval):
         skipped(model, optimizer)
     for name, each in model.state_dict().items():
         assert name.endswith("num_batches_tracked") or torch.equal(each, before[name])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_two_optimizers_of_parts_average_each_their_own(affine):
+    torch.manual_seed(0)
+    parts = [
+        nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, momentum=MOMENTUM, affine=affine), nn.ReLU()) for _ in range(2)
+    ]
+    model = nn.Sequential(*parts).double()
+    optimizers = [RNGD(model, params=list(part.parameters()), averaging=SHARE) for part in model]
+    seen, means = {}, [torch.zeros(5, dtype=torch.float64) for _ in range(2)]
+    for place, part in enumerate(model):
+        part[1].register_forward_pre_hook(lambda _, args, place=place: seen.update({place: args[0].detach().mean(0)}))
+    for count in range(1, 30):
+        for each in optimizers:
+            each.zero_grad()
+        model(batch(count)).square().mean().backward()
+        for each in optimizers:
+            each.step()
+        for place, mean in enumerate(means):
+            mean += min(MOMENTUM, 1 / (SHARE * count)) * (seen[place] - mean)
+    for part, mean in zip(model, means, strict=True):
+        assert_close(part[1].running_mean, mean)
+
+
+def test_those_of_parts_that_join_later_are_averaged_from_then_on():
+    model = nn.Sequential(network(), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, momentum=MOMENTUM)).double())
+    optimizer = RNGD(model, params=list(model[0].parameters()), averaging=SHARE)
+    for seed in range(30):
+        step(model, optimizer, seed)
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    step(model, optimizer, 30)
+    before, seen = model[1][1].running_mean.clone(), []
+    model[1][1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().mean(0)))
+    step(model, optimizer, 31)
+    moved = (model[1][1].running_mean - before) / (seen[0] - before)
+    assert float(moved.max()) < MOMENTUM

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.observe.hooks import Hook, inner_hook, is_compiled
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "roots_of"]
 
 
 class Entries:
@@ -27,7 +27,7 @@ class Entries:
     ) -> None:
         self._enter, self._leave, self._found = enter, leave, found
         self._inner = inner_hook(model)
-        roots = _roots(model)
+        roots = roots_of(model)
         self._roots = self._hooked(roots, Hook)
         # The model that was compiled may be called as it is.
         self._roots += self._hooked(
@@ -60,10 +60,11 @@ class Entries:
         return handles
 
 
-def _roots(model: nn.Module) -> list[nn.Module]:
+def roots_of(model: nn.Module) -> list[nn.Module]:
+    """Return a model, or what is in it if it is a container such as ModuleList, which cannot be called."""
     if _is_callable(model):
         return [model]
-    return [root for child in model.children() for root in _roots(child)]
+    return [root for child in model.children() for root in roots_of(child)]
 
 
 def _parts(roots: list[nn.Module]) -> list[nn.Module]:

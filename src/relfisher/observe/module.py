@@ -288,7 +288,8 @@ def _run(
     if loss is not None and heads:
         gradients = torch.autograd.grad(loss(output), [reached[layer] for layer in heads], allow_unused=True)
         for layer, gradient in zip(heads, gradients, strict=True):
-            roles[layer] = replace(roles[layer], is_head=gradient is not None and is_softmax_gradient(gradient))
+            is_head = gradient is not None and is_softmax_gradient(gradient, reached[layer])
+            roles[layer] = replace(roles[layer], is_head=is_head)
     return roles, trace, output
 
 

@@ -24,7 +24,7 @@ from relfisher.observe.activations import Responses
 from relfisher.observe.entries import Entries
 from relfisher.observe.hooks import inner_hook, is_compiled
 from relfisher.observe.operations import Operations, is_inside
-from relfisher.observe.passes import Pass, counts
+from relfisher.observe.passes import Pass, counts, is_computed, is_recomputed
 from relfisher.observe.roles import Role, is_softmax_gradient, needs_gradient, roles_of
 from relfisher.observe.statistics import Batch, Reading, Reserved, Sampler, Streamed
 from relfisher.observe.trace import Trace
@@ -258,11 +258,11 @@ class Observer:
             own.ran[layer] = None
             if layer.followed:
                 own.trace.show(layer, call, z)
-        masked = own.mask is not None
+        masked, logits = own.mask is not None, None if layer in self.roles else z.detach()
 
         def count(gradient: Tensor) -> None:
             if self._samplers.get(layer) is sampler:  # otherwise it has been refused since, or is another layer
-                self._count(batch, gradient, masked=masked)
+                self._count(batch, gradient, logits, masked=masked)
 
         z.register_hook(count)  # type: ignore[no-untyped-call]  # torch has no types here
 
@@ -273,15 +273,15 @@ class Observer:
             self._unmasked.add(layer)
             messages.tell_misfit(layer, mask, sampling.unmasked)
 
-    def _count(self, batch: Batch, gradient: Tensor, *, masked: bool) -> None:
-        """Count a batch after its gradients have flowed back, once."""
+    def _count(self, batch: Batch, gradient: Tensor, outputs: Tensor | None, *, masked: bool) -> None:
+        """Count a batch after its gradients have flowed back, once; the outputs show how they are scored."""
         layer = batch.layer
-        if layer in self._outputs and bool(torch.isfinite(gradient).all()):
+        if outputs is not None and layer in self._outputs and bool(torch.isfinite(gradient).all()):
             if not bool(gradient.any()):
                 return  # not informative
             if not masked:
                 messages.tell_unscored(layer, gradient)
-            self._resolve_head(layer, is_softmax_gradient(gradient))
+            self._resolve_head(layer, is_softmax_gradient(gradient, outputs))
         if layer in self.roles:
             self._active[layer] = self._samplers[layer]
             self._samplers[layer].add(batch)
@@ -311,7 +311,7 @@ class Observer:
                 self._pass.run_eagerly()
         inputs = [*args, *kwargs.values()]
         if model is not self.model():  # what other parts have computed is not raw
-            inputs = [each for each in inputs if not (isinstance(each, Tensor) and each.grad_fn is not None)]
+            inputs = [each for each in inputs if not (isinstance(each, Tensor) and is_computed(each))]
         self._pass.model, self._pass.inputs = model, inputs
         if not observes:
             return
@@ -357,6 +357,7 @@ class Observer:
         missed = self._operations.missed()
         if trace is None or error is not None:
             return
+        ran += [layer for layer in trace.hidden if layer in self._samplers and layer.is_trained and layer not in ran]
         self._refuse(trace, missed)
         if ran:
             self._conclude([layer for layer in ran if layer not in self.roles], trace)
@@ -391,8 +392,8 @@ class Observer:
         for layer, role in roles_of(trace, layers).items():
             if needs_gradient(trace, layer, role):
                 self._outputs[layer] = role
-                if layer in self.heads:
-                    self._resolve_head(layer, self.heads[layer])
+                if layer in self.heads or is_recomputed():  # the loss has seen what follows
+                    self._resolve_head(layer, self.heads.get(layer, False))
             else:
                 self._learn({layer: role})
         strange = {layer.name: consumers for layer in layers if (consumers := trace.takers.unresolved(layer))}

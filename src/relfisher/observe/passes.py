@@ -19,7 +19,7 @@ from relfisher.observe.activations import Responses
 from relfisher.observe.tables import Tables
 from relfisher.observe.trace import Trace
 
-__all__ = ["Pass", "counts"]
+__all__ = ["Pass", "counts", "is_computed", "is_recomputed"]
 
 
 class Pass(threading.local):
@@ -129,3 +129,13 @@ def counts(layer: Layer, z: Tensor) -> bool:
     if not z.requires_grad or not any(parameter.requires_grad for parameter in layer.parameters):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(z)
+
+
+def is_recomputed() -> bool:
+    """Return whether a backward pass is running: what is called in it was called before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_computed(given: Tensor) -> bool:
+    """Return whether the input of a part was computed; in a backward pass, the graph before it is cut off."""
+    return given.grad_fn is not None or (given.requires_grad and is_recomputed())

@@ -17,6 +17,12 @@ __all__ = ["Role", "is_softmax_gradient", "needs_gradient", "roles_of"]
 # Tolerances for rounding in the sum of a row of gradients, relative to the largest row: in half and other precision.
 _HALF, _FULL = 0.05, 1e-3
 
+# The same for gradients that are orthogonal to the outputs, but for the small number in the variance of a layer norm.
+_TURNED = 0.01
+
+# What takes logits for a softmax divides them by a temperature of less than 1 / this.
+_COLDEST = 0.05
+
 
 @dataclass(frozen=True)
 class Role:
@@ -77,13 +83,34 @@ def needs_gradient(trace: Trace, layer: Layer, role: Role) -> bool:
     return unknown and layer.is_linear and trace.takers.is_output(layer)
 
 
-def is_softmax_gradient(gradient: Tensor) -> bool:
-    """Return whether a loss depends on outputs through their softmax alone, given its gradient [*, out].
+def is_softmax_gradient(gradient: Tensor, outputs: Tensor) -> bool:
+    """Return whether a loss depends on outputs through their softmax alone, as far as one gradient tells.
 
     Such a loss does not change if the same number is added to all outputs of a sample, so that the gradient of each
-    sample sums to 0. The gradient of a squared error does not.
+    sample sums to 0. The gradient of a squared error does not. A loss of normalized outputs does not change either if
+    they are multiplied: its gradient is orthogonal to them. In the gradient p - q of a softmax p for the label q, that
+    of the other classes grows with their outputs; the hinge loss pushes all alike. A squared error of differences of
+    outputs has the gradient of a softmax for some q, and is not told apart.
+
+    Args:
+        gradient: the gradient, [*, out].
+        outputs: the outputs, [*, out].
     """
-    rows = gradient.detach().to(torch.float64)
+    rows, z = (each.detach().to(torch.float64).reshape(-1, each.shape[-1]) for each in (gradient, outputs))
     tolerance = _HALF if gradient.dtype in (torch.float16, torch.bfloat16) else _FULL
     largest = rows.abs().sum(-1).max()
-    return bool(largest > 0) and bool((rows.sum(-1).abs() <= tolerance * largest).all())
+    if not largest > 0 or bool((rows.sum(-1).abs() > tolerance * largest).any()):
+        return False
+    moves = rows * (z - z.mean(-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)  # outputs may be masked by -inf
+    if moves.any() and bool((moves.sum(-1).abs() <= max(tolerance, _TURNED) * moves.abs().sum(-1)).all()):
+        return False
+    pushed = (rows > 0) & z.isfinite() & ((rows < 0).sum(-1, keepdim=True) == 1)
+    spread, growth = (_variance(each, pushed) for each in (z, rows.log()))
+    return spread <= tolerance**2 or growth > _COLDEST**2 * spread
+
+
+def _variance(rows: Tensor, chosen: Tensor) -> float:
+    """Return the variance of the chosen entries around the means of their rows."""
+    entries, count = rows.where(chosen, 0.0), chosen.sum(-1, keepdim=True).clamp(min=1)
+    centred = (entries - entries.sum(-1, keepdim=True) / count).where(chosen, 0.0)
+    return float(centred.square().sum() / chosen.sum().clamp(min=1))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +38,8 @@ class Trace(TorchFunctionMode):
 
     Attributes:
         takers: the functions that take the outputs.
+        hidden: layers that ran without gradients inside a function of autograd, such as that of activation
+            checkpointing with `use_reentrant=True`, which runs them again for the gradients. They are registered, too.
         misused: layers whose parameters were used with data outside the calls of their module, mapped to the name of
             the function, such as an embedding that also scores the outputs. Looking tokens up in the weight of a
             linear layer is allowed; see `discover`.
@@ -51,6 +56,7 @@ class Trace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.misused: dict[Layer, str] = {}
+        self.hidden: dict[Layer, None] = {}
         self.takers = Takers(responses or {}, lambda weight: self._weights.get(id(weight), (None,))[0])
         self._layers: dict[nn.Module, list[Layer]] = {}
         self._running: list[nn.Module] = [root] if running and root is not None else []
@@ -146,12 +152,22 @@ class Trace(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module in self._running:
             del self._running[self._running.index(module) :]
+        if output is not None and not torch.is_grad_enabled() and _is_hidden():
+            self._show_hidden(module, output)
         for layer in self._layers[module]:
             shown, version = self._unfinished.pop(layer, (None, 0))
             final = None if shown is None or output is None else layer.output(output)
             if shown is not None and final is not None and shown.tensor._version == version:
                 with torch._C.DisableTorchFunction():
                     self.takers.show_instead(shown, final)
+
+    def _show_hidden(self, module: nn.Module, output: object) -> None:
+        for layer in self._layers[module]:
+            z = None if layer.operation else layer.output(output)
+            if z is not None:
+                self.hidden[layer] = None
+                if layer.followed:
+                    self.takers.show(layer, z)
 
     def _enter_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside.append((module, self.takers.before(tensors_in([*args, *kwargs.values()]))))
@@ -211,8 +227,13 @@ class Trace(TorchFunctionMode):
     def _note_raw(self, tensors: Sequence[Tensor], result: Any) -> None:
         """Record tensors that are computed from the model's inputs and constants, without parameters."""
         raw = [id(each) in self._raw for each in tensors]
-        constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
-        if any(raw) and all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
+        if not any(raw):
+            return
+        if not torch.is_grad_enabled() and _is_hidden():  # nothing has a gradient there
+            constant: Iterable[bool] = (False for _ in tensors)
+        else:
+            constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
+        if all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
             parts = tensors_in(result if isinstance(result, tuple | list) else [result])
             self._raw.update({id(each): each for each in parts})
 
@@ -233,3 +254,14 @@ class Trace(TorchFunctionMode):
         self._unfinished.clear()
         self._raw.clear()
         self._inside.clear()
+
+
+def _is_hidden() -> bool:
+    """Return whether the forward pass of a function of autograd is running."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if names and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False

@@ -8,33 +8,32 @@ of the share a of them,
 which weighs the i-th iterate in proportion to i^(1/a - 1): polynomial-decay averaging, Shamir & Zhang 2013. Averages of
 iterates go back to Polyak & Juditsky 1992. A gradient at z has seen the noise of the steps, which one at x has not.
 
-Only the lead z - x is stored. If weights are changed from outside, x and z move with them. Where a lead in bfloat16 is
-rounded, x moves by the error, not z.
+Only the lead z - x is stored. If weights are changed from outside between a step and the next pass, x and z move with
+them. If they are changed after a pass, so that they may be other weights than z, both are what they were changed to:
+the lead is 0. A group whose average was off starts a new one. Where a lead in bfloat16 is rounded, x moves by the
+error, not z.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from relfisher.observe.entries import roots_of
 from relfisher.observe.hooks import Hook, inner_hook
+from relfisher.optim.leads import Averages, Lead, averaged, share_of_last
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rounding import Rounding
 from relfisher.optim.running import RunningStatistics
 from relfisher.shards import held, reshard, sharding
-from relfisher.structures import Kept
 
-__all__ = ["Averaging", "Lead", "averaged", "iterate", "to_iterate"]
-
-
-def averaged(parameter: Tensor) -> bool:
-    """Return whether a parameter is averaged: if it is trained, and not in half precision, too coarse for it."""
-    return parameter.requires_grad and torch.finfo(parameter.dtype).bits > 16
+__all__ = ["Averaging", "to_iterate"]
 
 
 def to_iterate(optimizer: torch.optim.Optimizer) -> None:
@@ -44,89 +43,39 @@ def to_iterate(optimizer: torch.optim.Optimizer) -> None:
         averaging.to_iterate()
 
 
-def iterate(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
-    """Return what a parameter is at the last iterate, given that the model holds the average."""
-    lead = optimizer.state[parameter].get("lead") if parameter in optimizer.state else None
-    return parameter.detach() if lead is None else parameter.detach() + lead
+class _Mark(NamedTuple):
+    """An averaged parameter at the iterate, of one in parts what this process holds, and what tells if it is changed.
 
-
-class Lead:
-    """The lead of z over x of each averaged parameter.
-
-    Args:
-        dtype: the dtype of the leads of real parameters; None for that of the parameter.
+    Attributes:
+        parameter: the parameter.
+        lead: its lead.
+        memory: what it had then, in the same memory.
+        version: how often it was changed in place.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
-
-    def declares(self, shape: tuple[int, ...]) -> dict[str, Kept]:
-        """Return the lead for a parameter of this shape."""
-        return {"lead": Kept(shape, dtype=self.dtype, parted=True)}
-
-    def dtype_for(self, parameter: Tensor) -> torch.dtype:
-        """Return the dtype of the lead of a parameter."""
-        return self.dtype if self.dtype is not None and parameter.is_floating_point() else parameter.dtype
-
-    def complete(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Create the missing leads of a group's parameters."""
-        for parameter in group["params"] if group["averaging"] else ():
-            if averaged(parameter) and "lead" not in states[parameter]:
-                states[parameter]["lead"] = torch.zeros_like(parameter, dtype=self.dtype_for(parameter))
-
-
-class _Averages(NamedTuple):
-    """Averaged parameters of a group, of those in parts what this process holds, and their leads in the state.
-
-    The leads are all in the precision of their parameters, or all in a lower one.
-    """
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    leads: list[Tensor]
+    parameter: Tensor
+    lead: Tensor
+    memory: Tensor
+    version: int
 
     @property
-    def is_low(self) -> bool:
-        """Whether the leads are in a lower precision."""
-        return self.leads[0].dtype != self.parameters[0].dtype
+    def is_here(self) -> bool:
+        """Whether the parameter is still on its device, in its dtype."""
+        return self.parameter.device == self.memory.device and self.parameter.dtype == self.memory.dtype
 
-    def negated(self) -> list[Tensor]:
-        """Return -x, given that the parameters hold z, in place of the leads if they have the precision."""
-        if self.is_low:
-            return list(torch._foreach_sub(self.leads, self.parameters))
-        torch._foreach_sub_(self.leads, self.parameters)
-        return self.leads
-
-    def update(self, means: list[Tensor], outcomes: Sequence[Outcome], rounding: Rounding) -> None:
-        """Average the new z, which the parameters hold, into x, and let the parameters hold that.
-
-        Args:
-            means: -x before, which is replaced.
-            outcomes: those of the step.
-            rounding: how leads are rounded.
-        """
-        torch._foreach_add_(means, self.parameters)
-        for outcome in outcomes:
-            outcome.multiply(means, 1 - _share(self.group))
-            if self.is_low:
-                self._store(means, outcome, rounding)
-        torch._foreach_sub_(self.parameters, self.leads)
-
-    def _store(self, leads: list[Tensor], outcome: Outcome, rounding: Rounding) -> None:
-        """Round new leads; if the step is not taken, the old ones stay."""
-        for places in _alike(leads):
-            old = [self.leads[place] for place in places]
-            new = rounding.rounded(torch.cat([leads[place].flatten() for place in places]), old[0].dtype)
-            outcome.restore(new, torch.cat([each.flatten() for each in old]))
-            parts = torch.split(new, [each.numel() for each in old])
-            torch._foreach_copy_(old, [part.view(each.shape) for part, each in zip(parts, old, strict=True)])
+    @property
+    def is_changed(self) -> bool:
+        """Whether the parameter was changed in place, but not through its `data`, or was given other memory."""
+        same = self.parameter._version == self.version and self.parameter.is_set_to(self.memory)
+        return self.is_here and not same
 
 
 class Averaging:
     """Moves a model's weights between the average and the last iterate.
 
-    A training pass with gradients, of the model or of one of its children, moves the weights to the iterate; the step
-    that follows moves them to the new average.
+    A training pass with gradients, of the model or of any part of it with weights, moves the weights to the iterate;
+    the step that follows moves them to the new average. What was computed of the weights before, such as a penalty, is
+    differentiated at the iterate.
 
     Args:
         model: the model.
@@ -138,29 +87,46 @@ class Averaging:
     def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer, lead: Lead) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._lead = lead
+        self._marks: list[_Mark] = []
+        self._arrived = False  # at the iterate, all groups, as far as this knows
+        self._steps = 0
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
         self._running = RunningStatistics(nn.Module() if model is None else model)
-        children = [] if model is None else [child for child in model.children() if _has_weights(child)]
-        hooked = [] if model is None else [model, *children]
-        outer, inner = Hook(self._enter, trains=True), inner_hook(model)(self._enter, trains=True)
-        self._handles = [
-            module.register_forward_pre_hook(outer if module is model else inner, prepend=True) for module in hooked
-        ]
+        self._handles = [] if model is None else self._hooked(model)
+
+    def _hooked(self, model: nn.Module) -> list[RemovableHandle]:
+        """Hook the calls of a model and of all parts of it that may be called first."""
+        roots = roots_of(model)
+        parts = [part for part in model.modules() if next(part.parameters(recurse=False), None) is not None]
+        parts += [child for root in roots for child in root.children() if _has_weights(child)]
+        hooks = dict.fromkeys(parts, inner_hook(model)(self._enter, trains=True))
+        hooks |= dict.fromkeys(roots, Hook(self._enter_root, trains=True))
+        return [module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()]
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
-        if [None for group in self._groups() if not group["at_iterate"]]:
-            self._move(torch._foreach_add_, at_iterate=True)
+        if any(not group["at_iterate"] for group in self._groups()):
+            self._move(at_iterate=True)
 
     def to_average(self) -> None:
         """Put the average into the model."""
-        self._move(torch._foreach_sub_, at_iterate=False)
+        self._follow()
+        if self._optimizer() is None:  # it took its states along
+            for mark in self._marks:
+                if mark.is_here:
+                    mark.parameter.detach().sub_(mark.lead)
+        self._move(at_iterate=False)
 
     def skip(self) -> None:
         """Put the average into the model, as it was before the passes of a step that is not taken."""
         self.to_average()
+        self._steps += 1
         self._running.restore()
+
+    def loaded(self) -> None:
+        """Note that the groups say anew whether the weights are at the iterate."""
+        self._marks, self._arrived = [], False
 
     @contextmanager
     def stepping(self) -> Iterator[Callable[[Outcome], None]]:
@@ -170,6 +136,7 @@ class Averaging:
             A function to call with the outcome of the step; without it the average stays as it is.
         """
         self.to_iterate()
+        self._start_anew()
         taken: list[Outcome] = []
         averages = self._averages(at_iterate=True)
         rounding = Rounding(2 * averages[0].group["iteration"] + 1 if averages else 0)
@@ -180,21 +147,34 @@ class Averaging:
             for outcome in taken:
                 for group in {id(each.group): each.group for each in averages}.values():
                     group["averaged"] += 1
-                    self._running.average(outcome, _share(group))  # of the first group, if they differ
+                    self._running.average(outcome, share_of_last(group))  # of the first group, if they differ
             for each, means in zip(averages, kept, strict=True):
                 each.update(means, taken, rounding)
             for group in self._groups():
                 group["at_iterate"] = False
+            self._marks, self._arrived = [], False
+            self._steps += 1
+
+    def _start_anew(self) -> None:
+        """Forget the averages of groups whose average is off."""
+        for group in self._all_groups():
+            if group["averaged"] and not group["averaging"]:
+                group |= {"averaged": 0, "at_iterate": False}
+                for parameter in group["params"]:
+                    lead = self._states().get(parameter, {}).get("lead")
+                    if lead is not None:
+                        held(lead).zero_()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Put the average into the model for a while."""
+        """Put the average into the model for a while, or until the step if that comes first."""
         moved = any(group["at_iterate"] for group in self._groups())
         self.to_average()
+        steps = self._steps
         try:
             yield
         finally:
-            if moved:
+            if moved and steps == self._steps:
                 self.to_iterate()
 
     def close(self) -> None:
@@ -203,32 +183,59 @@ class Averaging:
         for handle in self._handles:
             handle.remove()
 
+    def _enter_root(self, module: nn.Module, _: object) -> None:
+        if self._arrived and module.training:
+            self._follow()
+        else:
+            self._enter(module, _)
+
     def _enter(self, module: nn.Module, _: object) -> None:
-        if module.training and any(not group["at_iterate"] for group in self._groups()):  # the first hook moves all
+        if self._arrived or not module.training:
+            return
+        if any(not group["at_iterate"] for group in self._groups()):  # the first hook moves all
             with torch._C.DisableTorchFunction():
-                self.to_iterate()
-                self._running.remember()
+                self._move(at_iterate=True, unseen=True)
+                self._running.remember(self._all_groups())
+        self._arrived = True
+
+    def _follow(self) -> None:
+        """Let what was changed since it was moved to the iterate be the average, too."""
+        for mark in self._marks:
+            if mark.is_changed:
+                mark.lead.zero_()
 
     @torch.no_grad()
-    def _move(self, change: Callable[[list[Tensor], list[Tensor]], None], *, at_iterate: bool) -> None:
-        """Change the weights by their leads, which are 0 before the first step, where they are not moved yet."""
+    def _move(self, *, at_iterate: bool, unseen: bool = False) -> None:
+        """Change the weights by their leads, which are 0 before the first step, where they are not moved yet.
+
+        Args:
+            at_iterate: whether they move to the iterate.
+            unseen: True hides the change from autograd, which would refuse what was computed of the weights before.
+        """
+        change = torch._foreach_add_ if at_iterate else torch._foreach_sub_
         gathering = None if self._gathering is None else self._gathering()
         if gathering is not None and any(group["at_iterate"] != at_iterate for group in self._groups()):
             reshard(gathering)
         for each in self._averages(at_iterate=not at_iterate):
+            memory = [parameter.data for parameter in each.parameters]
             if each.group["averaged"]:
-                change(each.parameters, each.leads)
+                change(memory if unseen else each.parameters, each.leads)
+            if at_iterate:
+                kept = zip(each.parameters, each.leads, memory, strict=True)
+                self._marks += [_Mark(*own, own[0]._version) for own in kept]
         for group in self._groups():
             group["at_iterate"] = at_iterate
+        if not at_iterate:
+            self._marks = []
+        self._arrived = at_iterate
 
-    def _averages(self, *, at_iterate: bool) -> list[_Averages]:
+    def _averages(self, *, at_iterate: bool) -> list[Averages]:
         """Return the averages of each group that is at the iterate, or is not."""
-        optimizer = self._optimizer()
-        states = {} if optimizer is None else optimizer.state
-        found: list[_Averages] = []
+        states = self._states()
+        found: list[Averages] = []
         for group in self._groups():
             if group["at_iterate"] == at_iterate:
-                precise, low = _Averages(group, [], []), _Averages(group, [], [])
+                precise, low = Averages(group, [], []), Averages(group, [], [])
                 for parameter in group["params"]:
                     state = states.get(parameter)
                     lead = None if state is None else state.get("lead")
@@ -246,24 +253,20 @@ class Averaging:
         return found
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Return the groups that are averaged; none once the optimizer is gone."""
+        """Return the groups that are averaged."""
+        return [group for group in self._all_groups() if group["averaging"]]
+
+    def _all_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the optimizer; none once it is gone."""
         optimizer = self._optimizer()
-        return [] if optimizer is None else [group for group in optimizer.param_groups if group["averaging"]]
+        return [] if optimizer is None else optimizer.param_groups
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the states of the optimizer."""
+        optimizer = self._optimizer()
+        return {} if optimizer is None else optimizer.state
 
 
 def _has_weights(module: nn.Module) -> bool:
     """Return whether a pass of a module depends on weights, its own or those of modules inside."""
     return next(module.parameters(), None) is not None
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Return the places of tensors of each device and dtype."""
-    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault((tensor.device, tensor.dtype), []).append(place)
-    return list(places.values())
-
-
-def _share(group: Mapping[str, Any]) -> float:
-    """Return the share of the last iterate of a group in its average."""
-    return min(1.0, 1 / float(group["averaging"] * group["averaged"]))

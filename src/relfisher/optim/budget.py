@@ -14,9 +14,9 @@ from torch import Tensor
 from relfisher.layers import Layer
 from relfisher.observe import Role
 from relfisher.optim.assignment import fitted, momentum_bytes, state_bytes
-from relfisher.optim.averaging import Lead, averaged
 from relfisher.optim.binding import Binding
 from relfisher.optim.fallback import precise
+from relfisher.optim.leads import Lead, averaged
 from relfisher.optim.ownership import Ownership
 from relfisher.optim.record import Record
 from relfisher.structures import Structure

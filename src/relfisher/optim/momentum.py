@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from relfisher.optim.rules import Move
 from relfisher.structures import Kept
@@ -41,8 +42,21 @@ class Momentum:
                 alike[move.momentum].append(place)
         for share, places in alike.items():
             latest = [moves[place].latest for place in places]
-            velocities = torch._foreach_add(latest, [moves[place].state["momentum"] for place in places], alpha=share)
+            velocities = torch._foreach_add(latest, [_so_far(moves[place]) for place in places], alpha=share)
             gradients = torch._foreach_add(latest, velocities, alpha=share) if nesterov else velocities
             for place, gradient, velocity in zip(places, gradients, velocities, strict=True):
                 found[place] = moves[place]._replace(gradient=gradient, velocity=velocity)
         return found
+
+
+def _so_far(move: Move) -> Tensor:
+    """Return the momentum so far of layers, without what rounding has added along directions without a gradient.
+
+    No softmax sees what is common to all classes, so that the gradients of heads have a mean of 0 over them. A rounded
+    momentum has not, and what is small in all other directions is not small for a polar factor.
+    """
+    momentum: Tensor = move.state["momentum"]
+    if not move.is_head or momentum.dtype == move.latest.dtype:
+        return momentum
+    precise = momentum.to(move.latest.dtype)
+    return precise - precise.mean(-2, keepdim=True)

@@ -14,9 +14,9 @@ from relfisher.layers import Layer
 from relfisher.observe import Responses
 from relfisher.optim.assignment import candidates
 from relfisher.optim.assignment import state_bytes as bytes_of
-from relfisher.optim.averaging import Lead
 from relfisher.optim.budget import beside, check_state_bytes, fit_into, numbers_beside
 from relfisher.optim.groups import names_of
+from relfisher.optim.leads import Lead
 from relfisher.optim.options import MetricOptions
 from relfisher.optim.renamed import reject
 from relfisher.optim.rounding import check_state_dtype

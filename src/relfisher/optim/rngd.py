@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relfisher.metric import Metric
 from relfisher.observe import Responses, check_responses
-from relfisher.optim.averaging import Averaging, Lead
+from relfisher.optim.averaging import Averaging
 from relfisher.optim.binding import Binding
 from relfisher.optim.budget import Budget, check_state_bytes
 from relfisher.optim.checkpoint import loading, saving
@@ -22,6 +22,7 @@ from relfisher.optim.fallback import Fallback
 from relfisher.optim.groups import ADAMW, METRIC, OptionChecks, check_options, listed
 from relfisher.optim.health import Health
 from relfisher.optim.late import replaced
+from relfisher.optim.leads import Lead
 from relfisher.optim.lineup import Lineup
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.options import AdamWOptions, Damping, Inversions, MetricOptions, fit_named
@@ -350,6 +351,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         self._catch_up()
         with loading(self, self._curvature, state_dict):
             super().load_state_dict(state_dict)
+        self._averaging.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle needs, the model among it; it must be part of the same copy or pickle."""

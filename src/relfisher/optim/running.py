@@ -8,6 +8,8 @@ all in the window. So the share is lowered to that of the iterate in the average
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +23,37 @@ __all__ = ["RunningStatistics"]
 class RunningStatistics:
     """The running means and variances of a model's normalizations that move by a fixed share.
 
+    Where several optimizers train parts of one model, the statistics of a normalization go with its own parameters, or
+    with those of the innermost module around it that has some.
+
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        norms = (module for module in model.modules() if isinstance(module, _NormBase))
-        self._norms = [weakref.ref(norm) for norm in norms if norm.running_mean is not None and norm.momentum]
+        self._model = weakref.ref(model)
+        self._norms: list[weakref.ref[_NormBase]] = []
+        self._count = 0
         self._before: list[tuple[Tensor, Tensor, float]] = []
 
-    def remember(self) -> None:
-        """Remember what they are, before the passes of a step."""
+    def remember(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what they are, before the passes of a step.
+
+        Args:
+            groups: the groups of the model's optimizer.
+        """
+        self._settle(groups)
         norms = [norm for each in self._norms if (norm := each()) is not None]
         kept = [(buffer, norm.momentum or 1.0) for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self._before = [(buffer, buffer.clone(), share) for buffer, share in kept if buffer is not None]
+
+    def _settle(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Find the normalizations, if groups were added since."""
+        count, model = sum(len(group["params"]) for group in groups), self._model()
+        if count != self._count and model is not None:
+            owned = {id(parameter) for group in groups for parameter in group["params"]}
+            self._norms = [weakref.ref(norm) for norm in dict.fromkeys(_norms(model, owned, is_owned=True))]
+            self._count = count
 
     def restore(self) -> None:
         """Undo what the passes of a step have moved."""
@@ -53,3 +72,20 @@ class RunningStatistics:
         for buffer, before, share in self._before:
             outcome.restore(buffer.lerp_(before, 1 - min(1.0, new / share)), before)
         self._before = []
+
+
+def _norms(module: nn.Module, owned: Collection[int], *, is_owned: bool) -> Iterator[_NormBase]:
+    """Yield the normalizations in a module whose statistics go with the owned parameters.
+
+    Args:
+        module: the module.
+        owned: the identities of the parameters.
+        is_owned: whether those go with them in which, and around which, there are no others that are trained.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if trained:
+        is_owned = any(id(parameter) in owned for parameter in trained)
+    if is_owned and isinstance(module, _NormBase) and module.running_mean is not None and module.momentum:
+        yield module
+    for child in module.children():
+        yield from _norms(child, owned, is_owned=is_owned)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher.optim import RNGD, HealthWarning, MetricOptions
-from relfisher.optim.averaging import Lead
 from relfisher.optim.fallback import Fallback
+from relfisher.optim.leads import Lead
 from relfisher.optim.momentum import Momentum
 from relfisher.optim.rules import StepRule
 from relfisher.structures import KroneckerFactors
