@@ -126,7 +126,7 @@ def test_what_adamw_trains_for_want_of_a_metric_is_said_once():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
 
     first, second = uncovered(run)
-    assert first.startswith("AdamW trains 5 of 9 parameters, 87 % of all numbers, for want of a metric. ")
+    assert first.startswith("AdamW trains 5 of 9 parameters, 87.3 % of all numbers, for want of a metric. ")
     limited = (
         "4 of Embedding (tables.0.weight, tables.1.weight, tables.2.weight, ...) and 1 of EmbeddingBag (bags.weight)"
     )

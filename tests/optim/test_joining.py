@@ -129,6 +129,16 @@ def test_a_layer_that_the_model_has_got_since_is_found():
     assert "metric" in optimizer.state[model[4].weight]
 
 
+def test_a_layer_that_was_replaced_is_no_longer_listed():
+    model = mlp(sizes=(6, 5, 3))
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    model[2] = nn.Linear(5, 2).double()
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    step(model, optimizer, inputs())
+    assert [(each.name, each.group) for each in optimizer.layers] == [("0", 0), ("2", 1)]
+
+
 @pytest.mark.parametrize("kind", [RNGD, Preconditioner])
 def test_a_model_on_the_meta_device_is_refused(kind):
     """What `to_empty` puts in the place of its parameters would never move."""

@@ -4,7 +4,19 @@ import warnings
 
 import pytest
 import torch
-from builders import KINDS, every_kind, inputs, mlp, normed_mlp, predicted, resumed, sentences, step
+from builders import (
+    KINDS,
+    every_kind,
+    inputs,
+    mlp,
+    normed_mlp,
+    predicted,
+    resumed,
+    sentences,
+    squares,
+    step,
+    weights,
+)
 from torch import nn
 
 from relfisher import RNGD, AdamWOptions, MetricOptions
@@ -21,6 +33,21 @@ def test_low_precision_models_train_and_resume_bitwise(dtype):
     twin, other = resumed(model, optimizer, **options)
     for seed in range(5, 10):
         assert step(model, optimizer, inputs(seed, dtype=dtype)) == step(twin, other, inputs(seed, dtype=dtype))
+
+
+def test_a_model_that_changes_its_dtype_later_is_refused_and_keeps_its_weights():
+    model = mlp(dtype=torch.float32)
+    optimizer = RNGD(model)
+    for seed in range(3):
+        step(model, optimizer, inputs(seed, dtype=torch.float32))
+    model.double()
+    kept = weights(model)
+    squares(model, inputs()).backward()
+    with pytest.raises(ValueError, match=r"the metric of '0' is torch.float32, but its weights need torch.float64"):
+        optimizer.step()
+    optimizer.close()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), kept[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

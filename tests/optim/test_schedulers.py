@@ -168,9 +168,9 @@ def test_a_learning_rate_may_be_a_tensor_which_changes_in_place(scheduled):
     assert float(again.param_groups[0]["lr"]) == float(one.param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("lr", [torch.tensor([0.1, 0.2]), torch.tensor(0.1, device="meta")])
+@pytest.mark.parametrize("lr", [torch.tensor([0.1, 0.2]), torch.tensor(0.1, device="meta"), torch.tensor(0.1j)])
 def test_a_learning_rate_that_a_step_would_wait_for_is_refused(lr):
-    with pytest.raises(TypeError, match="lr must be a number, or a tensor of one number on the CPU"):
+    with pytest.raises(TypeError, match="lr must be a number, or a tensor of one real number on the CPU"):
         RNGD(mlp(), lr)
 
 

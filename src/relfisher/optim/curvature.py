@@ -166,7 +166,8 @@ class Curvature:
         layer, state = record.layer, self.states[record.key]
         metric: Tensor | None = state.get("metric")
         device = layer.weight.device
-        if metric is not None and metric is record.metric_in_use and metric.device == device:
+        here = metric is not None and metric.device == device and metric.dtype == layer.dtype
+        if here and metric is record.metric_in_use:
             return state
         if metric is None:
             self._create(record, structure)

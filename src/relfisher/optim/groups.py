@@ -56,10 +56,10 @@ def check_options(group: Mapping[str, Any], *, running: bool = False) -> None:
     """
     lr = group["lr"]
     if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.device.type != "cpu":
+        if lr.numel() != 1 or lr.device.type != "cpu" or lr.is_complex():
             raise TypeError(
-                "lr must be a number, or a tensor of one number on the CPU, which a step reads without waiting for a "
-                f"device; got a tensor of the shape {list(lr.shape)} on {lr.device}"
+                "lr must be a number, or a tensor of one real number on the CPU, which a step reads without waiting "
+                f"for a device; got a tensor of the shape {list(lr.shape)} and the dtype {lr.dtype} on {lr.device}"
             )
         lr = float(lr)
     if not (running and lr == 0):

@@ -41,11 +41,13 @@ def model_of(entries: Sequence[Any]) -> nn.Module:
     wanted = {id(parameter) for group in groups for _, parameter in named(group, {})}
     owned = {module: {id(parameter) for parameter in module.parameters()} for module in modules_in_memory(nn.Module)}
     owned = {module: found for module, found in owned.items() if found & wanted}
+    if not wanted:
+        raise ValueError("params must have at least one parameter, got none: RNGD has nothing to train")
     lost = len(wanted.difference(*owned.values())) if owned else len(wanted)
-    if lost or not wanted:
+    if lost:
         raise ValueError(
-            f"params must be parameters of modules, but {lost or 'none'} of the {len(wanted)} are in no module: RNGD "
-            "needs to see the layers run; write RNGD(model)"
+            f"params must be parameters of modules, but {lost} of the {len(wanted)} are in no module: RNGD needs to "
+            "see the layers run; write RNGD(model)"
         )
     chosen = list(_chosen(owned, wanted))
     names = " and ".join(class_of(module).__name__ for module in chosen)

@@ -108,6 +108,12 @@ class Ownership:
     def mismatch(self, record: Record, choices: Sequence[Structure], saved: Mapping[str, Tensor]) -> ValueError:
         """Return the error for a saved metric that fits none of some structures."""
         layer, own = record.layer, saved.keys() - self.beside(record.layer)
+        old = saved["metric"].dtype if "metric" in saved else layer.dtype
+        if old != layer.dtype:
+            return ValueError(
+                f"the metric of {record.name!r} is {old}, but its weights need {layer.dtype}: change the precision of "
+                "a model before the first step, or make another optimizer"
+            )
         held = {key: tuple(saved[key].shape) for key in sorted(own)}
         labels = ", ".join(dict.fromkeys(structure.label(layer.shape) for structure in choices))
         shapes = {key: kept.shape for key, kept in choices[0].declares(layer.shape, root=self.root).items()}

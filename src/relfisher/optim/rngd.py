@@ -92,7 +92,7 @@ class RNGD(Watching, torch.optim.Optimizer):
         **unknown: not allowed; the error for a renamed option says its new name.
 
     Raises:
-        ValueError: if an argument is out of range, or there is nothing to train, or the state cannot be as small as
+        ValueError: if an argument is out of range, or there are no parameters, or the state cannot be as small as
             `state_bytes`; so does the first step if some layers turn out to have no metric.
         TypeError: if an argument has the wrong type or is unknown.
     """
@@ -193,10 +193,12 @@ class RNGD(Watching, torch.optim.Optimizer):
     @property
     def layers(self) -> tuple[LayerView, ...]:
         """The layers that have a metric, or will have one, with their roles, structures and groups."""
-        records = self._curvature.records
+        records, model = self._curvature.records, self._curvature.model()
+        inside = None if model is None else set(model.modules())
         return tuple(
             LayerView(layer.name, records[layer].role, records[layer].structure, place)
             for layer, place in self._binding.shown.items()
+            if inside is None or layer.module in inside  # it may have been replaced by another
         )
 
     def metric(self, name: str) -> Metric:

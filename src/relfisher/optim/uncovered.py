@@ -47,7 +47,7 @@ class Uncovered(NamedTuple):
             kind = classes.get(id(parameter), "no module")
             found.setdefault(reason, {}).setdefault(kind, []).append(name)
         each = "; ".join(f"{_listed(kinds)}: {reason}" for reason, kinds in found.items())
-        counts = f"{len(self.parameters)} of {self.trained} parameters, {100 * self.share:.2g} % of all numbers"
+        counts = f"{len(self.parameters)} of {self.trained} parameters, {100 * self.share:.3g} % of all numbers"
         how = "A class of modules gets a metric by relfisher.register_layer; coverage lists everything"
         return f"{counts}, for want of a metric. {each}. {how}"
 
