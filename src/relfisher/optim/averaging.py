@@ -183,11 +183,11 @@ class Averaging:
         for handle in self._handles:
             handle.remove()
 
-    def _enter_root(self, module: nn.Module, _: object) -> None:
+    def _enter_root(self, module: nn.Module, args: object) -> None:
         if self._arrived and module.training:
             self._follow()
         else:
-            self._enter(module, _)
+            self._enter(module, args)
 
     def _enter(self, module: nn.Module, _: object) -> None:
         if self._arrived or not module.training:
