@@ -175,14 +175,44 @@ def test_weights_that_are_loaded_after_a_pass_stay(end, how):
     assert_holds(model, wanted)
 
 
-def test_weights_that_are_loaded_after_a_pass_have_an_average_of_their_own():
-    """The steps go on from them, and so does the average."""
+def test_steps_go_on_from_weights_that_are_loaded_after_a_pass():
     model, optimizer, _ = trained()
     model(inputs())
     wanted = {name: weight + 1 for name, weight in model.state_dict().items()}
     model.load_state_dict(wanted)
     step(model, optimizer, batch(7), classified)
     assert max(float((weight.detach() - wanted[name]).norm()) for name, weight in model.named_parameters()) < 0.1
+
+
+def test_weights_that_are_moved_and_moved_back_before_a_step_are_averaged():
+    """As by sharpness-aware minimization, which takes the gradient of a step near the iterate."""
+
+    def sharp(model, optimizer, seed):
+        kept = {}
+        optimizer.zero_grad()
+        classified(model, batch(seed)).backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                kept[weight] = weight.detach().clone()
+                weight.add_(weight.grad, alpha=0.1)
+        optimizer.zero_grad()
+        classified(model, batch(seed)).backward()
+        for weight, before in kept.items():
+            weight.data = before
+        optimizer.step()
+
+    found = {}
+    for averaging in (WIDE, 0.0):
+        model = mlp()
+        optimizer = RNGD(model, averaging=averaging)
+        for seed in range(6):
+            sharp(model, optimizer, seed)
+        average = weights(model)
+        model(inputs())
+        found[averaging] = weights(model)
+        assert torch.equal(average["0.weight"], found[averaging]["0.weight"]) == (averaging == 0)
+    for name, weight in found[0.0].items():
+        torch.testing.assert_close(found[WIDE][name], weight)
 
 
 def test_weights_that_change_their_device_or_precision_after_a_pass_are_not_changed():

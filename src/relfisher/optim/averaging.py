@@ -8,10 +8,10 @@ of the share a of them,
 which weighs the i-th iterate in proportion to i^(1/a - 1): polynomial-decay averaging, Shamir & Zhang 2013. Averages of
 iterates go back to Polyak & Juditsky 1992. A gradient at z has seen the noise of the steps, which one at x has not.
 
-Only the lead z - x is stored. If weights are changed from outside between a step and the next pass, x and z move with
-them. If they are changed after a pass, so that they may be other weights than z, both are what they were changed to:
-the lead is 0. A group whose average was off starts a new one. Where a lead in bfloat16 is rounded, x moves by the
-error, not z.
+Only the lead z - x is stored. If weights are changed from outside, x and z move with them. But where the average is to
+come back after a pass without a step, and the weights were changed since the pass, they may be others that were loaded:
+they stay, and the lead is 0. A group whose average was off starts a new one. Where a lead in bfloat16 is rounded, x
+moves by the error, not z.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Averaging:
         parts = [part for part in model.modules() if next(part.parameters(recurse=False), None) is not None]
         parts += [child for root in roots for child in root.children() if _has_weights(child)]
         hooks = dict.fromkeys(parts, inner_hook(model)(self._enter, trains=True))
-        hooks |= dict.fromkeys(roots, Hook(self._enter_root, trains=True))
+        hooks |= dict.fromkeys(roots, Hook(self._enter, trains=True))
         return [module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()]
 
     def to_iterate(self) -> None:
@@ -183,12 +183,6 @@ class Averaging:
         for handle in self._handles:
             handle.remove()
 
-    def _enter_root(self, module: nn.Module, args: object) -> None:
-        if self._arrived and module.training:
-            self._follow()
-        else:
-            self._enter(module, args)
-
     def _enter(self, module: nn.Module, _: object) -> None:
         if self._arrived or not module.training:
             return
@@ -199,7 +193,7 @@ class Averaging:
         self._arrived = True
 
     def _follow(self) -> None:
-        """Let what was changed since it was moved to the iterate be the average, too."""
+        """Let what was changed since it was moved to the iterate be the average, which is to come back."""
         for mark in self._marks:
             if mark.is_changed:
                 mark.lead.zero_()
