@@ -20,8 +20,8 @@ _HALF, _FULL = 0.05, 1e-3
 # The same for gradients that are orthogonal to the outputs, but for the small number in the variance of a layer norm.
 _TURNED = 0.01
 
-# What takes logits for a softmax divides them by a temperature of less than 1 / this.
-_COLDEST = 0.05
+# The gradient of a softmax grows with its logits, divided by a temperature; this is of the highest, 20.
+_LEAST_GROWTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def is_softmax_gradient(gradient: Tensor, outputs: Tensor) -> bool:
         return False
     pushed = (rows > 0) & z.isfinite() & ((rows < 0).sum(-1, keepdim=True) == 1)
     spread, growth = (_variance(each, pushed) for each in (z, rows.log()))
-    return spread <= tolerance**2 or growth > _COLDEST**2 * spread
+    return spread <= tolerance**2 or growth > _LEAST_GROWTH**2 * spread
 
 
 def _variance(rows: Tensor, chosen: Tensor) -> float:

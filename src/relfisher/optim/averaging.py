@@ -43,31 +43,35 @@ def to_iterate(optimizer: torch.optim.Optimizer) -> None:
         averaging.to_iterate()
 
 
-class _Mark(NamedTuple):
-    """An averaged parameter at the iterate, of one in parts what this process holds, and what tells if it is changed.
+class _Arrival(NamedTuple):
+    """Averages that were moved to the iterate, and what tells of each parameter whether it was changed since.
 
     Attributes:
-        parameter: the parameter.
-        lead: its lead.
-        memory: what it had then, in the same memory.
-        version: how often it was changed in place.
+        averages: the parameters and their leads.
+        memory: the values then, in the same memory.
+        versions: how often each parameter was changed in place.
     """
 
-    parameter: Tensor
-    lead: Tensor
-    memory: Tensor
-    version: int
+    averages: Averages
+    memory: list[Tensor]
+    versions: list[int]
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the parameter is still on its device, in its dtype."""
-        return self.parameter.device == self.memory.device and self.parameter.dtype == self.memory.dtype
+    def follow(self) -> None:
+        """Let the leads of parameters that were changed be 0, unless only their device or dtype was.
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether the parameter was changed in place, but not through its `data`, or was given other memory."""
-        same = self.parameter._version == self.version and self.parameter.is_set_to(self.memory)
-        return self.is_here and not same
+        They were changed in place, but not through their `data`, or were given other memory.
+        """
+        own = self.averages
+        for parameter, lead, memory, version in zip(*own[1:], self.memory, self.versions, strict=True):
+            same = parameter._version == version and parameter.is_set_to(memory)
+            if not same and _is_like(parameter, memory):
+                lead.zero_()
+
+    def leave(self) -> None:
+        """Move the parameters back to the average, those that are on their devices."""
+        for parameter, lead, memory in zip(*self.averages[1:], self.memory, strict=True):
+            if _is_like(parameter, memory):
+                parameter.sub_(lead)
 
 
 class Averaging:
@@ -87,7 +91,7 @@ class Averaging:
     def __init__(self, model: nn.Module | None, optimizer: torch.optim.Optimizer, lead: Lead) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._lead = lead
-        self._marks: list[_Mark] = []
+        self._arrivals: list[_Arrival] = []
         self._arrived = False  # at the iterate, all groups, as far as this knows
         self._steps = 0
         # What a pass gathers of the weights would be behind, so that the weights move first.
@@ -109,13 +113,13 @@ class Averaging:
         if any(not group["at_iterate"] for group in self._groups()):
             self._move(at_iterate=True)
 
+    @torch.no_grad()
     def to_average(self) -> None:
         """Put the average into the model."""
-        self._follow()
-        if self._optimizer() is None:  # it took its states along
-            for mark in self._marks:
-                if mark.is_here:
-                    mark.parameter.detach().sub_(mark.lead)
+        for arrival in self._arrivals:
+            arrival.follow()
+            if self._optimizer() is None:  # it took its states along
+                arrival.leave()
         self._move(at_iterate=False)
 
     def skip(self) -> None:
@@ -126,7 +130,7 @@ class Averaging:
 
     def loaded(self) -> None:
         """Note that the groups say anew whether the weights are at the iterate."""
-        self._marks, self._arrived = [], False
+        self._arrivals, self._arrived = [], False
 
     @contextmanager
     def stepping(self) -> Iterator[Callable[[Outcome], None]]:
@@ -152,7 +156,7 @@ class Averaging:
                 each.update(means, taken, rounding)
             for group in self._groups():
                 group["at_iterate"] = False
-            self._marks, self._arrived = [], False
+            self._arrivals, self._arrived = [], False
             self._steps += 1
 
     def _start_anew(self) -> None:
@@ -192,12 +196,6 @@ class Averaging:
                 self._running.remember(self._all_groups())
         self._arrived = True
 
-    def _follow(self) -> None:
-        """Let what was changed since it was moved to the iterate be the average, which is to come back."""
-        for mark in self._marks:
-            if mark.is_changed:
-                mark.lead.zero_()
-
     @torch.no_grad()
     def _move(self, *, at_iterate: bool, unseen: bool = False) -> None:
         """Change the weights by their leads, which are 0 before the first step, where they are not moved yet.
@@ -215,12 +213,11 @@ class Averaging:
             if each.group["averaged"]:
                 change(memory if unseen else each.parameters, each.leads)
             if at_iterate:
-                kept = zip(each.parameters, each.leads, memory, strict=True)
-                self._marks += [_Mark(*own, own[0]._version) for own in kept]
+                self._arrivals.append(_Arrival(each, memory, [parameter._version for parameter in each.parameters]))
         for group in self._groups():
             group["at_iterate"] = at_iterate
         if not at_iterate:
-            self._marks = []
+            self._arrivals = []
         self._arrived = at_iterate
 
     def _averages(self, *, at_iterate: bool) -> list[Averages]:
@@ -259,6 +256,10 @@ class Averaging:
         """Return the states of the optimizer."""
         optimizer = self._optimizer()
         return {} if optimizer is None else optimizer.state
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.dtype == other.dtype
 
 
 def _has_weights(module: nn.Module) -> bool:
