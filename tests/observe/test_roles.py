@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from builders import average, classified, inputs, mlp, step, structures
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from relfisher import RNGD
@@ -82,3 +82,55 @@ def test_a_gradient_of_zeros_does_not_say_what_scores_the_outputs() -> None:
     assert structures(optimizer) == structures(other) == dict.fromkeys("024", "kronecker")
     for key in ("metric", "output"):
         torch.testing.assert_close(average(optimizer, model[4], key), average(other, twin[4], key))
+
+
+HEADS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "plain": lambda head, h: head(h),
+    "divided": lambda head, h: head(h) / 0.7,
+    "divided and shifted": lambda head, h: 2 * head(h) - 1.0,
+    "joined": lambda head, h: torch.cat([head(h[:7]), head(h[7:])]),
+    "joined again": lambda head, h: torch.cat([(z := head(h))[:5], z[5:]]),
+    "stacked": lambda head, h: torch.stack([head(h[:8]), head(h[8:])], 1).transpose(0, 1).reshape(16, -1),
+    "scaled by a parameter": lambda head, h: head(h) * nn.Parameter(torch.tensor(1.5, dtype=torch.float64)),
+    "joined and divided": lambda head, h: torch.cat([head(h[:8]), head(h[8:])]).view(16, -1) / 2,
+}
+
+
+class Scored(nn.Module):
+    """A network whose own forward pass makes something of the logits."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head = nn.Linear(6, 5, dtype=torch.float64), nn.Linear(5, 4, dtype=torch.float64)
+        self.way = HEADS[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self.head, torch.tanh(self.fc(x)))
+
+
+@pytest.mark.parametrize("way", HEADS)
+@pytest.mark.parametrize("is_softmax", [True, False])
+def test_a_head_may_scale_and_join_its_logits(way: str, is_softmax: bool) -> None:
+    """As outside of the model; a squared error makes none of it a head."""
+    model, y = Scored(way), torch.arange(16) % 4
+    optimizer = RNGD(model)
+    target = functional.one_hot(y).double()
+    optimizer.zero_grad()
+    out = model(inputs())
+    (functional.cross_entropy(out, y) if is_softmax else functional.mse_loss(out, target)).backward()
+    optimizer.step()
+    assert {each.name: each.role.is_head for each in optimizer.layers}["head"] is is_softmax
+
+
+@pytest.mark.parametrize("after", [torch.tanh, lambda z: z.softmax(-1), lambda z: z + z.mean(0), lambda z: z * z])
+def test_what_goes_on_from_joined_or_scaled_outputs_makes_no_head(after: Callable[[Tensor], Tensor]) -> None:
+    class Going(Scored):
+        def forward(self, x: Tensor) -> Tensor:
+            return after(super().forward(x))
+
+    for way in ("divided", "joined"):
+        model = Going(way)
+        optimizer = RNGD(model)
+        step(model, optimizer, (inputs(), torch.arange(16) % 4), classified)
+        assert not {each.name: each.role.is_head for each in optimizer.layers}["head"]

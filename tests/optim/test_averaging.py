@@ -355,6 +355,61 @@ def test_a_layer_that_is_unfrozen_later_is_averaged_from_then_on():
     assert all(not torch.equal(weight, kept[name]) for name, weight in model.named_parameters())
 
 
+@pytest.mark.parametrize("is_between", [True, False], ids=["between steps", "after a pass"])
+def test_a_layer_that_is_frozen_again_stays_at_its_average(is_between):
+    model, optimizer, kept = trained()
+    if not is_between:
+        model(inputs())
+    model[0].requires_grad_(False)
+    if not is_between:
+        optimizer.zero_grad()
+        optimizer.step()
+    for seed in range(5):
+        model(inputs(seed))
+        torch.testing.assert_close(model[0].weight.detach(), kept["0.weight"])
+        step(model, optimizer, batch(seed), classified)
+        torch.testing.assert_close(model[0].weight.detach(), kept["0.weight"])
+    other = mlp()
+    resumed = RNGD(other, averaging=WIDE)
+    other[0].requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, own in ((model, optimizer), (other, resumed)):
+        each[0].requires_grad_(True)
+        train(each, own, 3)
+    assert_same_weights(model, other)
+    assert not torch.equal(model[0].weight, kept["0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:linear response for some layers")
+@pytest.mark.parametrize("is_called", [True, False], ids=["as a whole", "in parts"])
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_pass_that_begins_in_evaluation_mode_is_at_one_point(is_called, is_frozen):
+    """At the average, whose weights its graph has; where those of the part are frozen, the rest is at the iterate."""
+    body = nn.Sequential(nn.Linear(6, 5), nn.Tanh()).double()
+    body.requires_grad_(not is_frozen)
+    model = nn.Sequential(body, nn.Linear(5, 3).double())
+    optimizer = RNGD(model, averaging=WIDE)
+    train(model, optimizer, 6)
+    average = copy.deepcopy(model)
+    model.eval()
+    model[1].train()
+    x, y = batch(9)
+    optimizer.zero_grad()
+    classified(model if is_called else lambda x: model[1](model[0](x)), (x, y)).backward()
+    point = average
+    if is_frozen:
+        assert any(group["at_iterate"] for group in optimizer.param_groups)
+        point = copy.deepcopy(model)
+    point.zero_grad()
+    classified(point, (x, y)).backward()
+    for weight, other in zip(model.parameters(), point.parameters(), strict=True):
+        if weight.grad is not None:
+            torch.testing.assert_close(weight.grad, other.grad)
+    optimizer.step()
+    assert not any(group["at_iterate"] for group in optimizer.param_groups)
+
+
 def test_half_precision_has_no_average():
     model = mlp(dtype=torch.bfloat16)
     optimizer = RNGD(model)

@@ -14,6 +14,7 @@ from builders import (
     structures,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 from relfisher import RNGD, MetricOptions, Preconditioner
 from relfisher.optim import HealthWarning
@@ -137,6 +138,17 @@ def test_a_layer_that_was_replaced_is_no_longer_listed():
     optimizer.add_param_group({"params": list(model[2].parameters())})
     step(model, optimizer, inputs())
     assert [(each.name, each.group) for each in optimizer.layers] == [("0", 0), ("2", 1)]
+
+
+def test_a_layer_that_is_pruned_later_says_so():
+    model = mlp(sizes=(6, 5, 3))
+    optimizer = RNGD(model)
+    step(model, optimizer, inputs())
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"'2' has lost its parameter 'weight', as by pruning"):
+        step(model, optimizer, inputs())
+    optimizer.close()
+    step(model, RNGD(model), inputs())
 
 
 @pytest.mark.parametrize("kind", [RNGD, Preconditioner])

@@ -188,8 +188,15 @@ class Layer(ABC):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The module's current parameters that the parts are stored in, or computed from."""
-        return [kept[key] for kept, key in self._slots]
+        """The module's current parameters that the parts are stored in, or computed from.
+
+        Raises:
+            ValueError: if the module has them no longer.
+        """
+        try:
+            return [kept[key] for kept, key in self._slots]
+        except KeyError as error:
+            raise self._lost(error) from None
 
     @property
     def parameter_names(self) -> list[str]:
@@ -206,8 +213,17 @@ class Layer(ABC):
     def weight(self) -> Tensor:
         """The first parameter, which is the weight, or the one that is most like it."""
         kept, key = self._slots[0]
-        weight: Tensor = kept[key]
+        try:
+            weight: Tensor = kept[key]
+        except KeyError as error:
+            raise self._lost(error) from None
         return weight
+
+    def _lost(self, name: KeyError) -> ValueError:
+        return ValueError(
+            f"{self.name!r} has lost its parameter {name}, as by pruning or a weight normalization: make another "
+            "optimizer after that"
+        )
 
     @property
     def is_trained(self) -> bool:

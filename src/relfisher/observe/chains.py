@@ -10,10 +10,10 @@ from torch import Tensor
 
 from relfisher.observe.activations import POINTWISE, canonical_name, without_wrapper
 
-__all__ = ["Chain", "Start", "continued"]
+__all__ = ["AFFINE", "Chain", "Start", "continued"]
 
-# These keep a function linear if they take it once.
-_AFFINE = frozenset({"add", "sub", "rsub", "mul", "div", "truediv", "neg", "positive"})
+#: These keep a function linear if they take it once.
+AFFINE = frozenset({"add", "sub", "rsub", "mul", "div", "truediv", "neg", "positive"})
 
 # A chain that is longer is no activation.
 _LONGEST = 32
@@ -67,7 +67,7 @@ class Chain:
     @property
     def is_scaling(self) -> bool:
         """Whether the last function only scales and shifts."""
-        return canonical_name(self.function) in _AFFINE and len(self.parts) == 1
+        return canonical_name(self.function) in AFFINE and len(self.parts) == 1
 
     @property
     def is_affine(self) -> bool:

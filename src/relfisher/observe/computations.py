@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from relfisher.layers import Chart, Computed, Leaf, Recorded, own_parameters
 from relfisher.observe.activations import canonical_name, without_wrapper
-from relfisher.observe.takers import all_tensors, tensors_in
+from relfisher.observe.tensors import all_tensors, tensors_in
 
 __all__ = ["Computations", "concerns"]
 

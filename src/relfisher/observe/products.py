@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relfisher.layers import Call, Chart, EmbeddingLayer, Layer, LinearOperation
 from relfisher.observe.computations import Computations
-from relfisher.observe.takers import tensors_in
+from relfisher.observe.tensors import tensors_in
 
 __all__ = ["Product", "Products", "products"]
 

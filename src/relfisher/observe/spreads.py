@@ -15,7 +15,7 @@ from relfisher.layers import Call, Chart, Layer, LinearOperation, is_spread, is_
 from relfisher.observe.activations import RESHAPING
 from relfisher.observe.computations import Computations
 from relfisher.observe.lookups import Lookup, Lookups, lookup
-from relfisher.observe.takers import tensors_in
+from relfisher.observe.tensors import tensors_in
 
 __all__ = ["Spreads"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from relfisher.observe.activations import (
     is_softmax_call,
     response_of,
 )
-from relfisher.observe.chains import Chain, Start, continued
+from relfisher.observe.chains import AFFINE, Chain, Start, continued
+from relfisher.observe.tensors import tensors_in
 from relfisher.responses import ActivationGaussian, LinearGaussian, UnitResponse
 
-__all__ = ["Shown", "Takers", "all_tensors", "tensors_in"]
+__all__ = ["Shown", "Takers"]
 
 # Attribute reads, functions that leave the graph, and those that take a shape alone do not consume a pre-activation.
 _LOOKS = frozenset([
@@ -39,13 +40,16 @@ _CARRYING = frozenset("dropout contiguous clone to type float double half bfloat
 class Consumer:
     """A function that took a pre-activation: its name, its response, and whether it is a softmax over the units.
 
-    It is `final` once something took what it returned, other than a pointwise function that continues it.
+    It is `final` once something took what it returned, other than a pointwise function that continues it. It is
+    `carrying` if it returned the units, scaled by constants or put beside others, so that their gradients are like
+    those of what it returned.
     """
 
     name: str
     response: UnitResponse | None
     softmax: bool = False
     final: bool = False
+    carrying: bool = False
 
 
 @dataclass(eq=False)
@@ -105,6 +109,7 @@ class _Before(NamedTuple):
     shown: dict[int, Shown]
     versions: dict[int, int]
     units: list[tuple[_Call, Tensor]]
+    carried: list[Consumer]
 
 
 class Takers:
@@ -124,6 +129,8 @@ class Takers:
         self._shown: dict[int, Shown] = {}
         self._calls: dict[Layer, list[_Call]] = {}
         self._activated: dict[int, tuple[_Call, Tensor]] = {}
+        # What functions returned that carry units, and these functions.
+        self._carried: dict[int, tuple[list[Consumer], Tensor]] = {}
         # The layer of the weight of each linear function that took a layer's activated units; None for other functions.
         self._followers: dict[Layer, list[Layer | None]] = {}
         self._aside: list[tuple[dict[int, Shown], dict[int, tuple[_Call, Tensor]]]] = []
@@ -171,13 +178,16 @@ class Takers:
         places = [id(each) for each in tensors]
         shown = {place: self._shown[place] for place in places if place in self._shown}
         versions = {place: each.tensor._version for place, each in shown.items()}
-        return _Before(shown, versions, [self._activated[place] for place in places if place in self._activated])
+        units = [self._activated[place] for place in places if place in self._activated]
+        carried = [own for place in places if place in self._carried for own in self._carried[place][0]]
+        return _Before(shown, versions, units, carried)
 
     def after(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, taken: _Before
     ) -> None:
         """Note what a function of torch made of what it took."""
         name = canonical_name(func)
+        self._carry(name, args, result, taken)
         if name in RESHAPING and args and id(args[0]) in taken.shown:
             given = taken.shown[id(args[0])]
             for part in tensors_in(result if isinstance(result, tuple | list) else [result]):
@@ -196,9 +206,24 @@ class Takers:
                     continue  # a cast to the dtype that it already has
                 units = given.call.units(z)
                 response = response_of(func, args, kwargs, self._responses, units) if first else None
-                self._end(given, Consumer(name, response, is_softmax_call(name, z, args, kwargs)), result)
+                softmax, carries = is_softmax_call(name, z, args, kwargs), _carries(name, args)
+                consumer = Consumer(name, response, softmax, carrying=carries)
+                self._end(given, consumer, result)
+                if carries and given.consumer is None:
+                    self._carried.setdefault(id(result), ([], result))[0].append(consumer)
         for call, activated in taken.units:
             self._follow(call, activated, name, args, result)
+
+    def _carry(self, name: str, args: tuple[Any, ...], result: Any, taken: _Before) -> None:
+        """Note what became of units that functions carry."""
+        parts = list(tensors_in(result if isinstance(result, tuple | list) else [result]))
+        if name in _LOOKS or not taken.carried or not any(part.is_floating_point() for part in parts):
+            return
+        if name in RESHAPING or _carries(name, args):
+            self._carried.update({id(part): (list(taken.carried), part) for part in parts})
+        else:
+            for consumer in taken.carried:
+                consumer.final = True
 
     def after_activation(self, name: str, response: UnitResponse, result: Tensor, taken: _Before) -> None:
         """Note what an activation of users made of what it took."""
@@ -236,7 +261,7 @@ class Takers:
         response = scaled or direct or (ActivationGaussian(chain) if chain.is_activation else None)
         for each in taken:
             each.go_on()
-        consumer = Consumer(canonical_name(func), response)
+        consumer = Consumer(canonical_name(func), response, carrying=chain.is_affine)
         first.call.consumers.append(consumer)
         self._shown[id(result)] = Shown(first.call, result, first.layout, chain, consumer, scaled or direct)
         if scaled is not None:
@@ -280,8 +305,8 @@ class Takers:
         return only if only is not None and only.is_linear else None
 
     def is_output(self, layer: Layer) -> bool:
-        """Return whether no function took a layer's output."""
-        return layer in self._calls and not self._consumers(layer)
+        """Return whether no function took a layer's output, other than to carry it to the end."""
+        return layer in self._calls and all(each.carrying and not each.final for each in self._consumers(layer))
 
     def is_softmax(self, layer: Layer) -> bool:
         """Return whether a layer's outputs went into a softmax over its units, and nowhere else."""
@@ -299,31 +324,21 @@ class Takers:
         """Release the tensors."""
         self._shown.clear()
         self._activated.clear()
+        self._carried.clear()
         self._aside.clear()
 
     def _consumers(self, layer: Layer) -> list[Consumer]:
         return [consumer for call in self._calls.get(layer, []) for consumer in call.consumers]
 
 
+def _carries(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether a function puts tensors beside each other, or scales and shifts one by constants or parameters."""
+    if name in AFFINE:
+        return sum(each.grad_fn is not None for each in tensors_in(args)) == 1
+    return name in ("cat", "stack")
+
+
 def _only(consumers: Sequence[Consumer]) -> UnitResponse | None:
     """Return the response that all consumers make; None if they differ."""
     found = [consumer.response for consumer in consumers]
     return found[0] if found and all(each == found[0] for each in found) else None
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the values, including those inside lists and tuples, one level deep."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, torch.Tensor))
-
-
-def all_tensors(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among the values, however deep they are in lists, tuples and dictionaries."""
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (list, tuple, Mapping)):
-        for value in values.values() if isinstance(values, Mapping) else values:
-            yield from all_tensors(value)

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from relfisher.layers import Call, Layer
 from relfisher.observe.activations import Responses, canonical_name, looks_up, response_of_module
 from relfisher.observe.hooks import Hook
-from relfisher.observe.takers import Shown, Takers, all_tensors, tensors_in
+from relfisher.observe.takers import Shown, Takers
+from relfisher.observe.tensors import all_tensors, tensors_in
 from relfisher.responses import UnitResponse
 from relfisher.shards import sharding
 

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.observe.entries import roots_of
 from relfisher.observe.hooks import Hook, inner_hook
+from relfisher.observe.tensors import all_tensors
 from relfisher.optim.leads import Averages, Lead, averaged, share_of_last
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rounding import Rounding
@@ -79,7 +80,7 @@ class Averaging:
 
     A training pass with gradients, of the model or of any part of it with weights, moves the weights to the iterate;
     the step that follows moves them to the new average. What was computed of the weights before, such as a penalty, is
-    differentiated at the iterate.
+    differentiated at the iterate. A pass that began in parts that are in evaluation mode stays at the average.
 
     Args:
         model: the model.
@@ -93,6 +94,7 @@ class Averaging:
         self._lead = lead
         self._arrivals: list[_Arrival] = []
         self._arrived = False  # at the iterate, all groups, as far as this knows
+        self._in_use = False  # at the average, by a part in evaluation mode, maybe in a graph that goes on
         self._steps = 0
         # What a pass gathers of the weights would be behind, so that the weights move first.
         self._gathering = None if model is None or not sharding(model) else weakref.ref(model)
@@ -106,7 +108,9 @@ class Averaging:
         parts += [child for root in roots for child in root.children() if _has_weights(child)]
         hooks = dict.fromkeys(parts, inner_hook(model)(self._enter, trains=True))
         hooks |= dict.fromkeys(roots, Hook(self._enter, trains=True))
-        return [module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()]
+        return [
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for module, hook in hooks.items()
+        ]
 
     def to_iterate(self) -> None:
         """Put the last iterate into the model."""
@@ -125,12 +129,17 @@ class Averaging:
     def skip(self) -> None:
         """Put the average into the model, as it was before the passes of a step that is not taken."""
         self.to_average()
-        self._steps += 1
+        self._end()
         self._running.restore()
 
     def loaded(self) -> None:
         """Note that the groups say anew whether the weights are at the iterate."""
         self._arrivals, self._arrived = [], False
+
+    def _end(self) -> None:
+        """Note the end of a step."""
+        self._arrivals, self._arrived, self._in_use = [], False, False
+        self._steps += 1
 
     @contextmanager
     def stepping(self) -> Iterator[Callable[[Outcome], None]]:
@@ -156,8 +165,7 @@ class Averaging:
                 each.update(means, taken, rounding)
             for group in self._groups():
                 group["at_iterate"] = False
-            self._arrivals, self._arrived = [], False
-            self._steps += 1
+            self._end()
 
     def _start_anew(self) -> None:
         """Forget the averages of groups whose average is off."""
@@ -187,11 +195,16 @@ class Averaging:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, module: nn.Module, _: object) -> None:
-        if self._arrived or not module.training:
+    def _enter(self, module: nn.Module, args: object, kwargs: object) -> None:
+        if self._arrived:
             return
-        if any(not group["at_iterate"] for group in self._groups()):  # the first hook moves all
-            with torch._C.DisableTorchFunction():
+        if not module.training:
+            self._in_use |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            return
+        with torch._C.DisableTorchFunction():
+            if self._in_use and any(given.grad_fn is not None for given in all_tensors([args, kwargs])):
+                return
+            if any(not group["at_iterate"] for group in self._groups()):  # the first hook moves all
                 self._move(at_iterate=True, unseen=True)
                 self._running.remember(self._all_groups())
         self._arrived = True
@@ -221,20 +234,24 @@ class Averaging:
         self._arrived = at_iterate
 
     def _averages(self, *, at_iterate: bool) -> list[Averages]:
-        """Return the averages of each group that is at the iterate, or is not."""
+        """Return the averages of each group that is at the iterate, or is not; what is frozen has none any more."""
         states = self._states()
         found: list[Averages] = []
         for group in self._groups():
             if group["at_iterate"] == at_iterate:
                 precise, low = Averages(group, [], []), Averages(group, [], [])
                 for parameter in group["params"]:
-                    state = states.get(parameter)
-                    lead = None if state is None else state.get("lead")
+                    lead = states.get(parameter, {}).get("lead")
                     dtype = self._lead.dtype_for(parameter)
                     if lead is None:
                         if not averaged(parameter):
                             continue
                         lead = states[parameter]["lead"] = torch.zeros_like(parameter, dtype=dtype)  # it was frozen
+                    elif not parameter.requires_grad:
+                        if at_iterate:
+                            held(parameter).sub_(held(lead))
+                        del states[parameter]["lead"]
+                        continue
                     elif lead.dtype != dtype or lead.device != parameter.device:
                         lead = states[parameter]["lead"] = lead.to(parameter.device, dtype)
                     own = precise if dtype == parameter.dtype else low
