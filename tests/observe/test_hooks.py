@@ -438,3 +438,21 @@ def test_a_pass_that_collects_nothing_runs_few_functions_for_each_layer():
     assert (trains[1] - trains[0]) / 3 <= 21
     assert evaluates[0] <= 30
     assert trains[0] <= 80
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_full_backward_hooks_of_a_program_change_nothing(kind):
+    model, plain = mlp(nn.ReLU), mlp(nn.ReLU)
+    optimizer, other = RNGD(model), RNGD(plain)
+    for module in model[1:]:  # torch warns of inputs without gradients
+        getattr(module, kind)(lambda *_: None)
+    train(model, optimizer, 4)
+    train(plain, other, 4)
+    roles, wanted = ({each.name: (each.role, each.structure) for each in own.layers} for own in (optimizer, other))
+    assert {name: str(role.following.name if role.following else None) for name, (role, _) in roles.items()} == {
+        "0": "2",
+        "2": "4",
+        "4": "None",
+    }
+    assert [kept for _, kept in roles.values()] == [kept for _, kept in wanted.values()]
+    assert_same_weights(model, plain)

@@ -32,8 +32,11 @@ _LOOKS = frozenset([
     *(f"new_{name}" for name in ("empty", "full", "ones", "tensor", "zeros")),
 ])
 
-# These keep units along the last axis, if its length is unchanged; dropout preserves their mean.
-_CARRYING = frozenset("dropout contiguous clone to type float double half bfloat16 view reshape flatten".split())
+# These keep units along the last axis, if its length is unchanged; dropout preserves their mean. The full backward
+# hooks of a module view its inputs and outputs as themselves.
+_CARRYING = frozenset(
+    "dropout contiguous clone to type float double half bfloat16 view view_as reshape reshape_as flatten".split()
+)
 
 
 @dataclass(eq=False)
