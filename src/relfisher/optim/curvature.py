@@ -165,9 +165,13 @@ class Curvature:
         """
         layer, state = record.layer, self.states[record.key]
         metric: Tensor | None = state.get("metric")
-        device = layer.weight.device
-        here = metric is not None and metric.device == device and metric.dtype == layer.dtype
-        if here and metric is record.metric_in_use:
+        device, dtype = layer.weight.device, layer.weight.dtype
+        if (
+            metric is not None
+            and metric is record.metric_in_use
+            and metric.device == device
+            and (metric.dtype == dtype or dtype.itemsize < 4)  # as `layer.dtype`, which is an operation
+        ):
             return state
         if metric is None:
             self._create(record, structure)
