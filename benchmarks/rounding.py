@@ -14,6 +14,7 @@ import torch
 from tables import tell
 
 from relfisher import RNGD
+from relfisher.evaluation import evaluation_mode
 from relfisher.studies.training import iterate
 from relfisher.studies.workloads import WORKLOADS, batches, samples
 
@@ -30,10 +31,8 @@ def accuracies(name: str, seed: int, dtype: torch.dtype | None) -> list[float]:
     for _ in range(EPOCHS[name]):
         for _ in range(len(data.inputs) // workload.batch_size):
             iterate(optimizer, workload.loss, model, *next(drawn))
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             found.append(workload.validate(model, data.held_inputs, data.held_targets))
-        model.train()
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,7 +16,7 @@ from torch._C._dynamo import eval_frame
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
-__all__ = ["Hook", "OutsideHook", "apart", "inner_hook", "is_compiled", "unobserved"]
+__all__ = ["Hook", "OutsideHook", "apart", "callers", "inner_hook", "is_compiled", "unobserved"]
 
 Given = ParamSpec("Given")
 T = TypeVar("T")
@@ -38,6 +40,14 @@ def unobserved() -> Iterator[None]:
         yield
     finally:
         _HERE.unobserved = before
+
+
+def callers() -> Iterator[FrameType]:
+    """Yield the frames that are being run, from the innermost on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def apart(function: Callable[Given, T]) -> Callable[Given, T]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from relfisher.layers import Call, EmbeddingLayer, Layer
 from relfisher.observe.activations import Responses
+from relfisher.observe.hooks import callers
 from relfisher.observe.tables import Tables
 from relfisher.observe.trace import Trace
 
@@ -82,12 +81,8 @@ class Pass(threading.local):
         """
         if self.model is None:
             return False
-        frame: FrameType | None = sys._getframe()
-        calls = -int(entered is self.model)
-        while frame is not None:
-            calls += frame.f_code is _CALL and frame.f_locals.get("self") is self.model
-            frame = frame.f_back
-        if calls > 0:
+        calls = sum(frame.f_code is _CALL and frame.f_locals.get("self") is self.model for frame in callers())
+        if calls > int(entered is self.model):
             return True
         stale: list[TorchFunctionMode | None] = [*abandon(), self.tables, self.trace]
         self.end(KeyboardInterrupt())

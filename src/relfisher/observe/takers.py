@@ -20,7 +20,7 @@ from relfisher.observe.activations import (
     response_of,
 )
 from relfisher.observe.chains import AFFINE, Chain, Start, continued
-from relfisher.observe.tensors import tensors_in
+from relfisher.observe.tensors import all_tensors, tensors_in
 from relfisher.responses import ActivationGaussian, LinearGaussian, UnitResponse
 
 __all__ = ["Shown", "Takers"]
@@ -193,7 +193,7 @@ class Takers:
         self._carry(name, args, result, taken)
         if name in RESHAPING and args and id(args[0]) in taken.shown:
             given = taken.shown[id(args[0])]
-            for part in tensors_in(result if isinstance(result, tuple | list) else [result]):
+            for part in all_tensors(result):
                 kept = name in _CARRYING and part.shape == given.tensor.shape
                 self._shown[id(part)] = replace(given, tensor=part, layout=given.layout if kept else id(part))
         elif name in _LOOKS or not any(leaf.is_floating_point() for leaf in tensors_in([result])):
@@ -219,7 +219,7 @@ class Takers:
 
     def _carry(self, name: str, args: tuple[Any, ...], result: Any, taken: _Before) -> None:
         """Note what became of units that functions carry."""
-        parts = list(tensors_in(result if isinstance(result, tuple | list) else [result]))
+        parts = list(all_tensors(result))
         if name in _LOOKS or not taken.carried or not any(part.is_floating_point() for part in parts):
             return
         if name in RESHAPING or _carries(name, args):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relfisher.layers import Call, Layer
 from relfisher.observe.activations import Responses, canonical_name, looks_up, response_of_module
-from relfisher.observe.hooks import Hook
+from relfisher.observe.hooks import Hook, callers
 from relfisher.observe.takers import Shown, Takers
 from relfisher.observe.tensors import all_tensors, tensors_in
 from relfisher.responses import UnitResponse
@@ -214,7 +212,7 @@ class Trace(TorchFunctionMode):
         outside = [layer for layer in taken if layer.module not in self._running]
         if not outside or not torch.is_grad_enabled():
             return
-        parts = tensors_in(result if isinstance(result, tuple | list) else [result])
+        parts = all_tensors(result)
         made = [each for each in parts if each.is_floating_point() and each.requires_grad and each.ndim]
         if not made:
             return
@@ -235,7 +233,7 @@ class Trace(TorchFunctionMode):
         else:
             constant = (not each.requires_grad and not isinstance(each, nn.Parameter) for each in tensors)
         if all(is_raw or other for is_raw, other in zip(raw, constant, strict=True)):
-            parts = tensors_in(result if isinstance(result, tuple | list) else [result])
+            parts = all_tensors(result)
             self._raw.update({id(each): each for each in parts})
 
     def reads_input(self, layer: Layer) -> bool:
@@ -259,10 +257,5 @@ class Trace(TorchFunctionMode):
 
 def _is_hidden() -> bool:
     """Return whether the forward pass of a function of autograd is running."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        names = frame.f_code.co_varnames
-        if names and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
-            return True
-        frame = frame.f_back
-    return False
+    frames = ((frame, frame.f_code.co_varnames) for frame in callers())
+    return any(names and isinstance(frame.f_locals.get(names[0]), FunctionCtx) for frame, names in frames)

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from relfisher.observe.entries import roots_of
 from relfisher.observe.hooks import Hook, inner_hook
 from relfisher.observe.tensors import all_tensors
-from relfisher.optim.leads import Averages, Lead, averaged, share_of_last
+from relfisher.optim.leads import Averages, Lead, share_of_last
 from relfisher.optim.outcome import Outcome
 from relfisher.optim.rounding import Rounding
 from relfisher.optim.running import RunningStatistics
@@ -62,15 +62,16 @@ class _Arrival(NamedTuple):
 
         They were changed in place, but not through their `data`, or were given other memory.
         """
-        own = self.averages
-        for parameter, lead, memory, version in zip(*own[1:], self.memory, self.versions, strict=True):
+        _, parameters, leads = self.averages
+        for parameter, lead, memory, version in zip(parameters, leads, self.memory, self.versions, strict=True):
             same = parameter._version == version and parameter.is_set_to(memory)
             if not same and _is_like(parameter, memory):
                 lead.zero_()
 
     def leave(self) -> None:
         """Move the parameters back to the average, those that are on their devices."""
-        for parameter, lead, memory in zip(*self.averages[1:], self.memory, strict=True):
+        _, parameters, leads = self.averages
+        for parameter, lead, memory in zip(parameters, leads, self.memory, strict=True):
             if _is_like(parameter, memory):
                 parameter.sub_(lead)
 
@@ -217,16 +218,18 @@ class Averaging:
             at_iterate: whether they move to the iterate.
             unseen: True hides the change from autograd, which would refuse what was computed of the weights before.
         """
-        change = torch._foreach_add_ if at_iterate else torch._foreach_sub_
         gathering = None if self._gathering is None else self._gathering()
         if gathering is not None and any(group["at_iterate"] != at_iterate for group in self._groups()):
             reshard(gathering)
         for each in self._averages(at_iterate=not at_iterate):
-            memory = [parameter.data for parameter in each.parameters]
-            if each.group["averaged"]:
-                change(memory if unseen else each.parameters, each.leads)
+            moves = each.group["averaged"]
             if at_iterate:
+                memory = [parameter.data for parameter in each.parameters]
+                if moves:
+                    torch._foreach_add_(memory if unseen else each.parameters, each.leads)
                 self._arrivals.append(_Arrival(each, memory, [parameter._version for parameter in each.parameters]))
+            elif moves:
+                torch._foreach_sub_(each.parameters, each.leads)
         for group in self._groups():
             group["at_iterate"] = at_iterate
         if not at_iterate:
@@ -240,19 +243,18 @@ class Averaging:
         for group in self._groups():
             if group["at_iterate"] == at_iterate:
                 precise, low = Averages(group, [], []), Averages(group, [], [])
+                self._lead.complete(group, states)  # some were frozen
                 for parameter in group["params"]:
                     lead = states.get(parameter, {}).get("lead")
-                    dtype = self._lead.dtype_for(parameter)
                     if lead is None:
-                        if not averaged(parameter):
-                            continue
-                        lead = states[parameter]["lead"] = torch.zeros_like(parameter, dtype=dtype)  # it was frozen
-                    elif not parameter.requires_grad:
+                        continue
+                    if not parameter.requires_grad:
                         if at_iterate:
                             held(parameter).sub_(held(lead))
                         del states[parameter]["lead"]
                         continue
-                    elif lead.dtype != dtype or lead.device != parameter.device:
+                    dtype = self._lead.dtype_for(parameter)
+                    if lead.dtype != dtype or lead.device != parameter.device:
                         lead = states[parameter]["lead"] = lead.to(parameter.device, dtype)
                     own = precise if dtype == parameter.dtype else low
                     own.parameters.append(held(parameter))

@@ -47,7 +47,7 @@ class Lead:
     def complete(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Create the missing leads of a group's parameters."""
         for parameter in group["params"] if group["averaging"] else ():
-            if averaged(parameter) and "lead" not in states[parameter]:
+            if "lead" not in states.get(parameter, {}) and averaged(parameter):
                 states[parameter]["lead"] = torch.zeros_like(parameter, dtype=self.dtype_for(parameter))
 
 
